@@ -1,0 +1,22 @@
+"""A Llama inference engine in pure PyTorch, to read and to embed.
+
+Follow a prompt to its text: generate (command line), engine, checkpoint, model, attention, cache, sampling.
+"""
+
+from minipyramid.engine import LLM, Completion, Prefill
+from minipyramid.errors import CheckpointError, ConfigError, MiniPyramidError, RequestError, TokenizerError
+from minipyramid.plan import Plan
+from minipyramid.sampling import SamplingParams
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "MiniPyramidError",
+    "Plan",
+    "Prefill",
+    "RequestError",
+    "SamplingParams",
+    "TokenizerError",
+]

@@ -1,0 +1,50 @@
+"""Causal attention with grouped key/value heads, for many tokens of one sequence and for one token of many.
+
+The two differ in what is fast. A prompt's rows go through torch's fused kernel, which never holds the matrix of
+probabilities. One row per sequence is three small products: on two CPU cores the fused kernel took 3.25 ms where
+product, softmax, product took 0.37 ms (8 sequences, 12 heads, 576 keys, bf16). Both fold the group of query
+heads that share a key/value head into one axis and never repeat a key.
+
+Letters, here and in every file: `B` sequences, `T` tokens, `H` query heads, `K` key/value heads, `G = H / K`
+query heads per key/value head, `D` head size, `S` slots of a cache's layer, `n` keys of one sequence, `L` layers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The newest T tokens of one sequence look at all that its layer holds, and at themselves causally.
+
+    q [T, H, D], keys and values [K, n, D] with the T tokens last  ->  [T, H * D]
+    """
+    T, n = q.shape[0], keys.shape[1]
+    # `is_causal` aligns the triangle with the first key; tokens appended to a cache need it at the last one.
+    mask = None if T in (1, n) else torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],  # [1, H, T, D]
+        keys[None],  # [1, K, n, D]
+        values[None],
+        attn_mask=mask,
+        is_causal=n == T and T > 1,
+        enable_gqa=q.shape[1] != keys.shape[0],
+    )
+    return out[0].transpose(0, 1).flatten(1)
+
+
+def attend_one_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor) -> Tensor:
+    """The newest token of every sequence looks at the slots that its row holds.
+
+    q [B, H, D], keys and values [B, K, S, D], held [B, S] bool  ->  [B, H * D]
+    """
+    B, H, D = q.shape
+    K = keys.shape[1]
+    grouped = q.view(B, K, H // K, D) * (1 / math.sqrt(D))
+    scores = grouped @ keys.transpose(-1, -2)  # [B, K, G, S]
+    scores = scores.masked_fill(~held[:, None, None], float("-inf"))
+    return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ values).reshape(B, H * D)

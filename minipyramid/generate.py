@@ -1,0 +1,198 @@
+"""`python -m minipyramid.generate`: text to stdout, everything else to stderr, one line for what is wrong.
+
+Exit status 0; 2 for bad input; 130 after Ctrl-C, with what was finished kept; 1 for a defect of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from minipyramid import LLM, Completion, MiniPyramidError, RequestError, SamplingParams
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "weights" / "storyteller"
+SLOW_LOAD_S = 1.0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> Parser:
+    """The flags; those of sampling have the names and defaults of `SamplingParams`."""
+    parser = Parser(prog="minipyramid", description="Continue a prompt with a Llama checkpoint.")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue")
+    parser.add_argument(
+        "--prompt", dest="prompts", metavar="TEXT", action="append", default=[], help="may be given several times"
+    )
+    parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file; - is stdin")
+    parser.add_argument(
+        "--model",
+        default=str(DEFAULT_MODEL),
+        metavar="PATH_OR_REPO",
+        help="checkpoint directory or hub repository (default: the embedded checkpoint)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    default = SamplingParams()
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default {default.max_new_tokens}")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default)")
+    sampling.add_argument("--top-k", type=int, metavar="K")
+    sampling.add_argument("--top-p", type=float, metavar="P")
+    sampling.add_argument("--min-p", type=float, metavar="P")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R")
+    sampling.add_argument("--seed", type=int, metavar="N")
+    sampling.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
+    )
+    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on behind the end of text")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
+    output.add_argument("--stats", action="store_true", help="the same figures on stderr after the text")
+    output.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
+    except MiniPyramidError as error:
+        print(f"minipyramid: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader has seen enough, as in `minipyramid ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("\nminipyramid: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, generate, print; a single prompt is streamed."""
+    prompts, params = read_prompts(args), read_params(args)
+    if args.threads is not None:
+        if args.threads < 1:
+            raise RequestError(f"--threads is {args.threads}, expected at least 1")
+        torch.set_num_threads(args.threads)
+    with LoadingLine(quiet=args.quiet) as line:
+        llm = LLM(args.model, dtype=args.dtype, device=args.device, revision=args.revision, progress=line.update)
+    done: dict[int, Completion] = {}
+    try:
+        if len(prompts) == 1 and not args.json:
+            done[0] = stream(llm, prompts[0], params)
+        else:
+            done.update(llm.completions(prompts, params))
+    finally:  # also after Ctrl-C: what was finished is kept
+        finished = [done[i] for i in sorted(done)]
+        if args.json:
+            figures = [describe(completion) for completion in finished]
+            print(json.dumps(figures[0] if len(prompts) == 1 and figures else {"completions": figures}))
+        elif len(prompts) > 1:
+            print("\n\n".join(completion.text for completion in finished))
+        if args.stats:
+            for completion in finished:
+                print_stats(completion)
+
+
+def stream(llm: LLM, prompt: str, params: SamplingParams) -> Completion:
+    """Print the text of one prompt as it comes."""
+    pieces = llm.stream(prompt, params)
+    try:
+        while True:
+            try:
+                print(next(pieces), end="", flush=True)
+            except StopIteration as end:
+                completion: Completion = end.value
+                return completion
+    finally:
+        print(flush=True)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """PROMPT, every --prompt and --prompt-file, in this order."""
+    prompts: list[str] = ([args.prompt] if args.prompt is not None else []) + args.prompts
+    if args.prompt_file is not None:
+        try:
+            data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+            prompts.append(data.decode("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"--prompt-file {args.prompt_file} cannot be read as UTF-8 text: {error}") from error
+    if not prompts:
+        raise RequestError("no prompt; give one as an argument, with --prompt, or with --prompt-file")
+    return prompts
+
+
+def read_params(args: argparse.Namespace) -> SamplingParams:
+    """Sampling fields that were given; the others keep their defaults."""
+    names = [field.name for field in fields(SamplingParams)]
+    return SamplingParams(**{name: vars(args)[name] for name in names if vars(args).get(name) is not None})
+
+
+def describe(completion: Completion) -> dict[str, Any]:
+    """The figures of one completion, as `--json` prints them."""
+    new = len(completion.token_ids)
+    return {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(completion.prompt_token_ids),
+        "new_tokens": new,
+        "kv_lengths": completion.kv_lengths,
+        "kv_bytes": completion.kv_bytes,
+        "kv_bytes_full": completion.kv_bytes_full,
+        "kv_share": completion.kv_bytes / completion.kv_bytes_full,
+        "prefill_s": completion.prefill_s,
+        "decode_s": completion.decode_s,
+        "tokens_per_s": new / completion.decode_s,
+        "pyramid": "off",
+    }
+
+
+def print_stats(completion: Completion) -> None:
+    """The same figures on stderr, a line each; what stdout shows already is left out."""
+    for name, value in describe(completion).items():
+        if name not in ("text", "token_ids"):
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            print(f"{name + ':':15}{shown}", file=sys.stderr)
+
+
+class LoadingLine:
+    """A line on a terminal's stderr while a checkpoint loads, if that takes more than a second."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.shown = False
+        self.wanted = sys.stderr.isatty() and not quiet
+        self.began = time.monotonic()
+
+    def __enter__(self) -> LoadingLine:
+        return self
+
+    def update(self, loaded: int, of: int) -> None:
+        """Called with the parameters loaded so far."""
+        if self.wanted and time.monotonic() - self.began > SLOW_LOAD_S:
+            self.shown = True
+            print(f"\rloading weights {100 * loaded // of:3d} %", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Text to token ids and back, by sentencepiece, and the text of a running generation, piece by piece.
+
+Two things that a plain `encode` and `decode` get wrong are mended here. sentencepiece takes `</s>` in a text for
+six letters and knows no tokens that were added later, so texts are split on special tokens first. And decoding
+token by token loses spaces and breaks characters that span tokens, so ids are turned into bytes, one table
+look-up each, and an incremental UTF-8 decoder says how much of them is text already.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from minipyramid.config import read_json
+from minipyramid.errors import TokenizerError
+
+
+class Tokenizer:
+    """A checkpoint's `tokenizer.model`, with what `added_tokens.json` and `tokenizer_config.json` lay over it."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises `TokenizerError` where the file is missing or no sentencepiece model."""
+        file = directory / "tokenizer.model"
+        if not file.is_file():
+            found = "only tokenizer.json, which is not read" if (directory / "tokenizer.json").exists() else "none"
+            raise TokenizerError(
+                f"{directory} has no tokenizer.model ({found}); give prompts as token ids, or add the file"
+            )
+        try:
+            self._pieces = SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError) as error:
+            raise TokenizerError(f"{file} is not a sentencepiece model; expected one, such as Llama 2's") from error
+        sp = self._pieces
+        self.bos_id: int = sp.bos_id()
+        settings_file = directory / "tokenizer_config.json"
+        settings = read_json(settings_file) if settings_file.exists() else {}
+        # Llama's tokenizers begin every text with the beginning-of-text token unless they say otherwise.
+        self.add_bos = self.bos_id >= 0 and settings.get("add_bos_token") is not False
+        self._bytes = [_piece_bytes(sp, i) for i in range(sp.vocab_size())]
+        self._special = {sp.id_to_piece(i): i for i in range(sp.vocab_size()) if sp.is_control(i)}
+        for token, content, silent in _added_tokens(directory, settings):
+            self._bytes += [b""] * (token + 1 - len(self._bytes))
+            self._bytes[token] = b"" if silent else content.encode()
+            self._special[content] = token
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that has a text."""
+        return len(self._bytes)
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of a text; one that `continues` another gets no beginning-of-text token and no space before it."""
+        ids = [self.bos_id] if self.add_bos and not continues else []
+        parts = self._split.split(text) if self._split else [text]
+        for i, part in enumerate(parts):
+            if part in self._special:
+                ids.append(self._special[part])
+            elif part:
+                ids += self._inner(part) if i or continues else self._pieces.encode(part)
+        return ids
+
+    def _inner(self, text: str) -> list[int]:
+        # sentencepiece sets a space before every text. Behind a line break, a piece of its own, it does not.
+        ids: list[int] = self._pieces.encode("\n" + text)
+        return ids[len(self._pieces.encode("\n")) :]
+
+    def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
+        """The text of ids, special tokens left out; without what it `continues` a text starts with no space."""
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        return text if continues else text.removeprefix(" ")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes of one token; none for a special one and for the padding rows of an embedding."""
+        return self._bytes[token] if token < len(self._bytes) else b""
+
+
+def _piece_bytes(sp: SentencePieceProcessor, i: int) -> bytes:
+    piece: str = sp.id_to_piece(i)
+    if sp.is_control(i):
+        return b""
+    if sp.is_byte(i):
+        return bytes([int(piece[1:-1], 16)])  # <0x0A>
+    return piece.replace("\u2581", " ").encode()
+
+
+def _added_tokens(directory: Path, settings: dict[str, object]) -> list[tuple[int, str, bool]]:
+    """(id, text, whether it is silent in output) of every token beyond the sentencepiece model."""
+    file = directory / "added_tokens.json"
+    older = read_json(file) if file.exists() else {}
+    newer = settings.get("added_tokens_decoder") or {}
+    try:
+        tokens = {int(token): (str(content), True) for content, token in older.items()}
+        tokens |= {int(i): (t["content"], bool(t.get("special", True))) for i, t in newer.items()}  # type: ignore[attr-defined]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"{directory}: the added tokens are malformed; expected ids with a content each"
+        ) from error
+    return [(token, content, silent) for token, (content, silent) in sorted(tokens.items()) if content]
+
+
+class TextStream:
+    """The text of a generation as it grows: whole characters, and nothing that may turn out to be a stop string.
+
+    `push` returns what became certain, `finish` the rest; joined they are the text up to the first stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Iterable[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.stopped = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        return self._release(self.tokenizer.token_bytes(token)) if self.tokenizer else ""
+
+    def finish(self) -> str:
+        """Characters that stayed incomplete come out as U+FFFD."""
+        text = self._release(b"", final=True) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, data: bytes, final: bool = False) -> str:
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(data, final)
+        found = [at for at in (self._held.find(s) for s in self.stop) if at >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        keep = max((n for s in self.stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text

@@ -1,0 +1,149 @@
+"""Batches of mixed lengths against a path without any cache, and against each sequence alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Oracle
+
+from minipyramid import LLM, SamplingParams
+from minipyramid.cache import KVCache
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_greedy_text_equals_that_of_a_path_without_a_cache(kv_heads: int, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, num_key_value_heads=kv_heads)
+    llm, oracle = LLM(tmp_path), Oracle(tmp_path)
+    prompts = prompts_of([1, 40, 7, 2, 100])
+    new = [20, 5, 33, 1, 12]
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in new]
+    for prompt, n, completion in zip(prompts, new, llm.generate(prompts, params), strict=True):
+        assert completion.token_ids == oracle.greedy(prompt, n)
+        assert completion.finish_reason == "length"
+
+
+def test_logits_equal_those_of_a_path_without_a_cache(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tie_word_embeddings=True)
+    prompts = prompts_of([1, 30, 90])
+    for prompt, prefill in zip(prompts, LLM(tmp_path).prefill(prompts), strict=True):
+        torch.testing.assert_close(prefill.logits, Oracle(tmp_path).logits(prompt)[-1], atol=2e-4, rtol=0)
+        assert prefill.kv_lengths == [len(prompt)] * 3
+        assert prefill.kept_positions == [list(range(len(prompt)))] * 3
+
+
+SAMPLED = SamplingParams(
+    max_new_tokens=24, temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, seed=7, repetition_penalty=1.2
+)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(max_new_tokens=24), SAMPLED], ids=["greedy", "sampled"])
+def test_a_batch_of_eight_equals_eight_single_runs(params: SamplingParams, tiny: LLM) -> None:
+    prompts = prompts_of([1, 5, 17, 33, 64, 90, 128, 200])
+    together = tiny.generate(prompts, params)
+    for prompt, completion in zip(prompts, together, strict=True):
+        (alone,) = tiny.generate([prompt], params)
+        assert (completion.token_ids, completion.text) == (alone.token_ids, alone.text)
+        assert completion.kv_lengths == alone.kv_lengths == [len(prompt) + len(alone.token_ids)] * 3
+
+
+def test_each_prompt_has_its_own_parameters(tiny: LLM) -> None:
+    prompts = prompts_of([9, 9, 9])
+    params = [SamplingParams(max_new_tokens=6), SAMPLED, SamplingParams(max_new_tokens=40, temperature=2.0, seed=3)]
+    for prompt, p, completion in zip(prompts, params, tiny.generate(prompts, params), strict=True):
+        assert completion.token_ids == tiny.generate([prompt], p)[0].token_ids
+
+
+def test_more_prompts_than_one_prefill_takes(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompts of a batch are computed in groups; the groups must not show."""
+    prompts = prompts_of([30, 3, 50, 20, 20, 1])
+    expected = [c.token_ids for c in tiny.generate(prompts)]
+    monkeypatch.setattr("minipyramid.engine.PREFILL_TOKENS", 40)
+    assert [c.token_ids for c in tiny.generate(prompts)] == expected
+
+
+def test_a_finished_sequence_leaves_its_row(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that have ended must not be computed any further."""
+    rows = []
+    forward = type(tiny.model).forward
+    monkeypatch.setattr(
+        type(tiny.model), "forward", lambda self, ids, *rest: (rows.append(len(ids)), forward(self, ids, *rest))[1]
+    )
+    tiny.generate(prompts_of([4, 4, 4]), [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 5, 3)])
+    assert rows == [12, 3, 3, 2, 1, 1]
+
+
+def test_score_is_the_log_probability_without_a_cache(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    prompt, continuation = prompts_of([20, 9])
+    for ids in (continuation, continuation[:1]):
+        logprobs = Oracle(tmp_path).logits(prompt + ids)[len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logprobs[torch.arange(len(ids)), ids]
+        torch.testing.assert_close(torch.tensor(LLM(tmp_path).score(prompt, ids)), expected, atol=1e-4, rtol=0)
+
+
+def test_logprobs_of_generated_tokens_are_their_scores(tiny: LLM) -> None:
+    (prompt,) = prompts_of([12])
+    (completion,) = tiny.generate(
+        [prompt], SamplingParams(max_new_tokens=10, temperature=1.5, seed=1, logprobs=True, ignore_eos=True)
+    )
+    assert completion.logprobs == pytest.approx(tiny.score(prompt, completion.token_ids), abs=1e-4)
+    assert tiny.generate([prompt])[0].logprobs is None
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    steps=st.lists(st.integers(0, 5), max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int]) -> None:
+    """Keys, values, lengths and positions of the rows that stay are what they were, under their new numbers."""
+    config = TINY_CONFIG
+    cache = KVCache.allot(config, [8, 8, 8], len(lengths), torch.float32, torch.device("cpu"))
+    for row, n in enumerate(lengths):
+        cache.positions[row] = n
+        for layer in range(3):
+            cache.append(layer, row, torch.full((n, 2, 8), 10.0 * row + layer), torch.full((n, 2, 8), -10.0 * row))
+    alive = list(range(len(lengths)))
+    for step in steps:
+        if step >= len(alive):
+            continue
+        alive = [alive[row] for row in cache.retire([step])]
+        assert cache.positions == [lengths[name] for name in alive]
+        for row, name in enumerate(alive):
+            assert cache.row_lengths(row) == [lengths[name]] * 3
+            assert cache.row_bytes(row) == lengths[name] * 3 * 2 * 2 * 8 * 4
+            for layer in range(3):
+                assert (cache.keys[layer][row, :, : lengths[name]] == 10.0 * name + layer).all()
+                assert (cache.values[layer][row, :, : lengths[name]] == -10.0 * name).all()
+
+
+def _tiny_config() -> object:
+    from conftest import TINY
+
+    from minipyramid.config import ModelConfig
+
+    return ModelConfig.from_dict(TINY)
+
+
+TINY_CONFIG = _tiny_config()
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), new=st.integers(1, 12))
+@settings(max_examples=25, deadline=None)
+def test_the_plan_is_what_the_cache_holds(tiny: LLM, lengths: list[int], new: int) -> None:
+    plan = tiny.plan(lengths, new)
+    completions = tiny.generate(prompts_of(lengths), SamplingParams(max_new_tokens=new, ignore_eos=True))
+    assert [c.kv_lengths for c in completions] == plan.kv_lengths
+    assert sum(c.kv_bytes for c in completions) == plan.kv_bytes == plan.kv_bytes_full
+    assert plan.kv_share == 1
+    assert plan.max_batch(plan.kv_bytes) >= 1

@@ -1,0 +1,399 @@
+"""Train the embedded checkpoint from scratch: tokenizer, a small Llama, and what it can recall.
+
+    python weights/train.py --text books.txt.xz --minutes 120
+
+A small model learns to look back only if it is taught so, short first: sequences of 128 tokens until it repeats
+facts from them, then 256, 512, 1,024 and 2,048. Half of what it reads is prose, half are the stories of
+`stories.py`; at first many documents are random tokens said twice, which teaches copying. Answers weigh five
+times as much as prose and a story's filler 0.3, for a random name cannot be foreseen and would only drown the
+signal. Hidden matrices are optimised by Muon, the rest by AdamW.
+
+The run is bounded by minutes, saves its state every few minutes, and goes on from it when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stories import story
+
+BOS, EOS = 1, 2
+LENGTHS = (128, 256, 512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Field names are those of `config.json`."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+
+# --- The model, as one trains it: whole sequences, no cache. Parameter names are the checkpoint's. ---------------
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = s.num_attention_heads, s.num_key_value_heads, s.head_dim
+        self.q_proj = nn.Linear(s.hidden_size, self.heads * s.head_dim, bias=False)
+        self.k_proj = nn.Linear(s.hidden_size, self.kv_heads * s.head_dim, bias=False)
+        self.v_proj = nn.Linear(s.hidden_size, self.kv_heads * s.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * s.head_dim, s.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (rotate(k, cos, sin), v))
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, is_causal=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(s.intermediate_size, s.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(s.hidden_size, s.rms_norm_eps)
+        self.self_attn = Attention(s)
+        self.post_attention_layernorm = nn.RMSNorm(s.hidden_size, s.rms_norm_eps)
+        self.mlp = MLP(s)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, s: Shape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(s.vocab_size, s.hidden_size)
+        self.layers = nn.ModuleList(Layer(s) for _ in range(s.num_hidden_layers))
+        self.norm = nn.RMSNorm(s.hidden_size, s.rms_norm_eps)
+        inv_freq = s.rope_theta ** (-torch.arange(0, s.head_dim, 2).float() / s.head_dim)
+        angles = torch.outer(torch.arange(s.max_position_embeddings).float(), inv_freq).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                out = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * s.num_hidden_layers) if out else 1.0))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed_tokens(ids)
+        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return F.linear(self.norm(x), self.embed_tokens.weight)
+
+
+def precision() -> torch.autocast:
+    """bf16 products where the processor has them; without (AVX2 only), they were 400 times slower than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of ids[:, 1:] under `weights` [B, T - 1], and which of them the model would have said."""
+    logits = model(ids[:, :-1]).flatten(0, 1)
+    target, w = ids[:, 1:].flatten(), weights.flatten()
+    loss = (F.cross_entropy(logits.float(), target, reduction="none") * w).sum() / w.sum()
+    return loss, (logits.argmax(-1) == target).view(weights.shape)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (five Newton-Schulz steps), so that every direction of a matrix
+    moves alike; about twice as fast per token as AdamW here. In float32, since torch's own works in bf16, which
+    took three times as long as the model where the processor has no bf16 products. Source: Jordan et al., 2024.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                alike.setdefault(p.shape, []).append(p)
+            for shape, params in alike.items():
+                updates = []
+                for p in params:
+                    held = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    held.lerp_(p.grad, 0.05)
+                    updates.append(p.grad.lerp(held, 0.95))
+                u = torch.stack(updates)
+                u = u.mT if shape[0] > shape[1] else u
+                u = u / (u.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):
+                    a = u @ u.mT
+                    u = 3.4445 * u + (-4.7750 * a + 2.0315 * (a @ a)) @ u
+                u = u.mT if shape[0] > shape[1] else u
+                # Scaled to AdamW's usual size of step, so that one rate serves both.
+                scale = 0.2 * math.sqrt(max(shape))
+                for p, update in zip(params, u, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+
+# --- The data ----------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    return data.decode("utf-8")
+
+
+def train_tokenizer(text: str, directory: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+    """Llama 2's kind: byte-pair pieces, digits apart, unknown characters as bytes. A tenth of it is stories."""
+    model = directory / "tokenizer.model"
+    if not model.exists():
+        rng = random.Random(0)
+        paragraphs = [p for p in text.splitlines() if 20 < len(p) < 4000]
+        sentences = rng.sample(paragraphs, min(len(paragraphs), 30000))
+        for _ in range(2500):
+            tale = story(rng, 300, lambda t: len(t) // 4 + 1)
+            sentences += (tale.text + "".join(q + a for q, a in tale.asked)).splitlines()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_prefix=str(directory / "tokenizer"), vocab_size=vocab_size,
+            model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, character_coverage=0.9995, max_sentence_length=8192,
+            unk_id=0, bos_id=BOS, eos_id=EOS, pad_id=-1, minloglevel=1, num_threads=2,
+        )  # fmt: skip
+        (directory / "tokenizer.vocab").unlink()
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
+Row = tuple[list[int], list[float]]  # T + 1 ids, and the weights of the last T of them
+
+
+class Data:
+    """Rows of one length: prose, stories, and random tokens said twice or more."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, prose: np.ndarray, seed: int) -> None:
+        self.tokenizer, self.prose, self.rng = tokenizer, prose, random.Random(seed)
+        self.costs: dict[str, int] = {}
+
+    def count(self, text: str) -> int:
+        if text not in self.costs:
+            if len(self.costs) > 200_000:
+                self.costs.clear()
+            self.costs[text] = len(self.tokenizer.encode(text))
+        return self.costs[text]
+
+    def story(self, length: int) -> Row:
+        tale = story(self.rng, length - 2, self.count)
+        ids = [BOS, *self.tokenizer.encode(tale.text)]
+        weights = [0.3] * (len(ids) - 1)
+        for question, answer in tale.asked:
+            # One string, as it will be met: the pieces of a text are not the pieces of its parts, only nearly so.
+            both = self.tokenizer.encode("." + question + answer)[1:]
+            asked = len(self.tokenizer.encode("." + question)) - 1
+            ids += both
+            weights += [0.3] * asked + [5.0] * (len(both) - asked)
+        ids, weights = [*ids, EOS][: length + 1], [*weights, 0.3][:length]
+        pad = length + 1 - len(ids)
+        return ids + [EOS] * pad, weights + [0.0] * pad
+
+    def copy(self, length: int) -> Row:
+        n = self.rng.randint(8, length // 2)
+        once = [self.rng.randint(3, self.tokenizer.vocab_size() - 1) for _ in range(n)]
+        ids = ([BOS] + once * (length // n + 1))[: length + 1]
+        return ids, ([0.0] * n + [1.0] * length)[:length]
+
+    def book(self, length: int) -> Row:
+        start = self.rng.randrange(len(self.prose) - length - 1)
+        return [BOS, *self.prose[start : start + length].tolist()], [1.0] * length
+
+    def batch(self, rows: int, length: int, shares: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """`shares` of stories and of copies; the rest is prose."""
+        made = []
+        for _ in range(rows):
+            dice = self.rng.random()
+            kind = self.story if dice < shares[0] else self.copy if dice < sum(shares) else self.book
+            made.append(kind(length))
+        return torch.tensor([ids for ids, _ in made]), torch.tensor([w for _, w in made])
+
+
+@torch.no_grad()
+def recall(model: nn.Module, data: Data, length: int, rows: int) -> float:
+    """Share of answers of which every token is the model's first choice, given the story and the question."""
+    right = asked = 0
+    for _ in range(rows):
+        ids, weights = (torch.tensor([x]) for x in data.story(length))
+        with precision():
+            _, hit = weighted_loss(model, ids, weights)
+        spans = torch.split(hit[0], 1)
+        ok, inside = True, False
+        for h, w in zip(spans, weights[0].tolist(), strict=True):
+            if w == 5.0:
+                ok, inside = ok and bool(h), True
+            elif inside:
+                right, asked, ok, inside = right + ok, asked + 1, True, False
+        if inside:
+            right, asked = right + ok, asked + 1
+    return right / max(1, asked)
+
+
+@torch.no_grad()
+def prose_loss(model: nn.Module, tokens: np.ndarray, length: int, rows: int) -> float:
+    """Nats per token over evenly spaced windows."""
+    total = 0.0
+    for start in np.linspace(0, len(tokens) - length - 1, rows).astype(int).tolist():
+        ids = torch.tensor([[BOS, *tokens[start : start + length].tolist()]])
+        with precision():
+            total += float(weighted_loss(model, ids, torch.ones(1, length))[0])
+    return total / rows
+
+
+# --- The run -----------------------------------------------------------------------------------------------------
+
+
+def export(model: Llama, shape: Shape, directory: Path) -> None:
+    """The Hugging Face layout, bf16, embeddings tied."""
+    tensors = {f"model.{n}": p.detach().bfloat16().contiguous() for n, p in model.named_parameters()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(shape), "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "bos_token_id": BOS, "eos_token_id": EOS,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def run(args: argparse.Namespace) -> Iterator[str]:
+    torch.manual_seed(args.seed)
+    shape, out = Shape(), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = read_text(Path(args.text))
+    tokenizer = train_tokenizer(text, out, shape.vocab_size)
+    tokens_file = out / "prose.npy"
+    if not tokens_file.exists():
+        parts = text[: args.prose_characters].split("\n\n")
+        ids = [i for part in parts for i in tokenizer.encode(part + "\n\n")]
+        np.save(tokens_file, np.array(ids, dtype=np.uint16))
+    prose = np.load(tokens_file)
+    del text
+    test = np.array(tokenizer.encode(read_text(Path(args.test))), dtype=np.uint16) if args.test else prose
+
+    model = Llama(shape)
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+    muon = Muon(matrices, lr=args.lr, weight_decay=0.05)
+    adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    state = {"stage": 0, "step": 0, "tokens": 0, "seconds": 0.0}
+    saved = out / "state.pt"
+    if saved.exists():
+        held = torch.load(saved, weights_only=True)
+        model.load_state_dict(held["model"])
+        muon.load_state_dict(held["muon"])
+        adam.load_state_dict(held["adam"])
+        state = held["state"]
+    step_fn = torch.compile(weighted_loss, dynamic=False) if args.compile else weighted_loss
+    data = Data(tokenizer, prose, args.seed + state["step"])
+    began = last_save = time.monotonic() - state["seconds"]
+    running: list[float] = []
+    while state["seconds"] < 60 * args.minutes:
+        done = state["seconds"] / (60 * args.minutes)
+        lr = args.lr * min(1.0, (state["step"] + 1) / 50, max(0.02, (1 - done) / 0.35))
+        for optimizer, share in ((muon, 1.0), (adam, 0.6)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * share
+        # The longest stage reached gets half of the batches, so that short recall does not fade.
+        stage = state["stage"]
+        length = LENGTHS[stage if random.random() < 0.6 else random.randint(max(0, stage - 2), stage)]
+        shares = (0.5, 0.35) if stage == 0 else (0.5, 0.08) if done < 0.8 else (0.5, 0.02)
+        ids, weights = data.batch(max(1, args.batch_tokens // length), length, shares)
+        with precision():
+            loss, _ = step_fn(model, ids, weights)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in (muon, adam):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        running.append(loss.item())
+        state["step"] += 1
+        state["tokens"] += weights.numel()
+        state["seconds"] = time.monotonic() - began
+        if state["step"] % args.every == 0:
+            got = recall(model, data, LENGTHS[stage], 16)
+            books = prose_loss(model, test, 512, 4)
+            yield (
+                f"step {state['step']} {state['tokens'] / 1e6:.2f}M tokens {state['seconds'] / 60:.1f} min "
+                f"length {LENGTHS[stage]} loss {sum(running) / len(running):.3f} recall {got:.2f} books {books:.3f}"
+            )
+            running = []
+            # By measured recall; but the longest length must be seen, so the clock has a word as well.
+            due = (0.25, 0.4, 0.55, 0.7, 2.0)[stage]
+            if stage + 1 < len(LENGTHS) and (got >= 0.85 or done > due):
+                state["stage"] += 1
+            if time.monotonic() - last_save > 240:
+                last_save = time.monotonic()
+                held = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
+                torch.save(held | {"state": state}, saved)
+                export(model, shape, out)
+    export(model, shape, out)
+    fresh = Data(tokenizer, prose, 987_654_321)
+    for length in LENGTHS[1:]:
+        yield f"recall at {length}: {recall(model, fresh, length, args.eval_rows):.3f}"
+    yield f"books test loss: {prose_loss(model, test, 1024, 64):.3f} nats per token"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", required=True, help="prose to learn from (.txt or .txt.xz)")
+    parser.add_argument("--test", help="prose to measure the loss on")
+    parser.add_argument("--out", default="trained", help="directory of the checkpoint and of the run's state")
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=50, help="steps between two measurements")
+    parser.add_argument("--eval-rows", type=int, default=100)
+    parser.add_argument("--prose-characters", type=int, default=45_000_000)
+    parser.add_argument("--compile", action="store_true")
+    for line in run(parser.parse_args()):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
