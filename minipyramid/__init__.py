@@ -3,9 +3,10 @@
 Follow a prompt to its text: generate (command line), engine, checkpoint, model, attention, cache, sampling.
 """
 
-from minipyramid.engine import LLM, Completion, Prefill
+from minipyramid.engine import LLM
 from minipyramid.errors import CheckpointError, ConfigError, MiniPyramidError, RequestError, TokenizerError
 from minipyramid.plan import Plan
+from minipyramid.request import Completion, Prefill
 from minipyramid.sampling import SamplingParams
 
 __all__ = [

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils.tqdm import tqdm
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,12 +30,21 @@ WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.
 Progress = Callable[[int, int], None]  # parameters assigned, of how many
 
 
+class _Bar(tqdm):
+    """The hub's progress bars, on a terminal only: elsewhere stderr is for what is wrong."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or None})  # type: ignore[no-untyped-call]
+
+
 def locate(model: str | Path, revision: str | None = None) -> Path:
     """The checkpoint's directory; a name that is no local path is fetched from the hub into its own cache.
 
     Raises:
         CheckpointError: nothing is there, access is refused, or the hub cannot be reached.
     """
+    if not isinstance(model, (str, Path)) or not isinstance(revision, (str, type(None))):
+        raise TypeError(f"model is {model!r} at revision {revision!r}, expected a path or a repository id, and a name")
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -45,7 +55,7 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{name} does not exist; expected a checkpoint's directory or a hub repository id")
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, tqdm_class=_Bar))
     except hub_errors.GatedRepoError as error:  # before RepositoryNotFoundError, of which it is one
         raise CheckpointError(
             f"{name} is gated; accept its terms on the hub and log in with `hf auth login`"
@@ -61,13 +71,19 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
         ) from error
     except hub_errors.HFValidationError as error:
         raise CheckpointError(f"{name!r} is neither a directory nor a repository id of the form owner/name") from error
-    except hub_errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{name}{at} is neither a directory nor in the hub's cache, and the hub cannot be reached or is set offline"
-        ) from error
     # What a download may still raise differs by the hub library's version (requests or httpx, the disk, a proxy).
     except Exception as error:
-        raise CheckpointError(f"{name}{at} could not be fetched from the hub: {_first_line(error)}") from error
+        # The hub library says "not in the cache" also where the hub did answer, but with an error.
+        why = error.__cause__ if isinstance(error.__cause__, hub_errors.HfHubHTTPError) else error
+        if isinstance(why, hub_errors.LocalEntryNotFoundError):
+            raise CheckpointError(
+                f"{name}{at} is neither a directory nor complete in the hub's cache, "
+                "and the hub cannot be reached or is set offline"
+            ) from error
+        reason = " ".join(str(why).split()) or type(why).__name__  # the file's name is not in its first line
+        raise CheckpointError(
+            f"{name}{at} could not be fetched from the hub; try again, or give a directory ({reason})"
+        ) from error
 
 
 def load(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device,

@@ -91,6 +91,11 @@ class ModelConfig:
                 f"implemented; lower max_position_embeddings to {window} to run within the window"
             )
         ids = [i for eos in (raw.get("eos_token_id"), more_eos) for i in (eos if isinstance(eos, list) else [eos])]
+        if not all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids):
+            raise ConfigError(f"{source}: eos_token_id is {raw.get('eos_token_id')!r}, expected an id or a list of ids")
+        tie = raw.get("tie_word_embeddings") or False
+        if not isinstance(tie, bool):
+            raise ConfigError(f"{source}: tie_word_embeddings is {tie!r}, expected true or false")
         return cls(
             vocab_size=integer("vocab_size"),
             hidden_size=hidden_size,
@@ -101,7 +106,7 @@ class ModelConfig:
             head_dim=head_dim,
             max_position_embeddings=context,
             rms_norm_eps=_number(raw, "rms_norm_eps", source, default=1e-6),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_word_embeddings=tie,
             rope=_rope(raw, source, context),
             dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
             bos_token_id=raw.get("bos_token_id"),

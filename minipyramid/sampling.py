@@ -113,8 +113,8 @@ def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator, s
         logits = torch.where(seen, penalised, logits)
     if params.temperature == 0:
         return logits.argmax()
-    # Shifted first, so that a tiny temperature overflows to -inf for the others and never to NaN.
-    probs = ((logits - logits.max()) / params.temperature).softmax(-1)  # [vocab_size]
+    # Shifted, and the temperature kept from rounding to 0, so that neither end overflows to a NaN.
+    probs = ((logits - logits.max()) / max(params.temperature, 1e-30)).softmax(-1)  # [vocab_size]
     probs = _keep(probs, params)
     # The largest of p / e, e drawn from an exponential, is a draw from p: no sync, unlike torch.multinomial.
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax()

@@ -55,7 +55,11 @@ class Tokenizer:
         return len(self._bytes)
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """Token ids of a text; one that `continues` another gets no beginning-of-text token and no space before it."""
+        """Token ids of a text; one that `continues` another gets no beginning-of-text token and no space before it.
+
+        Raises `UnicodeEncodeError` for text that has no UTF-8 form.
+        """
+        text.encode()  # sentencepiece's own word for a lone surrogate is no help
         ids = [self.bos_id] if self.add_bos and not continues else []
         parts = self._split.split(text) if self._split else [text]
         for i, part in enumerate(parts):
@@ -80,10 +84,31 @@ class Tokenizer:
         return self._bytes[token] if token < len(self._bytes) else b""
 
 
+def load_tokenizer(directory: Path, vocab_size: int) -> tuple[Tokenizer | None, str]:
+    """A checkpoint's tokenizer; or None and why, for a checkpoint without one still runs on token ids.
+
+    Raises `TokenizerError` where it is there but unreadable, or of another vocabulary than the model.
+    """
+    file = directory / "tokenizer.model"
+    if not file.is_file():
+        found = "only tokenizer.json, which is not read" if (directory / "tokenizer.json").exists() else "none"
+        return None, f"{directory} has no tokenizer.model ({found}); give prompts as token ids, or add the file"
+    tokenizer = Tokenizer(directory)
+    # Embeddings are often padded to a round number of rows, but not by more than this.
+    if not vocab_size - 512 < tokenizer.vocab_size <= vocab_size:
+        raise TokenizerError(
+            f"{file} has {tokenizer.vocab_size} tokens, but the model has {vocab_size}; "
+            "expected the tokenizer that the model was trained with"
+        )
+    return tokenizer, ""
+
+
 def _piece_bytes(sp: SentencePieceProcessor, i: int) -> bytes:
     piece: str = sp.id_to_piece(i)
     if sp.is_control(i):
         return b""
+    if sp.is_unknown(i):
+        return b" \xe2\x81\x87 "  # as sentencepiece writes it
     if sp.is_byte(i):
         return bytes([int(piece[1:-1], 16)])  # <0x0A>
     return piece.replace("\u2581", " ").encode()

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_checkpoint
+from conftest import TINY, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 
 from minipyramid import LLM, SamplingParams
 from minipyramid.cache import KVCache
+from minipyramid.config import ModelConfig
 
 
 def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -107,8 +108,7 @@ def test_logprobs_of_generated_tokens_are_their_scores(tiny: LLM) -> None:
 @settings(max_examples=60, deadline=None)
 def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int]) -> None:
     """Keys, values, lengths and positions of the rows that stay are what they were, under their new numbers."""
-    config = TINY_CONFIG
-    cache = KVCache.allot(config, [8, 8, 8], len(lengths), torch.float32, torch.device("cpu"))
+    cache = KVCache.allot(ModelConfig.from_dict(TINY), [8, 8, 8], len(lengths), torch.float32, torch.device("cpu"))
     for row, n in enumerate(lengths):
         cache.positions[row] = n
         for layer in range(3):
@@ -125,17 +125,6 @@ def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int
             for layer in range(3):
                 assert (cache.keys[layer][row, :, : lengths[name]] == 10.0 * name + layer).all()
                 assert (cache.values[layer][row, :, : lengths[name]] == -10.0 * name).all()
-
-
-def _tiny_config() -> object:
-    from conftest import TINY
-
-    from minipyramid.config import ModelConfig
-
-    return ModelConfig.from_dict(TINY)
-
-
-TINY_CONFIG = _tiny_config()
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), new=st.integers(1, 12))

@@ -300,82 +300,106 @@ def export(model: Llama, shape: Shape, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def run(args: argparse.Namespace) -> Iterator[str]:
-    torch.manual_seed(args.seed)
-    shape, out = Shape(), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+def read_data(args: argparse.Namespace, out: Path, vocab_size: int) -> tuple[Data, np.ndarray]:
+    """What is learnt from, and the tokens of the text that the loss is measured on; both are kept in `out`."""
     text = read_text(Path(args.text))
-    tokenizer = train_tokenizer(text, out, shape.vocab_size)
-    tokens_file = out / "prose.npy"
-    if not tokens_file.exists():
+    tokenizer = train_tokenizer(text, out, vocab_size)
+    held = out / "prose.npy"
+    if not held.exists():
         parts = text[: args.prose_characters].split("\n\n")
-        ids = [i for part in parts for i in tokenizer.encode(part + "\n\n")]
-        np.save(tokens_file, np.array(ids, dtype=np.uint16))
-    prose = np.load(tokens_file)
-    del text
+        np.save(held, np.array([i for part in parts for i in tokenizer.encode(part + "\n\n")], dtype=np.uint16))
+    prose = np.load(held)
     test = np.array(tokenizer.encode(read_text(Path(args.test))), dtype=np.uint16) if args.test else prose
+    return Data(tokenizer, prose, args.seed), test
 
-    model = Llama(shape)
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    muon = Muon(matrices, lr=args.lr, weight_decay=0.05)
-    adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    state = {"stage": 0, "step": 0, "tokens": 0, "seconds": 0.0}
-    saved = out / "state.pt"
-    if saved.exists():
-        held = torch.load(saved, weights_only=True)
-        model.load_state_dict(held["model"])
-        muon.load_state_dict(held["muon"])
-        adam.load_state_dict(held["adam"])
-        state = held["state"]
-    step_fn = torch.compile(weighted_loss, dynamic=False) if args.compile else weighted_loss
-    data = Data(tokenizer, prose, args.seed + state["step"])
-    began = last_save = time.monotonic() - state["seconds"]
-    running: list[float] = []
-    while state["seconds"] < 60 * args.minutes:
-        done = state["seconds"] / (60 * args.minutes)
-        lr = args.lr * min(1.0, (state["step"] + 1) / 50, max(0.02, (1 - done) / 0.35))
-        for optimizer, share in ((muon, 1.0), (adam, 0.6)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * share
-        # The longest stage reached gets half of the batches, so that short recall does not fade.
-        stage = state["stage"]
-        length = LENGTHS[stage if random.random() < 0.6 else random.randint(max(0, stage - 2), stage)]
-        shares = (0.5, 0.35) if stage == 0 else (0.5, 0.08) if done < 0.8 else (0.5, 0.02)
-        ids, weights = data.batch(max(1, args.batch_tokens // length), length, shares)
-        with precision():
-            loss, _ = step_fn(model, ids, weights)
+
+class Run:
+    """The model, its optimisers and how far they are, saved together and taken up again."""
+
+    def __init__(self, shape: Shape, out: Path, lr: float) -> None:
+        self.shape, self.out, self.lr = shape, out, lr
+        self.model = Llama(shape)
+        matrices = [p for n, p in self.model.named_parameters() if p.dim() == 2 and "embed" not in n]
+        others = [p for n, p in self.model.named_parameters() if p.dim() != 2 or "embed" in n]
+        self.muon = Muon(matrices, lr=lr, weight_decay=0.05)
+        self.adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.stage = self.step = self.tokens = 0
+        self.seconds = 0.0
+        self.parts = {"model": self.model, "muon": self.muon, "adam": self.adam}
+        if (out / "state.pt").exists():
+            held = torch.load(out / "state.pt", weights_only=True)
+            for name, part in self.parts.items():
+                part.load_state_dict(held[name])
+            for name, value in held["state"].items():
+                vars(self)[name] = value
+
+    def save(self) -> None:
+        state = {name: vars(self)[name] for name in ("stage", "step", "tokens", "seconds")}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save({**parts, "state": state}, self.out / "state.pt")
+        export(self.model, self.shape, self.out)
+
+    def learn(self, loss: Tensor, done: float) -> None:
+        """One step; the rate rises over 50 steps and falls over the last third of the time."""
+        rate = self.lr * min(1.0, (self.step + 1) / 50, max(0.02, (1 - done) / 0.35))
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in (muon, adam):
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, share in ((self.muon, 1.0), (self.adam, 0.6)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        running.append(loss.item())
-        state["step"] += 1
-        state["tokens"] += weights.numel()
-        state["seconds"] = time.monotonic() - began
-        if state["step"] % args.every == 0:
-            got = recall(model, data, LENGTHS[stage], 16)
-            books = prose_loss(model, test, 512, 4)
+
+
+# By length: shares of stories and of copies (the rest is prose), and the share of the time after which the next
+# length is due even if recall is not there yet, since the longest must be seen.
+SHARES = ((0.5, 0.35), (0.65, 0.1), (0.6, 0.05), (0.5, 0.02), (0.5, 0.0))
+DUE = (0.25, 0.6, 0.75, 0.88, 2.0)
+
+
+def train(args: argparse.Namespace) -> Iterator[str]:
+    """Yields a line per measurement; the last ones are what the checkpoint's README reports."""
+    torch.manual_seed(args.seed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    data, test = read_data(args, out, Shape().vocab_size)
+    run = Run(Shape(), out, args.lr)
+    data.rng.seed(args.seed + run.step)
+    step_fn = torch.compile(weighted_loss, dynamic=False) if args.compile else weighted_loss
+    began = last_save = time.monotonic() - run.seconds
+    losses: list[float] = []
+    while run.seconds < 60 * args.minutes:
+        done = run.seconds / (60 * args.minutes)
+        # Shorter lengths stay in, so that what was learnt on them does not fade.
+        stage = run.stage if data.rng.random() < 0.6 else data.rng.randint(max(0, run.stage - 2), run.stage)
+        length = LENGTHS[stage]
+        ids, weights = data.batch(max(1, args.batch_tokens // length), length, SHARES[run.stage])
+        with precision():
+            loss, _ = step_fn(run.model, ids, weights)
+        run.learn(loss, done)
+        losses.append(loss.item())
+        run.step += 1
+        run.tokens += weights.numel()
+        run.seconds = time.monotonic() - began
+        if run.step % args.every == 0:
+            longest = LENGTHS[run.stage]
+            got = recall(run.model, data, longest, max(8, 8192 // longest))
+            books = prose_loss(run.model, test, 512, 4)
             yield (
-                f"step {state['step']} {state['tokens'] / 1e6:.2f}M tokens {state['seconds'] / 60:.1f} min "
-                f"length {LENGTHS[stage]} loss {sum(running) / len(running):.3f} recall {got:.2f} books {books:.3f}"
+                f"step {run.step} {run.tokens / 1e6:.2f}M tokens {run.seconds / 60:.1f} min length {longest} "
+                f"loss {sum(losses) / len(losses):.3f} recall {got:.2f} books {books:.3f}"
             )
-            running = []
-            # By measured recall; but the longest length must be seen, so the clock has a word as well.
-            due = (0.25, 0.4, 0.55, 0.7, 2.0)[stage]
-            if stage + 1 < len(LENGTHS) and (got >= 0.85 or done > due):
-                state["stage"] += 1
+            losses = []
+            if run.stage + 1 < len(LENGTHS) and (got >= 0.85 or done > DUE[run.stage]):
+                run.stage += 1
             if time.monotonic() - last_save > 240:
                 last_save = time.monotonic()
-                held = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
-                torch.save(held | {"state": state}, saved)
-                export(model, shape, out)
-    export(model, shape, out)
-    fresh = Data(tokenizer, prose, 987_654_321)
+                run.save()
+    run.save()
+    data.rng.seed(987_654_321)  # stories that were not trained on
     for length in LENGTHS[1:]:
-        yield f"recall at {length}: {recall(model, fresh, length, args.eval_rows):.3f}"
-    yield f"books test loss: {prose_loss(model, test, 1024, 64):.3f} nats per token"
+        yield f"recall at {length}: {recall(run.model, data, length, args.eval_rows):.3f}"
+    yield f"books test loss: {prose_loss(run.model, test, 1024, 64):.3f} nats per token"
 
 
 def main() -> None:
@@ -391,7 +415,7 @@ def main() -> None:
     parser.add_argument("--eval-rows", type=int, default=100)
     parser.add_argument("--prose-characters", type=int, default=45_000_000)
     parser.add_argument("--compile", action="store_true")
-    for line in run(parser.parse_args()):
+    for line in train(parser.parse_args()):
         print(line, flush=True)
 
 

@@ -1,0 +1,213 @@
+"""The command: text on stdout and nothing else, one line on stderr for what is wrong, and its exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minipyramid import LLM, SamplingParams
+from minipyramid.generate import LoadingLine, build_parser, main
+
+FIELDS = [
+    "text", "token_ids", "finish_reason", "prompt_tokens", "new_tokens", "kv_lengths", "kv_bytes", "kv_bytes_full",
+    "kv_share", "prefill_s", "decode_s", "tokens_per_s", "pyramid",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call the command on the tiny checkpoint; returns (exit status, stdout, stderr)."""
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        status = main([*argv, "--model", str(tiny_dir)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_stdout_is_the_text(run: Any, tiny: LLM) -> None:
+    flags = ["--max-new-tokens", "20", "--temperature", "1.5", "--seed", "3", "--top-k", "40", "--top-p", "0.9"]
+    flags += ["--min-p", "0.01", "--repetition-penalty", "1.1", "--stop", "fox", "--stop", "qq", "--ignore-eos"]
+    params = SamplingParams(
+        max_new_tokens=20, temperature=1.5, seed=3, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.1,
+        stop=("fox", "qq"), ignore_eos=True,
+    )  # fmt: skip
+    assert run("the fox", *flags) == (0, tiny.generate("the fox", params)[0].text + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--temperature", "3"), ("--top-k", "1"), ("--top-p", "0.01"), ("--min-p", "1"), ("--repetition-penalty", "9"),
+     ("--seed", "4"), ("--max-new-tokens", "5")],
+)  # fmt: skip
+def test_every_sampling_flag_changes_the_text(run: Any, flag: str, value: str) -> None:
+    """No flag is parsed and ignored."""
+    base = ["the fox", "--temperature", "1", "--seed", "3", "--max-new-tokens", "100", "--ignore-eos"]
+    assert run(*base)[1] != run(*base, flag, value)[1]
+
+
+def test_json_holds_the_fields_of_the_contract(run: Any, tiny: LLM) -> None:
+    status, out, err = run("the fox", "--json", "--max-new-tokens", "7", "--ignore-eos")
+    figures = json.loads(out)
+    (completion,) = tiny.generate("the fox", SamplingParams(max_new_tokens=7, ignore_eos=True))
+    assert (status, err, list(figures)) == (0, "", FIELDS)
+    assert figures["text"] == completion.text
+    assert figures["token_ids"] == completion.token_ids
+    assert figures["kv_lengths"] == [figures["prompt_tokens"] + 7] * 3
+    assert figures["kv_bytes"] == figures["kv_bytes_full"] == sum(figures["kv_lengths"]) * 2 * 2 * 8 * 4
+    assert (figures["kv_share"], figures["pyramid"], figures["finish_reason"]) == (1.0, "off", "length")
+    assert figures["tokens_per_s"] == pytest.approx(7 / figures["decode_s"])
+
+
+def test_several_prompts_come_in_order(run: Any, tiny: LLM, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("a time\n")
+    prompts = ["the fox", "once", "a time\n"]
+    status, out, _ = run("the fox", "--prompt", "once", "--prompt-file", str(tmp_path / "prompt.txt"), "--json")
+    texts = [completion["text"] for completion in json.loads(out)["completions"]]
+    assert status == 0
+    assert texts == [c.text for c in tiny.generate(prompts)]
+    assert run("the fox", "--prompt", "once")[1] == "\n\n".join(texts[:2]) + "\n"
+
+
+def test_a_prompt_from_stdin(run: Any, monkeypatch: pytest.MonkeyPatch, tiny: LLM) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("caf\u00e9 fox".encode())))
+    assert run("--prompt-file", "-")[1] == tiny.generate("caf\u00e9 fox")[0].text + "\n"
+
+
+def test_stats_go_to_stderr(run: Any) -> None:
+    status, out, err = run("the fox", "--stats", "--max-new-tokens", "4", "--ignore-eos")
+    assert status == 0
+    assert "kv_bytes" not in out
+    assert [line.split(":")[0] for line in err.splitlines()] == FIELDS[2:]
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        ([], "no prompt"),
+        ([""], "empty"),
+        (["fox", "--temperature", "-1"], "temperature"),
+        (["fox", "--temperature", "nan"], "temperature"),
+        (["fox", "--temperature", "hot"], "temperature"),
+        (["fox", "--top-p", "0"], "top_p"),
+        (["fox", "--top-k", "-1"], "top_k"),
+        (["fox", "--min-p", "2"], "min_p"),
+        (["fox", "--repetition-penalty", "0"], "repetition_penalty"),
+        (["fox", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["fox", "--seed", "-1"], "seed"),
+        (["fox", "--stop", ""], "stop"),
+        (["fox", "--max-new-tokens", "1000"], "context of 256"),
+        (["fox", "--dtype", "float8"], "float8"),
+        (["fox", "--device", "tpu"], "tpu"),
+        (["fox", "--threads", "0"], "--threads"),
+        (["fox", "--prompt-file", "/no/such/file"], "/no/such/file"),
+        (["fox", "--pyramids", "auto"], "--pyramids"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    run: Any, capsys: pytest.CaptureFixture[str], argv: list[str], word: str
+) -> None:
+    try:
+        status, out, err = run(*argv)
+    except SystemExit as exit_:  # argparse's own
+        captured = capsys.readouterr()
+        status, out, err = exit_.code, captured.out, captured.err
+    assert (status, out) == (2, "")
+    assert err.startswith("minipyramid: error: ")
+    assert word in err
+    assert err.count("\n") == 1
+
+
+def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fox", "--model", "/no/such/model"]) == 2
+    assert capsys.readouterr().err.startswith("minipyramid: error: /no/such/model does not exist")
+
+
+def test_an_undecodable_prompt_file_is_one_line(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    status, _, err = run("--prompt-file", str(tmp_path / "latin1.txt"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "UTF-8" in err
+
+
+def test_interrupted_keeps_what_was_finished(run: Any, monkeypatch: pytest.MonkeyPatch, tiny: LLM) -> None:
+    """Ctrl-C after the first of two prompts has ended prints its text and exits with 130."""
+    completions, expected = LLM.completions, tiny.generate("the fox")[0].text
+
+    def interrupted(self: LLM, *args: Any) -> Iterator[Any]:
+        yield next(completions(self, *args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "completions", interrupted)
+    status, out, err = run("the fox", "--prompt", "once", "--json")
+    assert status == 130
+    assert [c["text"] for c in json.loads(out)["completions"]] == [expected]
+    assert "interrupted" in err
+
+
+def test_interrupted_while_streaming(tiny_dir: Path) -> None:
+    """A real SIGINT in a real process: the text so far stands on stdout, and no traceback on stderr."""
+    argv = [sys.executable, "-m", "minipyramid.generate", "the fox", "--model", str(tiny_dir), "--ignore-eos"]
+    argv += ["--max-new-tokens", "250", "--temperature", "1", "--seed", "1"]
+    slow = "import time, minipyramid.engine as e; c = e.choose; e.choose = lambda *a: (time.sleep(0.05), c(*a))[1];"
+    code = f"{slow} import sys; from minipyramid.generate import main; sys.exit(main({argv[3:]!r}))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert first
+    assert rest.endswith(b"\n")
+    assert b"Traceback" not in err
+
+
+def test_the_loading_line_shows_only_on_a_terminal_and_only_when_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = {}
+    for name, stream, quiet, slow_after in (
+        ("slow", Terminal(), False, -1.0),
+        ("quick", Terminal(), False, 1e9),
+        ("quiet", Terminal(), True, -1.0),
+        ("no terminal", io.StringIO(), False, -1.0),
+    ):
+        monkeypatch.setattr("sys.stderr", stream)
+        monkeypatch.setattr("minipyramid.generate.SLOW_LOAD_S", slow_after)
+        with LoadingLine(quiet) as line:
+            line.update(1, 4)
+        shown[name] = stream.getvalue()
+    assert shown == {"slow": "\rloading weights  25 %\r\x1b[K", "quick": "", "quiet": "", "no terminal": ""}
+
+
+def test_threads_are_set(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    assert run("the fox", "--threads", "1")[0] == 0
+    assert threads == [1]
+
+
+def test_dtype_is_heeded(run: Any) -> None:
+    flags = ["the fox", "--json", "--max-new-tokens", "4", "--ignore-eos"]
+    full, half = (json.loads(run(*flags, "--dtype", dtype)[1])["kv_bytes"] for dtype in ("float32", "bfloat16"))
+    assert full == 2 * half
+
+
+def test_help_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        build_parser().parse_args(["--help"])
+    assert exit_.value.code == 0
+    assert "usage: minipyramid" in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""The embedded checkpoint: the stories it learns from, how it is trained, and what it is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from conftest import WEIGHTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stories import story
+from train import Data, Llama, Muon, Shape, export, recall, weighted_loss
+
+from minipyramid import LLM
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+@given(seed=st.integers(0, 10_000), tokens=st.integers(60, 1500))
+@settings(max_examples=60, deadline=None)
+def test_every_answer_stands_in_the_story_and_nothing_contradicts_it(seed: int, tokens: int) -> None:
+    tale = story(random.Random(seed), tokens, words)
+    questions = [question for question, _ in tale.asked]
+    assert tale.asked
+    assert len(set(questions)) == len(questions)
+    for question, answer in tale.asked:
+        stem = question.split("Answer: ")[1]
+        sentence = stem + answer.removesuffix(".")
+        assert tale.text.count(sentence) == 1
+        # A second sentence with this stem would be a second answer.
+        assert tale.text.count(stem + " ") == 1
+    assert words(tale.text) + sum(words(q + a) for q, a in tale.asked) <= tokens
+
+
+def test_a_seed_writes_the_same_story() -> None:
+    assert story(random.Random(3), 300, words) == story(random.Random(3), 300, words)
+    assert story(random.Random(3), 300, words) != story(random.Random(4), 300, words)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_dir: Path) -> Data:
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tiny_dir / "tokenizer.model"))
+    return Data(pieces, (3 + np.arange(1200) % 317).astype(np.uint16), seed=0)
+
+
+@pytest.mark.parametrize("length", [128, 512])
+def test_rows_weigh_answers_and_leave_what_cannot_be_known(data: Data, length: int) -> None:
+    for kind in (data.story, data.copy, data.book):
+        ids, weights = kind(length)
+        assert (len(ids), len(weights)) == (length + 1, length)
+    ids, weights = data.story(length)
+    answers = "".join(data.tokenizer.decode([i]) + " " for i, w in zip(ids[1:], weights, strict=True) if w == 5.0)
+    assert answers.strip().endswith(".")
+    ids, weights = data.copy(length)
+    first = weights.index(1.0)  # the first target that a repetition makes known
+    assert weights[first:] == [1.0] * (length - first)
+    assert ids[1 : 1 + length - first] == ids[1 + first :]
+
+
+TINY = Shape(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=256)  # fmt: skip
+
+
+def test_what_is_trained_is_what_the_engine_runs(tmp_path: Path) -> None:
+    """Two implementations of one model, the trainer's and the engine's, agree on an exported checkpoint."""
+    torch.manual_seed(0)
+    model = Llama(TINY)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((p * (8.0 if p.dim() == 2 else 1.0)).bfloat16())
+    export(model, TINY, tmp_path)
+    ids = list(range(3, 100))
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0, -1]
+    torch.testing.assert_close(LLM(tmp_path, dtype="float32").prefill([ids])[0].logits, expected, atol=2e-4, rtol=0)
+
+
+def test_the_optimiser_learns(data: Data) -> None:
+    torch.manual_seed(0)
+    model = Llama(TINY)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    optimisers = [Muon(matrices, lr=5e-3, weight_decay=0.01), torch.optim.AdamW([model.embed_tokens.weight], lr=1e-2)]
+    ids, weights = data.batch(8, 64, (0.0, 0.0))
+    losses = []
+    for _ in range(30):
+        loss, _ = weighted_loss(model, ids, weights)
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert recall(model, data, 128, 2) < 0.5  # it has seen no story
+
+
+needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="no embedded checkpoint in this tree")
+
+
+@needs_weights
+def test_the_checkpoint_is_what_its_readme_says() -> None:
+    config = LLM(WEIGHTS).config
+    assert config.num_hidden_layers >= 12
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert config.max_position_embeddings >= 2048
+    assert config.dtype == "bfloat16"
+    assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) <= 32e6
