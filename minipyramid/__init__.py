@@ -1,7 +1,4 @@
-"""A Llama inference engine in pure PyTorch, to read and to embed.
-
-Follow a prompt to its text: generate (command line), engine, checkpoint, model, attention, cache, sampling.
-"""
+"""A Llama inference engine in pure PyTorch, to read and to embed; README.md gives the order to read it in."""
 
 from minipyramid.engine import LLM
 from minipyramid.errors import CheckpointError, ConfigError, MiniPyramidError, RequestError, TokenizerError

@@ -1,12 +1,12 @@
 """Causal attention with grouped key/value heads, for many tokens of one sequence and for one token of many.
 
-The two differ in what is fast. A prompt's rows go through torch's fused kernel, which never holds the matrix of
-probabilities. One row per sequence is three small products: on two CPU cores the fused kernel took 3.25 ms where
-product, softmax, product took 0.37 ms (8 sequences, 12 heads, 576 keys, bf16). Both fold the group of query
-heads that share a key/value head into one axis and never repeat a key.
+The two differ in what is fast. A prompt's queries go through torch's fused kernel, which on a CPU never holds the
+matrix of probabilities. One query per sequence is three small products: on two CPU cores the fused kernel took
+3.25 ms where product, softmax, product took 0.37 ms (8 sequences, 12 heads, 576 keys, bf16). Query heads that
+share a key/value head are left to the kernel in the first, and folded into an axis in the second; no key is repeated.
 
-Letters, here and in every file: `B` sequences, `T` tokens, `H` query heads, `K` key/value heads, `G = H / K`
-query heads per key/value head, `D` head size, `S` slots of a cache's layer, `n` keys of one sequence, `L` layers.
+Letters, here and in every file: `B` sequences, `T` tokens (of one sequence or packed), `H` query heads, `K`
+key/value heads, `G = H / K`, `D` head size, `S` slots of a cache's layer, `n` keys of one sequence.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         is_causal=n == T and T > 1,
         enable_gqa=q.shape[1] != keys.shape[0],
     )
-    return out[0].transpose(0, 1).flatten(1)
+    return out[0].transpose(0, 1).flatten(1)  # [T, H * D]
 
 
 def attend_one_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor) -> Tensor:
@@ -44,7 +44,8 @@ def attend_one_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor) -> Te
     """
     B, H, D = q.shape
     K = keys.shape[1]
-    grouped = q.view(B, K, H // K, D) * (1 / math.sqrt(D))
+    grouped = q.view(B, K, H // K, D) * (1 / math.sqrt(D))  # [B, K, G, D]
     scores = grouped @ keys.transpose(-1, -2)  # [B, K, G, S]
     scores = scores.masked_fill(~held[:, None, None], float("-inf"))
+    # The sum over many slots loses digits in bf16.
     return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ values).reshape(B, H * D)

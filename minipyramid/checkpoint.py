@@ -1,4 +1,4 @@
-"""From a directory or a hub repository to a model: every parameter arrives, with its shape, or is named.
+"""From a directory to a model: every parameter is loaded with the right shape, or the error names it.
 
 The model is built on the `meta` device, where it takes no memory, and tensors are read from memory-mapped
 safetensors, joined where the model fuses projections, and assigned. Nothing is initialised to be overwritten.
@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils.tqdm import tqdm
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,67 +20,7 @@ from minipyramid.errors import CheckpointError
 from minipyramid.model import Model
 from minipyramid.rope import inverse_frequencies
 
-# `model*`, since a repository may hold the same weights again under other names and in other layouts.
-WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-          "tokenizer.model", "tokenizer_config.json", "added_tokens.json"]  # fmt: skip
-
 Progress = Callable[[int, int], None]  # parameters assigned, of how many
-
-
-class _Bar(tqdm):
-    """The hub's progress bars, on a terminal only: elsewhere stderr is for what is wrong."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or None})  # type: ignore[no-untyped-call]
-
-
-def locate(model: str | Path, revision: str | None = None) -> Path:
-    """The checkpoint's directory; a name that is no local path is fetched from the hub into its own cache.
-
-    Raises:
-        CheckpointError: nothing is there, access is refused, or the hub cannot be reached.
-    """
-    if not isinstance(model, (str, Path)) or not isinstance(revision, (str, type(None))):
-        raise TypeError(f"model is {model!r} at revision {revision!r}, expected a path or a repository id, and a name")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    name = str(model)
-    if path.exists():
-        raise CheckpointError(f"{name} is a file; expected a checkpoint's directory or a hub repository id")
-    if isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"{name} does not exist; expected a checkpoint's directory or a hub repository id")
-    at = f" at revision {revision!r}" if revision else ""
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, tqdm_class=_Bar))
-    except hub_errors.GatedRepoError as error:  # before RepositoryNotFoundError, of which it is one
-        raise CheckpointError(
-            f"{name} is gated; accept its terms on the hub and log in with `hf auth login`"
-        ) from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is neither a directory nor a repository that the hub shows; "
-            "check the name, or log in with `hf auth login` if it is private"
-        ) from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{name} has no revision {revision!r} on the hub; expected a branch, tag or commit"
-        ) from error
-    except hub_errors.HFValidationError as error:
-        raise CheckpointError(f"{name!r} is neither a directory nor a repository id of the form owner/name") from error
-    # What a download may still raise differs by the hub library's version (requests or httpx, the disk, a proxy).
-    except Exception as error:
-        # The hub library says "not in the cache" also where the hub did answer, but with an error.
-        why = error.__cause__ if isinstance(error.__cause__, hub_errors.HfHubHTTPError) else error
-        if isinstance(why, hub_errors.LocalEntryNotFoundError):
-            raise CheckpointError(
-                f"{name}{at} is neither a directory nor complete in the hub's cache, "
-                "and the hub cannot be reached or is set offline"
-            ) from error
-        reason = " ".join(str(why).split()) or type(why).__name__  # the file's name is not in its first line
-        raise CheckpointError(
-            f"{name}{at} could not be fetched from the hub; try again, or give a directory ({reason})"
-        ) from error
 
 
 def load(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device,
@@ -93,34 +30,31 @@ def load(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is missing, left over or misshapen.
     """
-    with torch.device("meta"):
-        model = Model(config)
     with ExitStack() as stack:
         tensors = _open(directory, stack)
         sources = _sources(config)
         # transformers ties where the head is absent or equal, and keeps a head that differs.
         if config.tie_word_embeddings and "lm_head.weight" not in tensors:
-            sources["lm_head"] = sources["embed_tokens"]
-        expected = {name for names in sources.values() for name, _ in names}
-        left_over = sorted(n for n in tensors.keys() - expected if not n.endswith("rotary_emb.inv_freq"))
-        if left_over:
-            raise CheckpointError(
-                f"{directory} holds {left_over[0]}, which a {config.num_hidden_layers}-layer Llama does not have"
-            )
+            del sources["lm_head"]
+        _check_shapes(tensors, sources, directory)
         state: dict[str, Tensor] = {}
         for name, parts in sources.items():
-            joined = torch.cat([_read(tensors, directory, part, shape).to(dtype) for part, shape in parts])
+            joined = torch.cat([_read(tensors, directory, part, dtype) for part, _ in parts])
             state[name] = joined.to(device)
             if progress:
                 progress(len(state), len(sources))
-    if config.tie_word_embeddings and torch.equal(state["lm_head"], state["embed_tokens"]):
-        state["lm_head"] = state["embed_tokens"]
+    embedding = state["embed_tokens"]
+    if config.tie_word_embeddings and torch.equal(state.get("lm_head", embedding), embedding):
+        state["lm_head"] = embedding
+    with torch.device("meta"):
+        model = Model(config)
     model.load_state_dict(state, strict=True, assign=True)
-    model.inv_freq = inverse_frequencies(config).to(device)  # not stored in checkpoints
+    model.inv_freq = inverse_frequencies(config).to(device)  # made on meta, where it has no values
     return model.requires_grad_(False).eval()
 
 
 Shape = tuple[int, ...]
+SINGLE = "model.safetensors"
 
 
 def _sources(config: ModelConfig) -> dict[str, list[tuple[str, Shape]]]:
@@ -152,43 +86,63 @@ Tensors = Mapping[str, tuple[Any, str]]  # tensor's name -> the open file that h
 def _open(directory: Path, stack: ExitStack) -> Tensors:
     """Open `model.safetensors`, or every shard that the index names; nothing is read yet."""
     index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if single.exists():
-        shards = [single.name]
-    elif index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{index} has no weight_map from tensors to shards")
-        shards = sorted(set(weight_map.values()))
-    else:
-        raise CheckpointError(f"{directory} has no weights; expected {single.name} or shards with {index.name}")
-    tensors: dict[str, tuple[Any, str]] = {}
-    for shard in shards:
-        path = directory / shard
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, though {index.name} names it; fetch the checkpoint again")
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
+    if (directory / SINGLE).exists():
+        file = _open_file(directory / SINGLE, stack)
+        return dict.fromkeys(file.keys(), (file, SINGLE))
+    if not index.exists():
+        raise CheckpointError(f"{directory} has no weights; expected {SINGLE} or shards with {index.name}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to shards; fetch it again")
+    files = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not (directory / shard).is_file():
             raise CheckpointError(
-                f"{path} is truncated or no safetensors file ({_first_line(error)}); fetch it again"
-            ) from error
-        tensors |= dict.fromkeys(file.keys(), (file, shard))
-    return tensors
+                f"{directory / shard} is missing, though {index.name} names it; fetch the checkpoint again"
+            )
+        files[shard] = _open_file(directory / shard, stack)
+    held = {shard: set(file.keys()) for shard, file in files.items()}
+    return {name: (files[shard], shard) for name, shard in weight_map.items() if name in held[shard]}
 
 
-def _read(tensors: Tensors, directory: Path, name: str, shape: Shape) -> Tensor:
-    if name not in tensors:
-        raise CheckpointError(f"{directory} lacks the tensor {name}, expected with shape {list(shape)}")
+def _open_file(path: Path, stack: ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or no safetensors file ({_first_line(error)}); fetch it again"
+        ) from error
+
+
+def _check_shapes(tensors: Tensors, sources: dict[str, list[tuple[str, Shape]]], directory: Path) -> None:
+    """Every tensor is there with its shape and no other is, before any is read."""
+    expected = dict(part for parts in sources.values() for part in parts)
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(f"{directory} lacks the tensor {name}, expected with shape {list(shape)}")
+        file, shard = tensors[name]
+        found = file.get_slice(name).get_shape()
+        if found != list(shape):
+            raise CheckpointError(
+                f"{directory / shard}: {name} has shape {found}, but config.json asks for {list(shape)}"
+            )
+    left_over = [n for n in tensors.keys() - expected.keys() if not n.endswith("rotary_emb.inv_freq")]
+    if left_over:
+        raise CheckpointError(
+            f"{directory} holds {min(left_over)}, which is no tensor of this Llama; check config.json"
+        )
+
+
+def _read(tensors: Tensors, directory: Path, name: str, dtype: torch.dtype) -> Tensor:
     file, shard = tensors[name]
-    found = file.get_slice(name).get_shape()
-    if found != list(shape):
-        raise CheckpointError(f"{directory / shard}: {name} has shape {found}, but config.json asks for {list(shape)}")
     tensor: Tensor = file.get_tensor(name)
     if not tensor.is_floating_point():
         raise CheckpointError(
             f"{directory / shard}: {name} holds {tensor.dtype}, expected floating point; quantised weights are not read"
         )
+    tensor = tensor.to(dtype)
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{directory / shard}: {name} has values that are not finite in {dtype}; fetch it again")
     return tensor
 
 

@@ -8,27 +8,40 @@ type) is an error here and never an approximation later.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minipyramid.errors import CheckpointError, ConfigError
 
-# Mistral is a Llama wherever its sliding window does not come into play.
-MODEL_TYPES = ("llama", "mistral")
-ROPE_TYPES = ("default", "linear", "llama3")
+DTYPES = ("float32", "bfloat16", "float16")
+# What each field must be for the model to be the one implemented; absent or null means the same. Mistral is a
+# Llama wherever its sliding window does not come into play.
+IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama", "mistral"),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "quantization_config": (),
+}
+# By rope type, the fields that it cannot do without.
+ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions: the base and how its frequencies are stretched for contexts longer than the original."""
+    """Rotary positions: the base, and how its frequencies are stretched for contexts longer than the original."""
 
-    rope_type: str = "default"
-    rope_theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 2048
+    rope_type: str
+    rope_theta: float
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,11 @@ class ModelConfig:
     tie_word_embeddings: bool
     rope: RopeConfig
     dtype: str
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of one token's key and value in one layer, with `itemsize` bytes a number."""
+        return 2 * self.num_key_value_heads * self.head_dim * itemsize
 
     @classmethod
     def load(cls, directory: Path) -> ModelConfig:
@@ -59,66 +75,72 @@ class ModelConfig:
             ConfigError: a field is absent, out of range, or asks for what the engine does not implement.
         """
         raw = read_json(directory / "config.json")
-        generation = directory / "generation_config.json"
-        more = read_json(generation) if generation.exists() else {}
+        more = read_json(directory / "generation_config.json", optional=True)
         return cls.from_dict(raw, str(directory / "config.json"), more.get("eos_token_id"))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json", more_eos: Any = None) -> ModelConfig:
         """The same from a dictionary; `source` names it in messages."""
         _refuse_unsupported(raw, source)
-
-        def integer(name: str, default: int | None = None) -> int:
-            value = default if raw.get(name) is None else raw[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{source}: {name} is {raw.get(name)!r}, expected a positive integer")
-            return value
-
-        hidden_size, heads = integer("hidden_size"), integer("num_attention_heads")
-        kv_heads = integer("num_key_value_heads", heads)
+        hidden_size = _positive(raw, "hidden_size", source, int)
+        heads = _positive(raw, "num_attention_heads", source, int)
+        kv_heads = _positive(raw, "num_key_value_heads", source, int, default=heads)
         if heads % kv_heads:
             raise ConfigError(
-                f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+                f"{source}: num_key_value_heads is {kv_heads}, expected a divisor of num_attention_heads {heads}"
             )
-        head_dim = integer("head_dim", hidden_size // heads)
+        head_dim = _positive(raw, "head_dim", source, int, default=hidden_size // heads)
         if head_dim % 2:
             raise ConfigError(f"{source}: head_dim is {head_dim}, expected an even number for rotary positions")
-        context = integer("max_position_embeddings")
-        window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
-        if window is not None and window < context:
-            raise ConfigError(
-                f"{source}: sliding_window {window} is shorter than max_position_embeddings {context} and is not "
-                f"implemented; lower max_position_embeddings to {window} to run within the window"
-            )
-        ids = [i for eos in (raw.get("eos_token_id"), more_eos) for i in (eos if isinstance(eos, list) else [eos])]
-        if not all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids):
-            raise ConfigError(f"{source}: eos_token_id is {raw.get('eos_token_id')!r}, expected an id or a list of ids")
-        tie = raw.get("tie_word_embeddings") or False
+        context = _positive(raw, "max_position_embeddings", source, int)
+        # Mistral's own default; null means no window.
+        window = {"sliding_window": 4096} if raw["model_type"] == "mistral" else {}
+        if (window | raw).get("sliding_window") is not None:
+            size = _positive(window | raw, "sliding_window", source, int)
+            if size < context:
+                raise ConfigError(
+                    f"{source}: sliding_window {size} is shorter than max_position_embeddings {context} and is not "
+                    f"implemented; lower max_position_embeddings to {size} to run within the window"
+                )
+        given = [raw.get("eos_token_id"), more_eos]
+        eos = [i for ids in given for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+        vocab_size = _positive(raw, "vocab_size", source, int)
+        if not all(type(i) is int and 0 <= i < vocab_size for i in eos):
+            where = f"{source}: eos_token_id (or that of generation_config.json)"
+            raise ConfigError(f"{where} is {eos!r:.60}, expected ids below {vocab_size}")
+        dtype = _first(raw.get("dtype"), raw.get("torch_dtype"), "float32")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ConfigError(f"{source}: dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        tie = _first(raw.get("tie_word_embeddings"), False)
         if not isinstance(tie, bool):
             raise ConfigError(f"{source}: tie_word_embeddings is {tie!r}, expected true or false")
         return cls(
-            vocab_size=integer("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
-            intermediate_size=integer("intermediate_size"),
-            num_hidden_layers=integer("num_hidden_layers"),
+            intermediate_size=_positive(raw, "intermediate_size", source, int),
+            num_hidden_layers=_positive(raw, "num_hidden_layers", source, int, most=4096),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=context,
-            rms_norm_eps=_number(raw, "rms_norm_eps", source, default=1e-6),
+            rms_norm_eps=_positive(raw, "rms_norm_eps", source, float, default=1e-6),
             tie_word_embeddings=tie,
             rope=_rope(raw, source, context),
-            dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=tuple(dict.fromkeys(i for i in ids if i is not None)),
+            dtype=dtype,
+            eos_token_ids=tuple(dict.fromkeys(eos)),
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file; `CheckpointError` where it is missing, unreadable or something else."""
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """An object from a JSON file, an empty one for an absent `optional` file.
+
+    Raises `CheckpointError` where it is missing, unreadable (a dangling link as well) or something else.
+    """
+    if optional and not path.exists() and not path.is_symlink():
+        return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise CheckpointError(f"{path} {reason}; expected a checkpoint in the Hugging Face layout") from error
     if not isinstance(value, dict):
@@ -126,57 +148,60 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _number(values: dict[str, Any], name: str, source: str, default: float) -> float:
-    value = default if values.get(name) is None else values[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ConfigError(f"{source}: {name} is {value!r}, expected a positive number")
-    return float(value)
+def _positive(
+    raw: Mapping[str, Any],
+    name: str,
+    source: str,
+    kind: type[Number],
+    *,
+    default: Number | None = None,
+    most: int = 2**40,
+) -> Number:
+    """A field that must be a positive number, and one that arithmetic survives; null means absent."""
+    value: Any = default if raw.get(name) is None else raw[name]
+    accepted = (int,) if kind is int else (int, float)
+    if type(value) in accepted and 1e-20 < value <= most:
+        return kind(value)
+    what = "a positive integer" if kind is int else "a positive number"
+    raise ConfigError(f"{source}: {name} is {raw.get(name)!r:.60}, expected {what} up to {most}")
 
 
-def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
-    if raw.get("model_type") not in MODEL_TYPES:
-        raise ConfigError(
-            f"{source}: model_type is {raw.get('model_type')!r}, but only the Llama decoder is implemented "
-            f"({', '.join(MODEL_TYPES)})"
-        )
-    # What each field must be for the model to be the one implemented; absent means the same.
-    plain: dict[str, tuple[Any, ...]] = {
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "hidden_act": ("silu", "swish"),
-        "quantization_config": (),
-        "partial_rotary_factor": (1, 1.0),
-    }
-    for name, allowed in plain.items():
+def _first(*values: Any) -> Any:
+    """The first that is given: null means absent, but 0 or an empty text is a value, and maybe a wrong one."""
+    return next(value for value in values if value is not None)
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
+    for name, allowed in IMPLEMENTED.items():
         value = raw.get(name)
-        if value is not None and value not in allowed:
-            expected = f"expected {allowed[0]!r}" if allowed else "expected plain weights"
+        if value not in allowed and (value is not None or name == "model_type"):
+            expected = f"expected {' or '.join(map(repr, allowed))}" if allowed else "expected plain weights"
             raise ConfigError(f"{source}: {name} is {value!r}, which is not implemented; {expected}")
 
 
-def _rope(raw: dict[str, Any], source: str, context: int) -> RopeConfig:
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+def _rope(raw: Mapping[str, Any], source: str, context: int) -> RopeConfig:
+    scaling = _first(raw.get("rope_parameters"), raw.get("rope_scaling"), {})
     if not isinstance(scaling, dict):
         raise ConfigError(f"{source}: the rope settings are {scaling!r}, expected an object")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"{source}: rope_type is {kind!r}, expected one of {', '.join(ROPE_TYPES)}")
-    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ConfigError(f"{source}: partial_rotary_factor is not implemented; expected whole heads to be rotated")
-    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    for name in needed.get(kind, ()):
+    kind = _first(scaling.get("rope_type"), scaling.get("type"), "default")
+    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
+        raise ConfigError(f"{source}: rope_type is {kind!r}, expected one of {', '.join(ROPE_NEEDS)}")
+    _refuse_unsupported({"model_type": "llama", **scaling}, source)  # transformers 5 may put partial rotation here
+    for name in ROPE_NEEDS[kind]:
         if scaling.get(name) is None:
             raise ConfigError(f"{source}: rope_type {kind!r} needs {name}, which is absent")
-    theta_of = scaling if scaling.get("rope_theta") is not None else raw
-    original = scaling.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+    # transformers 4 writes two of the fields beside rope_scaling instead of into it.
+    fields = {**raw, **{name: value for name, value in scaling.items() if value is not None}}
     rope = RopeConfig(
         rope_type=kind,
-        rope_theta=_number(theta_of, "rope_theta", source, default=10000.0),
-        factor=_number(scaling, "factor", source, default=1.0),
-        low_freq_factor=_number(scaling, "low_freq_factor", source, default=1.0),
-        high_freq_factor=_number(scaling, "high_freq_factor", source, default=4.0),
-        original_max_position_embeddings=original or context,
+        rope_theta=_positive(fields, "rope_theta", source, float, default=10000.0),
+        factor=_positive(fields, "factor", source, float, default=1.0),
+        low_freq_factor=_positive(fields, "low_freq_factor", source, float, default=1.0),
+        high_freq_factor=_positive(fields, "high_freq_factor", source, float, default=4.0),
+        original_max_position_embeddings=_positive(
+            fields, "original_max_position_embeddings", source, int, default=context
+        ),
     )
     if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
-        raise ConfigError(f"{source}: high_freq_factor must be above low_freq_factor {rope.low_freq_factor}")
+        raise ConfigError(f"{source}: high_freq_factor is {rope.high_freq_factor}, expected more than low_freq_factor")
     return rope

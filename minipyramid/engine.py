@@ -2,13 +2,14 @@
 
 A request becomes a `Sequence`, the plan says how much cache all of them need, the cache is allotted, the prompts
 are computed, and then every step takes one token of each running sequence. A sequence that has ended leaves its
-row and costs nothing from then on.
+row and is computed no further.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator
+from operator import index
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +21,13 @@ from minipyramid.cache import KVCache
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.errors import RequestError, TokenizerError
-from minipyramid.plan import Plan, plan
+from minipyramid.hub import locate
+from minipyramid.plan import Plan, make_plan
 from minipyramid.request import Completion, Prefill, Prompt, Prompts, Sequence, as_list, check_ids, check_length
 from minipyramid.sampling import SamplingParams, choose, make_generator
-from minipyramid.tokenizer import TextStream, load_tokenizer
+from minipyramid.tokenizer import TextStream, Tokenizer, load_tokenizer
 
-# Prompts are computed so many tokens at a time, or one prompt at a time where it is longer.
+# Prompts are computed together up to this many tokens, and a longer one alone.
 PREFILL_TOKENS = 4096
 
 
@@ -34,7 +36,8 @@ class LLM:
 
     Args:
         model: a checkpoint's directory in the Hugging Face layout, or a hub repository id.
-        dtype: "auto" (the checkpoint's, but float32 where this processor is slow with it), or a name of `DTYPES`.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as bf16, and
+            both as float32 where the processor has no bf16 instructions.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
         revision: branch, tag or commit of a hub repository.
         progress: called with (parameters loaded, of how many) while loading.
@@ -52,11 +55,11 @@ class LLM:
         revision: str | None = None,
         progress: checkpoint.Progress | None = None,
     ) -> None:
-        directory = checkpoint.locate(model, revision)
+        directory = locate(model, revision, progress=progress is not None)
         self.config = ModelConfig.load(directory)
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.config.dtype, self.device)
-        self.tokenizer, self._no_tokenizer = load_tokenizer(directory, self.config.vocab_size)
+        self.tokenizer = load_tokenizer(directory, self.config.vocab_size)
         self.model = checkpoint.load(directory, self.config, self.dtype, self.device, progress)
 
     def generate(
@@ -74,8 +77,8 @@ class LLM:
     def completions(
         self, prompts: Prompts, params: SamplingParams | list[SamplingParams] | None = None
     ) -> Iterator[tuple[int, Completion]]:
-        """The same as they are finished: (index of the prompt, completion). Raises like `generate`."""
-        sequences = self._sequences(prompts, params)
+        """Like `generate`, but each as it is finished, with the index of its prompt."""
+        sequences = self._sequences(as_list(prompts), params)
         return ((s.index, s.completion) for s, _ in self._run(sequences) if s.completion)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[str, None, Completion]:
@@ -88,12 +91,13 @@ class LLM:
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> list[Prefill]:
         """Compute prompts and tell what the cache holds of each, and the scores of the token that comes next."""
-        sequences = self._sequences(prompts, SamplingParams(max_new_tokens=1), new_tokens=0)
+        sequences = self._sequences(as_list(prompts), SamplingParams(max_new_tokens=1), new_tokens=0)
         if not sequences:
             return []
         cache, logits = self._prefill(sequences)
         lengths = [cache.row_lengths(row) for row in range(len(sequences))]
-        return [Prefill(logits[i], [list(range(n)) for n in row], row) for i, row in enumerate(lengths)]
+        # Nothing is pruned, so a layer's slots are the positions.
+        return [Prefill(logits[row], [list(range(n)) for n in held], held) for row, held in enumerate(lengths)]
 
     @torch.inference_mode()
     def score(self, prompt: Prompt, continuation: Prompt) -> list[float]:
@@ -109,10 +113,13 @@ class LLM:
 
     def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> Plan:
         """What prompts of these lengths (tokens) will hold at the end of generation; nothing is allotted."""
-        lengths = list(prompt_lengths)
-        return plan(self.config, lengths, [max_new_tokens] * len(lengths), self.dtype.itemsize)
-
-    # --- inside ---
+        lengths = [index(length) for length in prompt_lengths]
+        new = SamplingParams(max_new_tokens=max_new_tokens).max_new_tokens
+        if not lengths:
+            raise RequestError("no prompt lengths are given; give at least one")
+        for i, length in enumerate(lengths):
+            check_length(length, new, f"prompt {i}", self.config)
+        return make_plan(self.config, lengths, [new] * len(lengths), self.dtype.itemsize)
 
     def _pieces(self, sequence: Sequence) -> Generator[str, None, Completion]:
         for _, piece in self._run([sequence]):
@@ -127,27 +134,30 @@ class LLM:
             return
         began = time.perf_counter()
         cache, logits = self._prefill(sequences)
-        ready = time.perf_counter()
         running = list(sequences)  # running[i] has row i of the cache and of the logits
+        tokens = self._choose(logits, running)
+        prefill_s = time.perf_counter() - began  # taken behind the first transfer: a device computes asynchronously
+        began = time.perf_counter()
         while running:
-            for sequence, token in zip(running, self._choose(logits, running), strict=True):
-                yield sequence, sequence.accept(token)
-            # Also for those that end here: their last token belongs into the cache, as the plan counts it.
-            ids = self._tensor([sequence.token_ids[-1] for sequence in running])
-            x = self.model(ids, [1] * len(running), list(range(len(running))), cache)
+            for sequence, token in zip(running, tokens, strict=True):
+                piece, left = sequence.accept(token), time.perf_counter()
+                yield sequence, piece
+                began += time.perf_counter() - left  # what the caller does meanwhile is not decoding
+            # Also for those that end here: their last token belongs in the cache, as the plan counts it.
+            x = self.model(self._tensor(tokens), [1] * len(running), list(range(len(running))), cache)
             finished = [row for row, sequence in enumerate(running) if sequence.finish_reason]
             for row in finished:
-                seconds = (ready - began, time.perf_counter() - ready)
-                running[row].completion = self._complete(running[row], cache, row, *seconds)
+                decode_s = time.perf_counter() - began
+                running[row].completion = self._complete(running[row], cache, row, prefill_s, decode_s)
                 yield running[row], ""
             order = cache.retire(finished)
-            running, x = [running[row] for row in order], x[order]
-            logits = self.model.logits(x)
+            running = [running[row] for row in order]
+            tokens = self._choose(self.model.logits(x[order]), running) if running else []
 
     def _prefill(self, sequences: list[Sequence]) -> tuple[KVCache, Tensor]:
         """Allot the cache and compute the prompts; returns the scores of each one's next token [B, vocab_size]."""
         lengths = [len(s.prompt) for s in sequences]
-        planned = plan(self.config, lengths, [s.params.max_new_tokens for s in sequences], self.dtype.itemsize)
+        planned = make_plan(self.config, lengths, [s.params.max_new_tokens for s in sequences], self.dtype.itemsize)
         cache = KVCache.allot(self.config, planned.slots, len(sequences), self.dtype, self.device)
         last: list[Tensor] = []
         for rows in _groups(lengths, PREFILL_TOKENS):
@@ -158,7 +168,7 @@ class LLM:
         return cache, self.model.logits(torch.cat(last))
 
     def _choose(self, logits: Tensor, running: list[Sequence]) -> list[int]:
-        """The next token of every running sequence, fetched from the device at once."""
+        """The next token of every running sequence, in one transfer from the device."""
         chosen = torch.stack(
             [choose(row, s.params, s.generator, s.seen) for row, s in zip(logits, running, strict=True)]
         )
@@ -184,42 +194,51 @@ class LLM:
         )
 
     def _sequences(
-        self, prompts: Prompts, params: SamplingParams | list[SamplingParams] | None, new_tokens: int | None = None
+        self, prompts: list[Any], params: SamplingParams | list[SamplingParams] | None, new_tokens: int | None = None
     ) -> list[Sequence]:
         """Check a call's prompts and parameters, and tokenise."""
-        many = as_list(prompts)
-        each = params if isinstance(params, list) else [params or SamplingParams()] * len(many)
-        if len(each) != len(many):
-            raise RequestError(f"{len(each)} sampling parameters for {len(many)} prompts; give one, or one per prompt")
+        each = params if isinstance(params, list) else [SamplingParams() if params is None else params] * len(prompts)
+        if len(each) != len(prompts):
+            raise RequestError(
+                f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one per prompt"
+            )
         made = []
-        for i, (prompt, p) in enumerate(zip(many, each, strict=True)):
+        for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
             if not isinstance(p, SamplingParams):
                 raise TypeError(f"params is {p!r}, expected SamplingParams or a list of them")
-            name = "the prompt" if len(many) == 1 else f"prompt {i}"
+            name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
             ids = self._ids(prompt, name)
             check_length(len(ids), p.max_new_tokens if new_tokens is None else new_tokens, name, self.config)
-            if p.stops and self.tokenizer is None:
-                raise TokenizerError(self._no_tokenizer)
+            if p.stop:
+                self._need_tokenizer()
             seen = None
             if p.repetition_penalty != 1:
                 seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
                 seen[self._tensor(ids)] = True
-            stream, generator = TextStream(self.tokenizer, p.stops), make_generator(p, self.device)
-            made.append(Sequence(i, ids, p, self.config.eos_token_ids, stream, generator, seen))
+            # A space before the first word belongs to the text only if something stands before it.
+            at_start = self.tokenizer is not None and not self.tokenizer.decode(ids, continues=True)
+            stream = TextStream(self.tokenizer, p.stop, at_start=at_start)
+            made.append(Sequence(i, ids, p, self.config.eos_token_ids, stream, make_generator(p, self.device), seen))
         return made
 
     def _ids(self, given: Any, name: str, continues: bool = False) -> list[int]:
         """Token ids of a text or of ids; neither may be empty."""
-        if not given and isinstance(given, (str, list)):
-            raise RequestError(f"{name} is empty; give at least one character or token")
-        if not isinstance(given, str):
-            return check_ids(given, name, self.config)
-        if self.tokenizer is None:
-            raise TokenizerError(self._no_tokenizer)
         try:
-            return self.tokenizer.encode(given, continues=continues)
+            ids = given
+            if isinstance(given, str):
+                ids = self._need_tokenizer().encode(given, continues=continues) if given else []
         except UnicodeEncodeError as error:
-            raise RequestError(f"{name} is no valid Unicode ({error.reason}); give UTF-8 text") from error
+            raise RequestError(f"{name} is not valid Unicode ({error.reason}); give UTF-8 text") from error
+        if isinstance(ids, list) and not ids:
+            raise RequestError(f"{name} is empty; give at least one token")
+        return check_ids(ids, name, self.config)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError(
+                "the checkpoint has no tokenizer.model (tokenizer.json is not read); give token ids, or add it"
+            )
+        return self.tokenizer
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, device=self.device)

@@ -6,6 +6,7 @@ Exit status 0; 2 for bad input; 130 after Ctrl-C, with what was finished kept; 1
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -20,18 +21,25 @@ from minipyramid import LLM, Completion, MiniPyramidError, RequestError, Samplin
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "weights" / "storyteller"
 SLOW_LOAD_S = 1.0
+MOST_THREADS = 1024  # beyond, starting them fails
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        print_error(message)
+        self.exit(2)
+
+
+def print_error(error: object) -> None:
+    """One line on stderr, also where what it names holds a line break."""
+    print("minipyramid: error:", " ".join(str(error).split()), file=sys.stderr)
 
 
 def build_parser() -> Parser:
     """The flags; those of sampling have the names and defaults of `SamplingParams`."""
-    parser = Parser(prog="minipyramid", description="Continue a prompt with a Llama checkpoint.")
+    parser = Parser(prog="minipyramid", allow_abbrev=False, description="Continue a prompt with a Llama checkpoint.")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue")
     parser.add_argument(
         "--prompt", dest="prompts", metavar="TEXT", action="append", default=[], help="may be given several times"
@@ -59,7 +67,7 @@ def build_parser() -> Parser:
     sampling.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be given several times"
     )
-    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on behind the end of text")
+    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end of text")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout instead of text")
     output.add_argument("--stats", action="store_true", help="the same figures on stderr after the text")
@@ -70,13 +78,19 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # a text may hold what the terminal's own encoding lacks
     try:
         run(args)
+        sys.stdout.flush()  # here, where a failure can still be told
     except MiniPyramidError as error:
-        print(f"minipyramid: error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except BrokenPipeError:  # the reader has seen enough, as in `minipyramid ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk behind a redirection, say
+        print_error(f"the output cannot be written ({error})")
+        return 2
     except KeyboardInterrupt:
         print("\nminipyramid: interrupted", file=sys.stderr)
         return 130
@@ -87,27 +101,38 @@ def run(args: argparse.Namespace) -> None:
     """Load, generate, print; a single prompt is streamed."""
     prompts, params = read_prompts(args), read_params(args)
     if args.threads is not None:
-        if args.threads < 1:
-            raise RequestError(f"--threads is {args.threads}, expected at least 1")
+        if not 1 <= args.threads <= MOST_THREADS:
+            raise RequestError(f"--threads is {args.threads}, expected 1 to {MOST_THREADS}")
         torch.set_num_threads(args.threads)
     with LoadingLine(quiet=args.quiet) as line:
-        llm = LLM(args.model, dtype=args.dtype, device=args.device, revision=args.revision, progress=line.update)
+        llm = LLM(
+            args.model,
+            dtype=args.dtype,
+            device=args.device,
+            revision=args.revision,
+            progress=None if args.quiet else line.update,
+        )
     done: dict[int, Completion] = {}
-    try:
-        if len(prompts) == 1 and not args.json:
-            done[0] = stream(llm, prompts[0], params)
-        else:
-            done.update(llm.completions(prompts, params))
-    finally:  # also after Ctrl-C: what was finished is kept
-        finished = [done[i] for i in sorted(done)]
-        if args.json:
-            figures = [describe(completion) for completion in finished]
-            print(json.dumps(figures[0] if len(prompts) == 1 and figures else {"completions": figures}))
-        elif len(prompts) > 1:
-            print("\n\n".join(completion.text for completion in finished))
-        if args.stats:
-            for completion in finished:
-                print_stats(completion)
+    if len(prompts) == 1 and not args.json:
+        done[0] = stream(llm, prompts[0], params)
+    else:
+        completions = llm.completions(prompts, params)
+        try:
+            done.update(completions)
+        finally:  # also after Ctrl-C: what was finished is kept
+            print_all([done[i] for i in sorted(done)], args.json, single=len(prompts) == 1)
+    if args.stats:
+        for i in sorted(done):
+            print_stats(done[i])
+
+
+def print_all(completions: list[Completion], as_json: bool, single: bool) -> None:
+    """Texts with an empty line between them, or one JSON object; nothing where nothing was finished."""
+    if as_json and completions:
+        figures = [describe(completion) for completion in completions]
+        print(json.dumps(figures[0] if single else {"completions": figures}))
+    elif completions:
+        print("\n\n".join(completion.text for completion in completions))
 
 
 def stream(llm: LLM, prompt: str, params: SamplingParams) -> Completion:
@@ -129,6 +154,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts: list[str] = ([args.prompt] if args.prompt is not None else []) + args.prompts
     if args.prompt_file is not None:
         try:
+            if args.prompt_file == "-" and sys.stdin is None:
+                raise OSError("stdin is closed")
             data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
             prompts.append(data.decode("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -177,7 +204,7 @@ class LoadingLine:
 
     def __init__(self, quiet: bool) -> None:
         self.shown = False
-        self.wanted = sys.stderr.isatty() and not quiet
+        self.wanted = sys.stderr is not None and sys.stderr.isatty() and not quiet
         self.began = time.monotonic()
 
     def __enter__(self) -> LoadingLine:

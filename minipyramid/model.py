@@ -20,6 +20,11 @@ from minipyramid.config import ModelConfig
 from minipyramid.rope import inverse_frequencies, rotate, rotations
 
 
+def rms_norm(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
+    """Scale each token's vector to a root mean square of 1, then by `weight`.  [T, hidden_size] -> same"""
+    return F.rms_norm(x, weight.shape, weight, config.rms_norm_eps)
+
+
 class Layer(nn.Module):
     """Attention, then SwiGLU, each on a normed input and added to the residual stream.
 
@@ -38,18 +43,16 @@ class Layer(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(2 * ffn, hidden))
         self.down_proj = nn.Parameter(torch.empty(hidden, ffn))
 
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
-
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, D], keys and values [T, K, D], rotated."""
+        """Queries [T, H, D] and keys [T, K, D], rotated, and values [T, K, D], of the normed input."""
         H, K, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        heads = F.linear(self.norm(x, self.input_layernorm), self.qkv_proj).view(-1, H + 2 * K, D)
+        heads = F.linear(rms_norm(x, self.input_layernorm, self.config), self.qkv_proj).view(-1, H + 2 * K, D)
         q, k = torch.split(rotate(heads[:, : H + K], cos, sin), [H, K], dim=1)
         return q, k, heads[:, H + K :]
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(self.norm(x, self.post_attention_layernorm), self.gate_up_proj).chunk(2, dim=-1)
+        """SwiGLU of the normed input.  [T, hidden_size] -> same"""
+        gate, up = F.linear(rms_norm(x, self.post_attention_layernorm, self.config), self.gate_up_proj).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, self.down_proj)
 
 
@@ -76,12 +79,15 @@ class Model(nn.Module):
         spans = [torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
         positions = torch.cat(spans).to(ids.device)  # [T]
         cos, sin = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # [T, 1, D / 2]
+        # One more token of every row: all of them attend in one batched product.
         one_each = max(counts) == 1 and rows == list(range(len(cache.positions)))
+        # Of all layers at once: a copy to the device for each would stall it as often.
+        lengths = torch.tensor(cache.lengths, device=ids.device) if one_each else None  # [L, B]
         x = F.embedding(ids, self.embed_tokens)  # [T, hidden_size]
         for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
             q, k, v = layer.qkv(x, cos, sin)
-            if one_each:
-                mixed = attend_one_each(q, *cache.append_one_each(i, k, v))
+            if lengths is not None:
+                mixed = attend_one_each(q, *cache.append_one_each(i, k, v, lengths[i]))  # [T, H * D]
             else:
                 parts = zip(rows, *(torch.split(t, counts) for t in (q, k, v)), strict=True)
                 mixed = torch.cat([attend(q_, *cache.append(i, row, k_, v_)) for row, q_, k_, v_ in parts])
@@ -93,5 +99,4 @@ class Model(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores of the next token.  [T, hidden_size] -> [T, vocab_size] float32"""
-        normed = F.rms_norm(x, self.norm.shape, self.norm, self.config.rms_norm_eps)
-        return F.linear(normed, self.lm_head).float()
+        return F.linear(rms_norm(x, self.norm, self.config), self.lm_head).float()

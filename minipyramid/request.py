@@ -44,7 +44,7 @@ class Prefill:
 
 @dataclass
 class Sequence:
-    """A request that is being served."""
+    """A prompt that is being continued."""
 
     index: int  # place among the prompts of its call
     prompt: list[int]
@@ -88,15 +88,17 @@ def as_list(prompts: Any) -> list[Any]:
 def check_ids(ids: Any, name: str, config: ModelConfig) -> list[int]:
     """Token ids as they were given, if they are ids of this vocabulary."""
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise TypeError(f"{name} is a {type(ids).__name__}, expected a text or a list of token ids")
+        raise TypeError(f"{name} is {ids!r:.60}, expected a text or a list of token ids")
     wrong = [i for i in ids if not 0 <= i < config.vocab_size]
     if wrong:
         raise RequestError(f"{name} holds the token id {wrong[0]}, expected 0 to {config.vocab_size - 1}")
-    return ids
+    return list(ids)  # a caller may go on changing theirs
 
 
 def check_length(prompt: int, new: int, name: str, config: ModelConfig) -> None:
-    """Refuse what would run past the positions that the model was trained for."""
+    """Refuse what is empty or would run past the positions that the model was trained for."""
+    if prompt < 1:
+        raise RequestError(f"{name} has {prompt} tokens, expected at least 1")
     context = config.max_position_embeddings
     if prompt + new > context:
         over = f"{name} has {prompt} tokens, which with {new} new ones is more than the context of {context}"

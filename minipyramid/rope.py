@@ -1,7 +1,6 @@
 """Rotary positions (RoPE, Su et al. 2021): a query and a key are rotated by angles that grow with their position.
 
-Keys are rotated once, at their original positions, before they enter the cache. What pruning removes leaves a
-gap and renumbers nobody, which is the form that the PyramidInfer paper found slightly better.
+Keys are rotated once, at their original positions, before they enter the cache.
 """
 
 from __future__ import annotations
@@ -11,34 +10,25 @@ import math
 import torch
 from torch import Tensor
 
-from minipyramid.config import ModelConfig, RopeConfig
+from minipyramid.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position for each pair of components, after scaling.  [D / 2] float32
 
-    `linear` slows every pair by `factor`; `llama3` only those whose wave is longer than the original context,
-    with a smooth passage between `low_freq_factor` and `high_freq_factor` waves per context.
+    `linear` slows every pair by `factor`; `llama3` fully below `low_freq_factor` waves per original context, not at
+    all above `high_freq_factor`, and blended between them.
     """
     rope, D = config.rope, config.head_dim
     inv_freq = 1.0 / rope.rope_theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)  # [D / 2]
-    scale = {"default": _unscaled, "linear": _linear, "llama3": _llama3}[rope.rope_type]
-    return scale(inv_freq, rope)
-
-
-def _unscaled(inv_freq: Tensor, rope: RopeConfig) -> Tensor:
+    if rope.rope_type == "linear":
+        return inv_freq / rope.factor
+    if rope.rope_type == "llama3":
+        waves = rope.original_max_position_embeddings * inv_freq / (2 * math.pi)  # per original context
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        keep = ((waves - low) / (high - low)).clamp(0, 1)  # 0: slowed by the factor, 1: left as it is
+        return (1 - keep) * inv_freq / rope.factor + keep * inv_freq
     return inv_freq
-
-
-def _linear(inv_freq: Tensor, rope: RopeConfig) -> Tensor:
-    return inv_freq / rope.factor
-
-
-def _llama3(inv_freq: Tensor, rope: RopeConfig) -> Tensor:
-    waves = rope.original_max_position_embeddings * inv_freq / (2 * math.pi)  # per original context
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    keep = ((waves - low) / (high - low)).clamp(0, 1)  # 0: slowed by the factor, 1: left as it is
-    return (1 - keep) * inv_freq / rope.factor + keep * inv_freq
 
 
 def rotations(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -48,6 +38,6 @@ def rotations(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate every head; component i is paired with i + D / 2, as Hugging Face stores them.  [T, H, D]"""
+    """Rotate every head; component i is paired with i + D / 2, as Hugging Face stores them.  [T, heads, D] -> same"""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,34 +1,49 @@
-"""From logits to the next token, each sequence by its own parameters and its own random generator.
+"""What a caller may ask of a continuation, and the way from logits to the next token.
 
-Every row is treated by itself, so a text depends on its seed and never on what else is in the batch.
+Each sequence has its own parameters and its own random generator and is treated by itself, so a text depends on its
+seed and never on what else is in the batch.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minipyramid.errors import RequestError
 
+# field: type, lowest, highest, in words
+RANGES: dict[str, tuple[type, float, float, str]] = {
+    "max_new_tokens": (int, 1, math.inf, "at least 1"),
+    "temperature": (float, 0, 1e30, "0 (greedy) or a positive number"),
+    "top_k": (int, 0, math.inf, "0 (off) or more"),
+    "top_p": (float, math.ulp(0.0), 1, "above 0 and at most 1"),
+    "min_p": (float, 0, 1, "0 to 1"),
+    "repetition_penalty": (float, 0.01, 100, "0.01 to 100"),
+    "seed": (int, 0, 2**63 - 1, "0 to 2**63 - 1"),
+    "ignore_eos": (bool, False, True, ""),
+    "logprobs": (bool, False, True, ""),
+}
+# Python's own rule, less bool as a number.
+ACCEPTED: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a text is continued. The order is that of the field: penalty, temperature, top_k, top_p, min_p.
+    """How a text is continued. Applied in this order: repetition_penalty, temperature, top_k, top_p, min_p.
 
     Attributes:
-        max_new_tokens: generate at most so many.
+        max_new_tokens: generate at most this many.
         temperature: 0 takes the likeliest token; higher is more varied.
-        top_k: draw from the k likeliest; 0 from all.
+        top_k: draw from the k likeliest (and those that tie with the last); 0 from all.
         top_p: draw from the likeliest tokens that together reach this probability.
         min_p: draw from tokens at least this fraction as likely as the likeliest.
         repetition_penalty: above 1 makes tokens of the prompt and the text so far less likely (Keskar et al., 2019).
-        stop: texts that end the generation, themselves left out.
+        stop: texts that end the generation, themselves left out; kept as a tuple.
         seed: the same seed gives the same text; None draws one.
-        ignore_eos: go on behind the end-of-text token, to a fixed length.
+        ignore_eos: go on past the end-of-text token, to a fixed length.
         logprobs: report the log-probability of each generated token, before penalty and temperature.
 
     Raises:
@@ -48,48 +63,21 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in RANGES:
-                kind, lowest, highest, expected = RANGES[field.name]
-                _check_type(field.name, value, kind)
-                if not lowest <= value <= highest:
-                    raise RequestError(f"{field.name} is {value}, expected {expected}")
-            elif field.name in ("ignore_eos", "logprobs"):
-                _check_type(field.name, value, bool)
-        if self.seed is not None:
-            _check_type("seed", self.seed, int)
-            if not 0 <= self.seed < 2**63:
-                raise RequestError(f"seed is {self.seed}, expected 0 to 2**63 - 1")
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        for name, (kind, lowest, highest, expected) in RANGES.items():
+            value = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
+            if type(value) not in ACCEPTED[kind]:
+                raise TypeError(f"{name} is {value!r}, expected {kind.__name__}")
+            if not lowest <= value <= highest:
+                raise RequestError(f"{name} is {value}, expected {expected}")
+            object.__setattr__(self, name, kind(value))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) for s in stop):
             raise TypeError(f"stop is {self.stop!r}, expected a text or a list of texts")
         if "" in stop:
             raise RequestError("stop holds an empty text, which would end every generation at once; leave it out")
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """`stop` as a tuple, also where it was given as one text."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-
-_TINY = math.ulp(0.0)
-_MOST = 1e30
-# field: type, lowest, highest, in words
-RANGES: dict[str, tuple[type, float, float, str]] = {
-    "max_new_tokens": (int, 1, _MOST, "at least 1"),
-    "temperature": (float, 0, _MOST, "0 (greedy) or a positive number"),
-    "top_k": (int, 0, _MOST, "0 (off) or more"),
-    "top_p": (float, _TINY, 1, "above 0 and at most 1"),
-    "min_p": (float, 0, 1, "0 to 1"),
-    "repetition_penalty": (float, _TINY, _MOST, "a positive number"),
-}
-
-
-def _check_type(name: str, value: Any, kind: type) -> None:
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} is {value!r}, expected {'a number' if kind is float else kind.__name__}")
+        object.__setattr__(self, "stop", tuple(stop))
 
 
 def make_generator(params: SamplingParams, device: torch.device) -> torch.Generator:
@@ -115,18 +103,19 @@ def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator, s
         return logits.argmax()
     # Shifted, and the temperature kept from rounding to 0, so that neither end overflows to a NaN.
     probs = ((logits - logits.max()) / max(params.temperature, 1e-30)).softmax(-1)  # [vocab_size]
-    probs = _keep(probs, params)
+    probs = _filter(probs, params)
     # The largest of p / e, e drawn from an exponential, is a draw from p: no sync, unlike torch.multinomial.
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax()
 
 
-def _keep(probs: Tensor, params: SamplingParams) -> Tensor:
+def _filter(probs: Tensor, params: SamplingParams) -> Tensor:
     """Set the tokens that top_k, top_p and min_p leave out to 0."""
     if 0 < params.top_k < len(probs):
         probs = torch.where(probs < probs.topk(params.top_k).values[-1], 0.0, probs)
-        probs = probs / probs.sum()
+        probs = probs / probs.sum()  # top_p is a share of what top_k left
     if params.top_p < 1:
         ordered, ids = probs.sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered >= params.top_p  # what stands before a token already suffices
-        probs = probs.index_fill(0, ids[beyond], 0.0) if bool(beyond.any()) else probs
+        beyond[0] = False  # a top_p that rounds to 0 leaves the likeliest
+        probs = torch.zeros_like(probs).scatter(0, ids, ordered.masked_fill(beyond, 0.0))
     return torch.where(probs < params.min_p * probs.max(), 0.0, probs)

@@ -1,8 +1,8 @@
 """Text to token ids and back, by sentencepiece, and the text of a running generation, piece by piece.
 
-Two things that a plain `encode` and `decode` get wrong are mended here. sentencepiece takes `</s>` in a text for
-six letters and knows no tokens that were added later, so texts are split on special tokens first. And decoding
-token by token loses spaces and breaks characters that span tokens, so ids are turned into bytes, one table
+Two things that a plain `encode` and `decode` get wrong are handled here. sentencepiece takes `</s>` in a text for
+four plain characters and knows no tokens that were added later, so texts are split on special tokens first. And
+decoding token by token loses spaces and breaks characters that span tokens, so ids are turned into bytes, one table
 look-up each, and an incremental UTF-8 decoder says how much of them is text already.
 """
 
@@ -11,7 +11,9 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable
+from operator import index
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
@@ -22,37 +24,35 @@ from minipyramid.errors import TokenizerError
 class Tokenizer:
     """A checkpoint's `tokenizer.model`, with what `added_tokens.json` and `tokenizer_config.json` lay over it."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises `TokenizerError` where the file is missing or no sentencepiece model."""
+    def __init__(self, directory: Path, vocab_size: int) -> None:
+        """Raises `TokenizerError` where a file is unreadable or has not the model's `vocab_size`."""
         file = directory / "tokenizer.model"
-        if not file.is_file():
-            found = "only tokenizer.json, which is not read" if (directory / "tokenizer.json").exists() else "none"
-            raise TokenizerError(
-                f"{directory} has no tokenizer.model ({found}); give prompts as token ids, or add the file"
-            )
         try:
-            self._pieces = SentencePieceProcessor(model_file=str(file))
+            self._sp = SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"{file} is not a sentencepiece model; expected one, such as Llama 2's") from error
-        sp = self._pieces
+        sp = self._sp
+        # sentencepiece sets a space before every text, but not after a character that is a piece of its own.
+        apart = (c for c in "\n\u0001\u2603\u2e3b" if "".join(sp.encode(c, out_type=str)).strip("\u2581"))
+        self._anchor = next(apart, "\u2e3b")
         self.bos_id: int = sp.bos_id()
-        settings_file = directory / "tokenizer_config.json"
-        settings = read_json(settings_file) if settings_file.exists() else {}
+        settings = read_json(directory / "tokenizer_config.json", optional=True)
         # Llama's tokenizers begin every text with the beginning-of-text token unless they say otherwise.
         self.add_bos = self.bos_id >= 0 and settings.get("add_bos_token") is not False
         self._bytes = [_piece_bytes(sp, i) for i in range(sp.vocab_size())]
         self._special = {sp.id_to_piece(i): i for i in range(sp.vocab_size()) if sp.is_control(i)}
-        for token, content, silent in _added_tokens(directory, settings):
+        for token, content, silent in _added_tokens(directory, settings, vocab_size):
             self._bytes += [b""] * (token + 1 - len(self._bytes))
             self._bytes[token] = b"" if silent else content.encode()
             self._special[content] = token
         longest_first = sorted(self._special, key=len, reverse=True)
+        # Embeddings are often padded to a round number of rows, but not by more than this.
+        if not vocab_size - 512 < len(self._bytes) <= vocab_size:
+            raise TokenizerError(
+                f"{file} has {len(self._bytes)} tokens, but the model has {vocab_size}; "
+                "expected the tokenizer that the model was trained with"
+            )
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id that has a text."""
-        return len(self._bytes)
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Token ids of a text; one that `continues` another gets no beginning-of-text token and no space before it.
@@ -66,16 +66,15 @@ class Tokenizer:
             if part in self._special:
                 ids.append(self._special[part])
             elif part:
-                ids += self._inner(part) if i or continues else self._pieces.encode(part)
+                ids += self._encode_inside(part) if i or continues else self._sp.encode(part)
         return ids
 
-    def _inner(self, text: str) -> list[int]:
-        # sentencepiece sets a space before every text. Behind a line break, a piece of its own, it does not.
-        ids: list[int] = self._pieces.encode("\n" + text)
-        return ids[len(self._pieces.encode("\n")) :]
+    def _encode_inside(self, text: str) -> list[int]:
+        ids: list[int] = self._sp.encode(self._anchor + text)
+        return ids[len(self._sp.encode(self._anchor)) :]
 
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
-        """The text of ids, special tokens left out; without what it `continues` a text starts with no space."""
+        """The text of ids, special tokens left out; unless it `continues` another, the space before it is dropped."""
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
         return text if continues else text.removeprefix(" ")
 
@@ -84,23 +83,9 @@ class Tokenizer:
         return self._bytes[token] if token < len(self._bytes) else b""
 
 
-def load_tokenizer(directory: Path, vocab_size: int) -> tuple[Tokenizer | None, str]:
-    """A checkpoint's tokenizer; or None and why, for a checkpoint without one still runs on token ids.
-
-    Raises `TokenizerError` where it is there but unreadable, or of another vocabulary than the model.
-    """
-    file = directory / "tokenizer.model"
-    if not file.is_file():
-        found = "only tokenizer.json, which is not read" if (directory / "tokenizer.json").exists() else "none"
-        return None, f"{directory} has no tokenizer.model ({found}); give prompts as token ids, or add the file"
-    tokenizer = Tokenizer(directory)
-    # Embeddings are often padded to a round number of rows, but not by more than this.
-    if not vocab_size - 512 < tokenizer.vocab_size <= vocab_size:
-        raise TokenizerError(
-            f"{file} has {tokenizer.vocab_size} tokens, but the model has {vocab_size}; "
-            "expected the tokenizer that the model was trained with"
-        )
-    return tokenizer, ""
+def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
+    """A checkpoint's tokenizer, or None: a checkpoint without one still runs on token ids. Raises like `Tokenizer`."""
+    return Tokenizer(directory, vocab_size) if (directory / "tokenizer.model").is_file() else None
 
 
 def _piece_bytes(sp: SentencePieceProcessor, i: int) -> bytes:
@@ -114,18 +99,22 @@ def _piece_bytes(sp: SentencePieceProcessor, i: int) -> bytes:
     return piece.replace("\u2581", " ").encode()
 
 
-def _added_tokens(directory: Path, settings: dict[str, object]) -> list[tuple[int, str, bool]]:
+def _added_tokens(directory: Path, settings: dict[str, Any], vocab_size: int) -> list[tuple[int, str, bool]]:
     """(id, text, whether it is silent in output) of every token beyond the sentencepiece model."""
-    file = directory / "added_tokens.json"
-    older = read_json(file) if file.exists() else {}
+    older = read_json(directory / "added_tokens.json", optional=True)
     newer = settings.get("added_tokens_decoder") or {}
     try:
-        tokens = {int(token): (str(content), True) for content, token in older.items()}
-        tokens |= {int(i): (t["content"], bool(t.get("special", True))) for i, t in newer.items()}  # type: ignore[attr-defined]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        tokens = {index(token): (content, True) for content, token in older.items()}
+        tokens |= {int(token): (entry["content"], bool(entry.get("special", True))) for token, entry in newer.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise TokenizerError(
-            f"{directory}: the added tokens are malformed; expected ids with a content each"
+            f"{directory}: the added tokens are malformed, expected ids with a content each"
         ) from error
+    for token, (content, _) in tokens.items():
+        if not isinstance(content, str) or not 0 <= token < vocab_size:
+            raise TokenizerError(
+                f"{directory}: the added token {token} is {content!r}, expected a text for an id of the model"
+            )
     return [(token, content, silent) for token, (content, silent) in sorted(tokens.items()) if content]
 
 
@@ -135,13 +124,15 @@ class TextStream:
     `push` returns what became certain, `finish` the rest; joined they are the text up to the first stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Iterable[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: Tokenizer | None, stop: Iterable[str] = (), *, at_start: bool = False) -> None:
+        """`at_start`: nothing stands before this text, so it begins without a space."""
+        self.tokenizer, self.stop, self.at_start = tokenizer, tuple(stop), at_start
         self.stopped = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
     def push(self, token: int) -> str:
+        """Take a token; returns the text that became certain with it."""
         return self._release(self.tokenizer.token_bytes(token)) if self.tokenizer else ""
 
     def finish(self) -> str:
@@ -153,12 +144,18 @@ class TextStream:
     def _release(self, data: bytes, final: bool = False) -> str:
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(data, final)
+        text = self._decoder.decode(data, final)
+        if self.at_start and text:
+            text, self.at_start = text.removeprefix(" "), False
+        self._held += text
         found = [at for at in (self._held.find(s) for s in self.stop) if at >= 0]
         if found:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
             return text
-        keep = max((n for s in self.stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
+        keep = max(
+            (n for s in self.stop for n in range(1, min(len(s), len(self._held) + 1)) if self._held.endswith(s[:n])),
+            default=0,
+        )
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text

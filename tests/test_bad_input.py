@@ -66,6 +66,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda d: rewrite(d, lambda t: t.update({Q: torch.zeros(32, 32, dtype=torch.int8)})),
         [Q, "int8"],
     ),
+    "tensor not a number": (
+        lambda d: rewrite(d, lambda t: t.update({Q: torch.full((32, 32), float("nan"))})),
+        [Q, "not finite"],
+    ),
+    "shard outside": (
+        lambda d: (shard(d), (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')),
+        ["../b", "is missing"],
+    ),
+    "optional file is a dangling link": (
+        lambda d: (d / "generation_config.json").symlink_to(d / "gone"),
+        ["generation_config.json"],
+    ),
     "head missing": (lambda d: rewrite(d, lambda t: t.pop("lm_head.weight")), ["lm_head.weight", "lacks"]),
 }
 
@@ -110,6 +122,12 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
     "quantised": ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
     "short sliding window": ({"sliding_window": 128}, ["sliding_window 128", "256"]),
+    "sliding window is a text": ({"sliding_window": "128"}, ["sliding_window", "'128'"]),
+    "original context is a text": ({"original_max_position_embeddings": "64"}, ["original_max_position", "'64'"]),
+    "dtype is a list": ({"torch_dtype": ["float32"]}, ["dtype", "float32"]),
+    "rope type is a list": ({"rope_scaling": {"type": ["linear"]}}, ["rope_type"]),
+    "size is true": ({"hidden_size": True}, ["hidden_size", "True"]),
+    "epsilon is infinite": ({"rms_norm_eps": float("inf")}, ["rms_norm_eps", "inf"]),
     "mistral's default window": ({"model_type": "mistral", "max_position_embeddings": 8192}, ["sliding_window 4096"]),
     "unknown rope, new spelling": ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_type", "yarn", "llama3"]),
     "unknown rope, old spelling": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type", "dynamic"]),
@@ -117,7 +135,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "rope factor 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, ["factor"]),
     "rope is a text": ({"rope_scaling": "linear"}, ["rope", "linear"]),
     "partial rotary": ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary"]),
-    "heads do not divide": ({"num_key_value_heads": 3}, ["num_key_value_heads 3", "num_attention_heads 4"]),
+    "heads do not divide": ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "num_attention_heads 4"]),
     "odd head": ({"head_dim": 7}, ["head_dim", "7"]),
     "size absent": ({"hidden_size": None}, ["hidden_size"]),
     "size is a text": ({"vocab_size": "320"}, ["vocab_size", "'320'"]),
@@ -125,6 +143,13 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "epsilon": ({"rms_norm_eps": "small"}, ["rms_norm_eps"]),
     "theta": ({"rope_theta": -1}, ["rope_theta"]),
     "dtype": ({"torch_dtype": "float8"}, ["dtype", "float8", "bfloat16"]),
+    "eos beyond": ({"eos_token_id": [2, 320]}, ["eos_token_id", "320"]),
+    "size is huge": ({"hidden_size": 10**400}, ["hidden_size"]),
+    "layers without end": ({"num_hidden_layers": 2**31}, ["num_hidden_layers", "4096"]),
+    "theta rounds to nothing": ({"rope_theta": 1e-320}, ["rope_theta"]),
+    "tie is 0": ({"tie_word_embeddings": 0}, ["tie_word_embeddings"]),
+    "dtype is 0": ({"torch_dtype": 0}, ["dtype"]),
+    "rope is 0": ({"rope_scaling": 0}, ["rope"]),
     "eos": ({"eos_token_id": "two"}, ["eos_token_id", "'two'"]),
     "tie": ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "'yes'"]),
 }
@@ -201,16 +226,61 @@ def test_other_wrong_types_raise_type_error(tiny: LLM, tiny_dir: Path) -> None:
         lambda: tiny.generate("fox", {"temperature": 1}),  # type: ignore[arg-type]
         lambda: tiny.score("fox", None),  # type: ignore[arg-type]
         lambda: list(tiny.stream(["fox"])),  # type: ignore[arg-type]
+        lambda: tiny.stream(5),  # type: ignore[arg-type]
+        lambda: tiny.score(5, [6]),  # type: ignore[arg-type]
+        lambda: tiny.generate("fox", {}),  # type: ignore[arg-type]
+        lambda: tiny.generate("fox", 0),  # type: ignore[arg-type]
     ]
     for call in calls:
         with pytest.raises(TypeError):
             call()
 
 
-@pytest.mark.parametrize("setting", [{"dtype": "float8"}, {"device": "tpu9"}, {"device": ""}, {"device": "cuda:99"}])
+@pytest.mark.parametrize(
+    "setting", [{"dtype": "float8"}, {"device": "tpu9"}, {"device": ""}, {"device": "cuda:99"}, {"device": "meta"}]
+)
 def test_settings_of_the_engine_are_refused_by_name(tiny_dir: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         LLM(tiny_dir, **setting)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new", "error"),
+    [([], 3, RequestError), ([0], 3, RequestError), ([-5], 3, RequestError), ([5], 0, RequestError),
+     ([250], 64, RequestError), (["5"], 3, TypeError), ([5], 1.5, TypeError)],
+)  # fmt: skip
+def test_a_plan_that_makes_no_sense_is_refused(tiny: LLM, lengths: Any, new: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        tiny.plan(lengths, new)
+
+
+def test_a_sizes_disagreement_is_told_before_memory_is_taken(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "intermediate_size": 2**40}))
+    with pytest.raises(CheckpointError, match=str(2**40)):
+        LLM(tmp_path)
+
+
+def test_a_callers_list_is_copied(tiny: LLM) -> None:
+    """A list that is changed after the call must not change what was checked."""
+    prompt = [5, 6, 7]
+    expected = tiny.generate([prompt])[0]
+    stream = tiny.stream(prompt)
+    prompt.append(99999)
+    assert "".join(stream) == expected.text
+    assert expected.prompt_token_ids == [5, 6, 7]
+
+
+def test_a_local_directory_has_no_revisions(tiny_dir: Path) -> None:
+    """A setting that cannot be heeded is not swallowed."""
+    with pytest.raises(CheckpointError, match="revision 'main'"):
+        LLM(tiny_dir, revision="main")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nosuchuser/model", "a\0b"])
+def test_a_name_that_is_no_path_is_named(name: str) -> None:
+    with pytest.raises(CheckpointError, match="repository id"):
+        LLM(name)
 
 
 def test_nothing_to_do_is_no_error(tiny: LLM) -> None:

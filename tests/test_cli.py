@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import WEIGHTS
 
 from minipyramid import LLM, SamplingParams
 from minipyramid.generate import LoadingLine, build_parser, main
@@ -110,6 +111,7 @@ def test_stats_go_to_stderr(run: Any) -> None:
         (["fox", "--dtype", "float8"], "float8"),
         (["fox", "--device", "tpu"], "tpu"),
         (["fox", "--threads", "0"], "--threads"),
+        (["fox", "--threads", "9999999999"], "--threads"),
         (["fox", "--prompt-file", "/no/such/file"], "/no/such/file"),
         (["fox", "--pyramids", "auto"], "--pyramids"),
     ],
@@ -126,6 +128,52 @@ def test_bad_input_is_one_line_and_status_2(
     assert err.startswith("minipyramid: error: ")
     assert word in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv", [["", "--json"], ["fox", "--prompt", ""], ["fox", "--json", "--max-new-tokens", "999"]]
+)
+def test_bad_input_prints_nothing_on_stdout(run: Any, argv: list[str]) -> None:
+    """An empty JSON object or line would look like a result."""
+    status, out, _ = run(*argv)
+    assert (status, out) == (2, "")
+
+
+def test_an_error_is_one_line_whatever_it_names(run: Any, tmp_path: Path) -> None:
+    status, _, err = run("--prompt-file", str(tmp_path / "no\nsuch"))
+    assert (status, err.count("\n")) == (2, 1)
+
+
+def test_a_full_disk_is_one_line(tiny_dir: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    argv = [sys.executable, "-m", "minipyramid.generate", "the fox", "--model", str(tiny_dir)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("minipyramid: error: the output cannot be written")
+    assert done.stderr.count("\n") == 1
+
+
+def test_flags_are_not_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fox", "--temp", "1"])
+    assert "--temp" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="no embedded checkpoint in this tree")
+def test_the_main_job_streams_text_in_any_locale() -> None:
+    """The README's command in a process of its own: text on stdout piece by piece, nothing on stderr."""
+    argv = [sys.executable, "-m", "minipyramid.generate", "Once upon a time", "--max-new-tokens", "200", "--ignore-eos"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+        assert process.stdout is not None
+        first = os.read(process.stdout.fileno(), 1 << 16)
+        rest, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, b"")
+    assert first
+    assert len(rest) > len(first)
+    assert len((first + rest).decode().split()) > 50
 
 
 def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

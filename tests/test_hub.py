@@ -380,7 +380,7 @@ def test_a_gated_repository_asks_to_accept_its_terms(name: str, online: dict[str
 
 def test_an_unknown_revision_is_named_with_what_could_be_one(online: dict[str, Result]) -> None:
     said = the_error(online["no such revision"])
-    assert said.startswith("acme/tiny has no revision 'v9'")
+    assert said.startswith("acme/tiny at revision 'v9' is not on the hub")
     assert "expected a branch, tag or commit" in said
 
 

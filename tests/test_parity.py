@@ -87,6 +87,19 @@ def test_float32_logits_and_64_greedy_tokens(kind: str, tmp_path: Path) -> None:
     assert ours.token_ids == reference_greedy(reference, prompt, 64)
 
 
+def test_every_position_and_not_only_the_last(tmp_path: Path) -> None:
+    """`score` goes through the cache, many tokens at once behind a prompt."""
+    reference = make(tmp_path, "llama3 rope, grouped")
+    ids = torch.randint(3, 211, (300,)).tolist()
+    with torch.no_grad():
+        logprobs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+    llm = LLM(tmp_path, dtype="float32")
+    for split in (1, 150, 299):
+        expected = logprobs[torch.arange(split - 1, 299), ids[split:]]
+        ours = torch.tensor(llm.score(ids[:split], ids[split:]))
+        torch.testing.assert_close(ours, expected, atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["multi-head", "linear rope", "llama3 rope, grouped"])
 def test_both_spellings_of_the_configuration_are_the_same_model(kind: str, tmp_path: Path) -> None:
     make(tmp_path, kind)
@@ -106,8 +119,13 @@ def test_bfloat16_logits(kind: str, tmp_path: Path) -> None:
     prompt = torch.randint(3, 211, (300,)).tolist()
     with torch.no_grad():
         expected = reference(torch.tensor([prompt])).logits[0, -1].float()
-    ours = LLM(tmp_path, dtype="bfloat16").prefill([prompt])[0].logits
+    llm = LLM(tmp_path, dtype="bfloat16")
+    ours = llm.prefill([prompt])[0].logits
     assert (ours - expected).abs().max() <= 3e-2 * expected.abs().max()
+    # The step of one token has a form of attention of its own: its scores against the prompt's form.
+    (stepped,) = llm.generate([prompt], SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=True))
+    together = llm.score(prompt, stepped.token_ids)
+    assert stepped.logprobs == pytest.approx(together, abs=3e-2 * expected.abs().max().item())
 
 
 def test_a_shard_index_loads_the_same_model(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipyramid import LLM, MiniPyramidError, RequestError, SamplingParams
-from minipyramid.sampling import _keep, choose
+from minipyramid.sampling import _filter, choose
 
 
 def allowed(probs: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -36,10 +36,10 @@ def allowed(probs: list[float], top_k: int, top_p: float, min_p: float) -> set[i
     min_p=st.sampled_from([0.0, 0.05, 0.5]),
 )
 @settings(deadline=None)
-def test_filters_keep_what_their_definitions_say(seed: int, top_k: int, top_p: float, min_p: float) -> None:
+def test_filters_filter_what_their_definitions_say(seed: int, top_k: int, top_p: float, min_p: float) -> None:
     logits = 2 * torch.randn(20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     probs = logits.softmax(-1)
-    kept = _keep(probs, SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p))
+    kept = _filter(probs, SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p))
     assert set(kept.nonzero()[:, 0].tolist()) == allowed(probs.tolist(), top_k, top_p, min_p)
 
 
@@ -59,10 +59,17 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_scores(
     assert choose(torch.tensor([-1.0, -1.5, -1.0]), params, generator, seen) == 1  # -1 * 2 < -1.5
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-300, 5e-324])
+@pytest.mark.parametrize("top_p", [1e-46, 5e-324])
+def test_a_tiny_top_p_leaves_the_likeliest(top_p: float) -> None:
+    logits = torch.tensor([1.0, 4.0, 2.0])
+    assert choose(logits, SamplingParams(temperature=1, top_p=top_p), torch.Generator(), None) == 1
+
+
+@pytest.mark.parametrize("temperature", [10**30, 1e-30, 1e-300, 5e-324])
 def test_a_tiny_temperature_is_greedy_and_not_nan(temperature: float) -> None:
     logits = torch.tensor([1.0, 4.0, 2.0])
-    assert choose(logits, SamplingParams(temperature=temperature), torch.Generator(), None) == 1
+    drawn = choose(logits, SamplingParams(temperature=temperature), torch.Generator(), None)
+    assert drawn == 1 or temperature > 1
 
 
 def test_a_seed_repeats_and_none_does_not(tiny: LLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -18,7 +19,7 @@ from minipyramid.tokenizer import TextStream, Tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_dir: Path) -> Tokenizer:
-    return Tokenizer(tiny_dir)
+    return Tokenizer(tiny_dir, 320)
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=40)
@@ -52,18 +53,17 @@ def test_special_tokens_in_a_text_are_tokens(tokenizer: Tokenizer) -> None:
 def test_added_tokens_are_laid_over_the_model(tiny_dir: Path, tmp_path: Path) -> None:
     """sentencepiece raises IndexError for an id beyond its table."""
     shutil.copy(tiny_dir / "tokenizer.model", tmp_path)
-    size = Tokenizer(tiny_dir).vocab_size
+    size = sentencepiece.SentencePieceProcessor(model_file=str(tiny_dir / "tokenizer.model")).vocab_size()
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size}))
     decoder = {str(size + 2): {"content": "<think>", "special": False}, "2": {"content": "</s>", "special": True}}
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"added_tokens_decoder": decoder, "add_bos_token": False})
     )
-    tokenizer = Tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path, size + 3)
     ids = tokenizer.encode("<|user|>the fox<think>went")
     assert ids[0] == size
     assert size + 2 in ids
     assert tokenizer.decode(ids) == "the fox<think>went"
-    assert tokenizer.vocab_size == size + 3
     assert tokenizer.decode([size + 1, 10_000]) == ""
 
 
@@ -73,8 +73,8 @@ def test_ids_equal_those_of_transformers_for_the_embedded_tokenizer() -> None:
         pytest.skip("no embedded checkpoint in this tree")
     text = 'Nora paid 47 coins.\n"Who?"  said the  fox \u2014 \u00e9t\u00e9.'
     plain = sentencepiece.SentencePieceProcessor(model_file=str(WEIGHTS / "tokenizer.model"))
-    assert Tokenizer(WEIGHTS).encode(text) == [1, *plain.encode(text)]
-    assert Tokenizer(WEIGHTS).decode(plain.encode(text)) == plain.decode(plain.encode(text)) == text
+    assert Tokenizer(WEIGHTS, 4096).encode(text) == [1, *plain.encode(text)]
+    assert Tokenizer(WEIGHTS, 4096).decode(plain.encode(text)) == plain.decode(plain.encode(text)) == text
 
 
 @given(text=TEXTS, stop=st.lists(st.text("abc ", min_size=1, max_size=3), max_size=2))
@@ -106,6 +106,58 @@ def test_streamed_pieces_join_to_the_text_before_the_first_stop(
         assert text.startswith(joined)
         assert not any(s in joined for s in stop)
         assert any(text.startswith(s, len(joined)) for s in stop)
+
+
+def test_a_text_that_nothing_precedes_begins_without_a_space(tiny: LLM) -> None:
+    """After nothing but the beginning-of-text token a first word's space is none; after a prompt it is one."""
+    word = Tokenizer.encode(tiny.tokenizer, "fox")[1:] if tiny.tokenizer else []
+    for at_start, text in ((True, "fox"), (False, " fox")):
+        stream = TextStream(tiny.tokenizer, at_start=at_start)
+        assert "".join(map(stream.push, word)) + stream.finish() == text
+    assert not tiny.generate([[1]], SamplingParams(temperature=2.0, seed=2))[0].text.startswith(" ")
+
+
+def test_a_continuation_gets_no_space_whatever_the_normaliser_does(tmp_path: Path) -> None:
+    """sentencepiece's default rule turns line breaks into spaces, so a line break cannot be told from one."""
+    text = ["the fox went home", "who is there"] * 30
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=20, minloglevel=2
+    )
+    tokenizer = Tokenizer(tmp_path, 20)
+    assert tokenizer.decode(tokenizer.encode("fox", continues=True), continues=True) == "fox"
+    assert tokenizer.decode(tokenizer.encode(" fox", continues=True), continues=True) == " fox"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "word"),
+    [
+        ("added_tokens.json", {"<a>": "x"}, "malformed"),
+        ("added_tokens.json", {"<a>": -1}, "added token -1"),
+        ("added_tokens.json", {"<a>": 10**9}, "added token 1000000000"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": 7}}}, "added token 5 is 7"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": "x"}}, "malformed"),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["x"]}, "malformed"),
+    ],
+)
+def test_malformed_added_tokens_are_named(tiny_dir: Path, tmp_path: Path, file: str, content: Any, word: str) -> None:
+    write_checkpoint(tmp_path)
+    shutil.copy(tiny_dir / "tokenizer.model", tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=word):
+        LLM(tmp_path)
+
+
+def test_a_text_that_encodes_to_nothing_is_empty(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, vocab_size=20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the fox went home", "who is there"] * 30),
+        model_prefix=str(tmp_path / "tokenizer"), vocab_size=20, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    llm = LLM(tmp_path)
+    for call in (lambda: llm.generate(" "), lambda: llm.score("fox", " ")):
+        with pytest.raises(RequestError, match="empty"):
+            call()
 
 
 def test_a_character_over_several_tokens_comes_out_whole(tokenizer: Tokenizer) -> None:
@@ -144,9 +196,6 @@ def test_a_checkpoint_without_a_tokenizer_runs_on_ids_and_says_so_on_text(tmp_pa
         llm.generate("text")
     with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
         llm.generate([[5, 6]], SamplingParams(stop="x"))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
-        LLM(tmp_path).generate("text")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x0a\xff\xff\xff\xff"])

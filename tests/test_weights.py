@@ -13,7 +13,7 @@ from conftest import WEIGHTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stories import story
-from train import Data, Llama, Muon, Shape, export, recall, weighted_loss
+from train import ANSWER_WEIGHT, Data, Llama, Muon, Shape, export, recall, weighted_loss
 
 from minipyramid import LLM
 
@@ -55,7 +55,9 @@ def test_rows_weigh_answers_and_leave_what_cannot_be_known(data: Data, length: i
         ids, weights = kind(length)
         assert (len(ids), len(weights)) == (length + 1, length)
     ids, weights = data.story(length)
-    answers = "".join(data.tokenizer.decode([i]) + " " for i, w in zip(ids[1:], weights, strict=True) if w == 5.0)
+    answers = "".join(
+        data.tokenizer.decode([i]) + " " for i, w in zip(ids[1:], weights, strict=True) if w == ANSWER_WEIGHT
+    )
     assert answers.strip().endswith(".")
     ids, weights = data.copy(length)
     first = weights.index(1.0)  # the first target that a repetition makes known

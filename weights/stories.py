@@ -5,7 +5,7 @@ documents give it one: every name, place and number is drawn afresh, so an answe
 story above it. `weights/train.py` learns from them, and recall (the share of answers that the model repeats
 without a mistake) measures what a pruned cache has lost.
 
-    Story:     Nora lives in Fenwick. ... filler ... Nora paid 47 coins for the kite. ...
+    Story:     Nora lives in Fenwick. ... filler ... The kite costs 47 coins. ...
     Question:  Where does Nora live?
     Answer:    Nora lives in Fenwick.
 """
@@ -33,7 +33,7 @@ lawyer mason miller miner nurse painter pilot poet porter printer sailor shepher
 teacher trader weaver writer""".split()
 ANIMALS = """badger bear cat cow crow dog donkey duck eagle fox frog goat goose hare hen horse lamb lion mouse mule
 otter owl ox parrot pig pony rabbit raven seal sheep swan tiger toad turtle wolf""".split()
-COLOURS = "black blue brown golden green grey orange pink purple red silver white yellow".split()
+COLOURS = "black blue brown golden green grey pink purple red silver white yellow".split()
 THINGS = """axe bell book boot bottle bowl brush candle chain clock coat coin comb crown cup drum fan flag flute hat
 hammer harp helmet jar kettle key kite knife ladder lamp lantern letter map mask mirror needle pen picture pipe
 purse ring rope saw scarf shell shield spade spoon stone sword table torch trumpet umbrella vase wheel
@@ -107,8 +107,8 @@ The door was open, the room was {adj}, and the lamp was still burning.
 "Good night," said {who}, and {other} closed the window.
 It happened just so, and whoever tells it otherwise was not there.
 """.strip().splitlines()
-ADJECTIVES = """bright cold dark dear deep dry empty fine gentle glad good great happy heavy kind large little lonely
-long merry narrow old pale plain poor proud quiet rich sad sharp short silent simple slow small soft strange strong
+ADJECTIVES = """bright cold dark dear deep dry fine gentle glad good great happy heavy kind large little lonely
+long merry narrow pale plain poor proud quiet rich sad sharp short silent simple slow small soft strange strong
 sweet tall terrible thin warm wide wild wise wonderful young""".split()
 
 
@@ -119,6 +119,8 @@ def facts(rng: random.Random) -> Iterator[Fact]:
     rng.shuffle(keys)
     for (sentence, question, stem, draw), role, key in keys:
         x = draw(rng)
+        while x == key:  # nobody is married to themselves
+            x = draw(rng)
         yield Fact(*(text.format(**{role: key}, x=x) for text in (sentence, question, stem)), answer=x)
 
 
@@ -133,7 +135,7 @@ def filler(rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Story:
-    """A document in two parts. `prompt` ends before the first question; each question follows as (text, answer)."""
+    """A document in two parts. `text` ends before the first question; each question follows as (text, answer)."""
 
     text: str
     asked: list[tuple[str, str]]
@@ -143,19 +145,18 @@ def ask(fact: Fact) -> tuple[str, str]:
     return f"\nQuestion: {fact.question} Answer: {fact.stem}", f" {fact.answer}."
 
 
-def story(rng: random.Random, tokens: int, count: Callable[[str], int], num_facts: int | None = None) -> Story:
+def story(rng: random.Random, tokens: int, count: Callable[[str], int]) -> Story:
     """Write a document of about `tokens` tokens, never more.
 
     Facts are planted in the first three quarters, in random places among the filler; as many of them are asked,
-    in random order, as fill about a third of the document (at most 12).
+    in random order, as fill at most two fifths of the document (and at most 12).
 
     Args:
         tokens: length to fill, in tokens as `count` counts them.
         count: tokens of a text.
-        num_facts: facts to plant; drawn by the length if absent.
     """
     source = facts(rng)
-    wanted = num_facts or rng.randint(2, max(3, min(24, tokens // 36)))
+    wanted = rng.randint(2, max(3, min(24, tokens // 36)))
     planted = [next(source) for _ in range(wanted)]
     costs = [count(f.sentence) for f in planted]
     while len(planted) > 1 and sum(costs) > tokens // 3:

@@ -3,22 +3,23 @@
     python weights/train.py --text books.txt.xz --minutes 120
 
 A small model learns to look back only if it is taught so, short first: sequences of 128 tokens until it repeats
-facts from them, then 256, 512, 1,024 and 2,048. Half of what it reads is prose, half are the stories of
-`stories.py`; at first many documents are random tokens said twice, which teaches copying. Answers weigh five
-times as much as prose and a story's filler 0.3, for a random name cannot be foreseen and would only drown the
-signal. Hidden matrices are optimised by Muon, the rest by AdamW.
+facts from them, then 256, 512, 1,024 and 2,048. The share of prose rises from 15 % to half; the rest are the stories
+of `stories.py` and, at first, random tokens said twice, which teaches copying. Answers weigh five times as much as
+prose and a story's filler 0.3, for a random name cannot be foreseen and would only drown the signal. Hidden matrices
+are optimised by Muon, the rest by AdamW.
 
-The run is bounded by minutes, saves its state every few minutes, and goes on from it when it is started again.
+The run is bounded by minutes, saves its state every few minutes, and goes on from it when it is started again. The
+model is written out once more here, as one trains it: whole sequences at once, with gradients and without a cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import lzma
 import math
 import random
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -29,13 +30,14 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from stories import story
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from stories import story
+from minipyramid.device import quick_bf16
 
 BOS, EOS = 1, 2
 LENGTHS = (128, 256, 512, 1024, 2048)
+ANSWER_WEIGHT, FILLER_WEIGHT = 5.0, 0.3
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,9 @@ class Llama(nn.Module):
         return F.linear(self.norm(x), self.embed_tokens.weight)
 
 
-def precision() -> torch.autocast:
-    """bf16 products where the processor has them; without (AVX2 only), they were 400 times slower than float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def precision(device: torch.device) -> torch.autocast:
+    """bf16 products where the machine is quick with them."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or quick_bf16())
 
 
 def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +186,7 @@ def read_text(path: Path) -> str:
 
 
 def train_tokenizer(text: str, directory: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """Llama 2's kind: byte-pair pieces, digits apart, unknown characters as bytes. A tenth of it is stories."""
+    """Llama 2's kind: byte-pair pieces, digits apart, unknown characters as bytes; of prose and some stories."""
     model = directory / "tokenizer.model"
     if not model.exists():
         rng = random.Random(0)
@@ -223,14 +225,15 @@ class Data:
     def story(self, length: int) -> Row:
         tale = story(self.rng, length - 2, self.count)
         ids = [BOS, *self.tokenizer.encode(tale.text)]
-        weights = [0.3] * (len(ids) - 1)
+        weights = [FILLER_WEIGHT] * (len(ids) - 1)
         for question, answer in tale.asked:
-            # One string, as it will be met: the pieces of a text are not the pieces of its parts, only nearly so.
+            # Question and answer as one string, for their pieces are those of the whole; the full stop before it
+            # keeps sentencepiece from setting a space there.
             both = self.tokenizer.encode("." + question + answer)[1:]
             asked = len(self.tokenizer.encode("." + question)) - 1
             ids += both
-            weights += [0.3] * asked + [5.0] * (len(both) - asked)
-        ids, weights = [*ids, EOS][: length + 1], [*weights, 0.3][:length]
+            weights += [FILLER_WEIGHT] * asked + [ANSWER_WEIGHT] * (len(both) - asked)
+        ids, weights = [*ids, EOS][: length + 1], [*weights, FILLER_WEIGHT][:length]
         pad = length + 1 - len(ids)
         return ids + [EOS] * pad, weights + [0.0] * pad
 
@@ -256,32 +259,28 @@ class Data:
 
 @torch.no_grad()
 def recall(model: nn.Module, data: Data, length: int, rows: int) -> float:
-    """Share of answers of which every token is the model's first choice, given the story and the question."""
-    right = asked = 0
+    """Share of answers of which every token is the model's first choice, given the true text before it."""
+    right, asked, device = 0, 0, next(model.parameters()).device
     for _ in range(rows):
-        ids, weights = (torch.tensor([x]) for x in data.story(length))
-        with precision():
+        ids, weights = (torch.tensor([x], device=device) for x in data.story(length))
+        with precision(device):
             _, hit = weighted_loss(model, ids, weights)
-        spans = torch.split(hit[0], 1)
-        ok, inside = True, False
-        for h, w in zip(spans, weights[0].tolist(), strict=True):
-            if w == 5.0:
-                ok, inside = ok and bool(h), True
-            elif inside:
-                right, asked, ok, inside = right + ok, asked + 1, True, False
-        if inside:
-            right, asked = right + ok, asked + 1
+        tokens = zip(weights[0].tolist(), hit[0].tolist(), strict=True)
+        for is_answer, span in itertools.groupby(tokens, key=lambda token: token[0] == ANSWER_WEIGHT):
+            if is_answer:
+                asked += 1
+                right += all(said for _, said in span)
     return right / max(1, asked)
 
 
 @torch.no_grad()
 def prose_loss(model: nn.Module, tokens: np.ndarray, length: int, rows: int) -> float:
     """Nats per token over evenly spaced windows."""
-    total = 0.0
+    total, device = 0.0, next(model.parameters()).device
     for start in np.linspace(0, len(tokens) - length - 1, rows).astype(int).tolist():
-        ids = torch.tensor([[BOS, *tokens[start : start + length].tolist()]])
-        with precision():
-            total += float(weighted_loss(model, ids, torch.ones(1, length))[0])
+        ids = torch.tensor([[BOS, *tokens[start : start + length].tolist()]], device=device)
+        with precision(device):
+            total += float(weighted_loss(model, ids, torch.ones(1, length, device=device))[0])
     return total / rows
 
 
@@ -290,7 +289,7 @@ def prose_loss(model: nn.Module, tokens: np.ndarray, length: int, rows: int) -> 
 
 def export(model: Llama, shape: Shape, directory: Path) -> None:
     """The Hugging Face layout, bf16, embeddings tied."""
-    tensors = {f"model.{n}": p.detach().bfloat16().contiguous() for n, p in model.named_parameters()}
+    tensors = {f"model.{n}": p.detach().cpu().bfloat16().contiguous() for n, p in model.named_parameters()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(shape), "hidden_act": "silu",
@@ -301,7 +300,7 @@ def export(model: Llama, shape: Shape, directory: Path) -> None:
 
 
 def read_data(args: argparse.Namespace, out: Path, vocab_size: int) -> tuple[Data, np.ndarray]:
-    """What is learnt from, and the tokens of the text that the loss is measured on; both are kept in `out`."""
+    """What is learnt from, and the tokens of the text that the loss is measured on."""
     text = read_text(Path(args.text))
     tokenizer = train_tokenizer(text, out, vocab_size)
     held = out / "prose.npy"
@@ -309,16 +308,16 @@ def read_data(args: argparse.Namespace, out: Path, vocab_size: int) -> tuple[Dat
         parts = text[: args.prose_characters].split("\n\n")
         np.save(held, np.array([i for part in parts for i in tokenizer.encode(part + "\n\n")], dtype=np.uint16))
     prose = np.load(held)
-    test = np.array(tokenizer.encode(read_text(Path(args.test))), dtype=np.uint16) if args.test else prose
+    test = np.array(tokenizer.encode(read_text(Path(args.test))), dtype=np.uint16)
     return Data(tokenizer, prose, args.seed), test
 
 
 class Run:
     """The model, its optimisers and how far they are, saved together and taken up again."""
 
-    def __init__(self, shape: Shape, out: Path, lr: float) -> None:
+    def __init__(self, shape: Shape, out: Path, lr: float, device: torch.device) -> None:
         self.shape, self.out, self.lr = shape, out, lr
-        self.model = Llama(shape)
+        self.model = Llama(shape).to(device)
         matrices = [p for n, p in self.model.named_parameters() if p.dim() == 2 and "embed" not in n]
         others = [p for n, p in self.model.named_parameters() if p.dim() != 2 or "embed" in n]
         self.muon = Muon(matrices, lr=lr, weight_decay=0.05)
@@ -327,7 +326,7 @@ class Run:
         self.seconds = 0.0
         self.parts = {"model": self.model, "muon": self.muon, "adam": self.adam}
         if (out / "state.pt").exists():
-            held = torch.load(out / "state.pt", weights_only=True)
+            held = torch.load(out / "state.pt", weights_only=True, map_location=device)
             for name, part in self.parts.items():
                 part.load_state_dict(held[name])
             for name, value in held["state"].items():
@@ -351,8 +350,8 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
 
 
-# By length: shares of stories and of copies (the rest is prose), and the share of the time after which the next
-# length is due even if recall is not there yet, since the longest must be seen.
+# By the longest length reached: shares of stories and of copies (the rest is prose), and the share of the time after
+# which the next length is due even if recall is not there yet, since the longest must be seen.
 SHARES = ((0.5, 0.35), (0.65, 0.1), (0.6, 0.05), (0.5, 0.02), (0.5, 0.0))
 DUE = (0.25, 0.6, 0.75, 0.88, 2.0)
 
@@ -363,8 +362,9 @@ def train(args: argparse.Namespace) -> Iterator[str]:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     data, test = read_data(args, out, Shape().vocab_size)
-    run = Run(Shape(), out, args.lr)
-    data.rng.seed(args.seed + run.step)
+    device = torch.device(args.device)
+    run = Run(Shape(), out, args.lr, device)
+    data.rng.seed(args.seed + run.step)  # a run that is taken up again reads other documents
     step_fn = torch.compile(weighted_loss, dynamic=False) if args.compile else weighted_loss
     began = last_save = time.monotonic() - run.seconds
     losses: list[float] = []
@@ -374,8 +374,8 @@ def train(args: argparse.Namespace) -> Iterator[str]:
         stage = run.stage if data.rng.random() < 0.6 else data.rng.randint(max(0, run.stage - 2), run.stage)
         length = LENGTHS[stage]
         ids, weights = data.batch(max(1, args.batch_tokens // length), length, SHARES[run.stage])
-        with precision():
-            loss, _ = step_fn(run.model, ids, weights)
+        with precision(device):
+            loss, _ = step_fn(run.model, ids.to(device), weights.to(device))
         run.learn(loss, done)
         losses.append(loss.item())
         run.step += 1
@@ -405,10 +405,11 @@ def train(args: argparse.Namespace) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", required=True, help="prose to learn from (.txt or .txt.xz)")
-    parser.add_argument("--test", help="prose to measure the loss on")
+    parser.add_argument("--test", required=True, help="prose to measure the loss on")
     parser.add_argument("--out", default="trained", help="directory of the checkpoint and of the run's state")
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=50, help="steps between two measurements")
