@@ -3,6 +3,7 @@
 from minipyramid.engine import LLM
 from minipyramid.errors import CheckpointError, ConfigError, MiniPyramidError, RequestError, TokenizerError
 from minipyramid.plan import Plan
+from minipyramid.pyramid import PyramidConfig
 from minipyramid.request import Completion, Prefill
 from minipyramid.sampling import SamplingParams
 
@@ -14,6 +15,7 @@ __all__ = [
     "MiniPyramidError",
     "Plan",
     "Prefill",
+    "PyramidConfig",
     "RequestError",
     "SamplingParams",
     "TokenizerError",

@@ -37,10 +37,10 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return out[0].transpose(0, 1).flatten(1)  # [T, H * D]
 
 
-def attend_one_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor) -> Tensor:
+def attend_one_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     """The newest token of every sequence looks at the slots that its row holds.
 
-    q [B, H, D], keys and values [B, K, S, D], held [B, S] bool  ->  [B, H * D]
+    q [B, H, D], keys and values [B, K, S, D], held [B, S] bool  ->  [B, H * D], and the probabilities [B, K, G, S]
     """
     B, H, D = q.shape
     K = keys.shape[1]
@@ -48,4 +48,5 @@ def attend_one_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor) -> Te
     scores = grouped @ keys.transpose(-1, -2)  # [B, K, G, S]
     scores = scores.masked_fill(~held[:, None, None], float("-inf"))
     # The sum over many slots loses digits in bf16.
-    return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ values).reshape(B, H * D)
+    probs = scores.softmax(-1, dtype=torch.float32)
+    return (probs.to(q.dtype) @ values).reshape(B, H * D), probs

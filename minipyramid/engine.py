@@ -23,6 +23,7 @@ from minipyramid.device import pick_device, pick_dtype
 from minipyramid.errors import RequestError, TokenizerError
 from minipyramid.hub import locate
 from minipyramid.plan import Plan, make_plan
+from minipyramid.pyramid import Gathering, PyramidConfig, voting
 from minipyramid.request import Completion, Prefill, Prompt, Prompts, Sequence, as_list, check_ids, check_length
 from minipyramid.sampling import SamplingParams, choose, make_generator
 from minipyramid.tokenizer import TextStream, Tokenizer, load_tokenizer
@@ -36,6 +37,8 @@ class LLM:
 
     Args:
         model: a checkpoint's directory in the Hugging Face layout, or a hub repository id.
+        pyramid: "off", "auto" (the `pyramid.json` beside the checkpoint, else the preset for so many layers), a
+            preset's name, the path of a JSON file, or a configuration.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as bf16, and
             both as float32 where the processor has no bf16 instructions.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
@@ -50,6 +53,7 @@ class LLM:
         self,
         model: str | Path,
         *,
+        pyramid: str | Path | PyramidConfig = "auto",
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         revision: str | None = None,
@@ -57,6 +61,7 @@ class LLM:
     ) -> None:
         directory = locate(model, revision, progress=progress is not None)
         self.config = ModelConfig.load(directory)
+        self.pyramid = pick_pyramid(pyramid, directory, self.config.num_hidden_layers)
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.config.dtype, self.device)
         self.tokenizer = load_tokenizer(directory, self.config.vocab_size)
@@ -96,8 +101,7 @@ class LLM:
             return []
         cache, logits = self._prefill(sequences)
         lengths = [cache.row_lengths(row) for row in range(len(sequences))]
-        # Nothing is pruned, so a layer's slots are the positions.
-        return [Prefill(logits[row], [list(range(n)) for n in held], held) for row, held in enumerate(lengths)]
+        return [Prefill(logits[row], cache.kept_positions(row), held) for row, held in enumerate(lengths)]
 
     @torch.inference_mode()
     def score(self, prompt: Prompt, continuation: Prompt) -> list[float]:
@@ -119,7 +123,7 @@ class LLM:
             raise RequestError("no prompt lengths are given; give at least one")
         for i, length in enumerate(lengths):
             check_length(length, new, f"prompt {i}", self.config)
-        return make_plan(self.config, lengths, [new] * len(lengths), self.dtype.itemsize)
+        return make_plan(self.config, self.pyramid, lengths, [new] * len(lengths), self.dtype.itemsize)
 
     def _pieces(self, sequence: Sequence) -> Generator[str, None, Completion]:
         for _, piece in self._run([sequence]):
@@ -135,6 +139,8 @@ class LLM:
         began = time.perf_counter()
         cache, logits = self._prefill(sequences)
         running = list(sequences)  # running[i] has row i of the cache and of the logits
+        gatherings = [Gathering(self.pyramid, len(s.prompt)) for s in sequences] if self.pyramid else []
+        survivors = self.pyramid.survivors(self.config.num_hidden_layers) if self.pyramid else []
         tokens = self._choose(logits, running)
         prefill_s = time.perf_counter() - began  # taken behind the first transfer: a device computes asynchronously
         began = time.perf_counter()
@@ -144,7 +150,13 @@ class LLM:
                 yield sequence, piece
                 began += time.perf_counter() - left  # what the caller does meanwhile is not decoding
             # Also for those that end here: their last token belongs in the cache, as the plan counts it.
-            x = self.model(self._tensor(tokens), [1] * len(running), list(range(len(running))), cache)
+            votes = voting(gatherings, self.device) if gatherings else None
+            rows = list(range(len(running)))
+            x = self.model(self._tensor(tokens), [1] * len(running), rows, cache, voting=votes)
+            for row, gathering in enumerate(gatherings):
+                unjudged = gathering.unjudged
+                if gathering.due():
+                    cache.compact(row, unjudged, gathering.config.exceed_length_to_compress, survivors)
             finished = [row for row, sequence in enumerate(running) if sequence.finish_reason]
             for row in finished:
                 decode_s = time.perf_counter() - began
@@ -152,19 +164,28 @@ class LLM:
                 yield running[row], ""
             order = cache.retire(finished)
             running = [running[row] for row in order]
+            gatherings = [gatherings[row] for row in order] if gatherings else []
             tokens = self._choose(self.model.logits(x[order]), running) if running else []
 
     def _prefill(self, sequences: list[Sequence]) -> tuple[KVCache, Tensor]:
         """Allot the cache and compute the prompts; returns the scores of each one's next token [B, vocab_size]."""
         lengths = [len(s.prompt) for s in sequences]
-        planned = make_plan(self.config, lengths, [s.params.max_new_tokens for s in sequences], self.dtype.itemsize)
-        cache = KVCache.allot(self.config, planned.slots, len(sequences), self.dtype, self.device)
+        new = [s.params.max_new_tokens for s in sequences]
+        planned = make_plan(self.config, self.pyramid, lengths, new, self.dtype.itemsize)
+        cache = KVCache.allot(
+            self.config, planned.slots, planned.unjudged, len(sequences), dtype=self.dtype, device=self.device
+        )
         last: list[Tensor] = []
         for rows in _groups(lengths, PREFILL_TOKENS):
             counts = [lengths[row] for row in rows]
             ids = self._tensor([token for row in rows for token in sequences[row].prompt])
-            x = self.model(ids, counts, rows, cache)  # [T, hidden_size]
-            last.append(x[torch.tensor(counts).cumsum(0) - 1])
+            x = self.model(ids, counts, rows, cache, pyramid=self.pyramid)  # [T, hidden_size]
+            final = (
+                [self.pyramid.prompt_lengths(n, self.config.num_hidden_layers)[-1] for n in counts]
+                if self.pyramid
+                else counts
+            )
+            last.append(x[torch.tensor(final).cumsum(0) - 1])
         return cache, self.model.logits(torch.cat(last))
 
     def _choose(self, logits: Tensor, running: list[Sequence]) -> list[int]:
@@ -186,9 +207,10 @@ class LLM:
             prompt_token_ids=s.prompt,
             finish_reason=s.finish_reason,
             logprobs=s.logprobs if s.params.logprobs else None,
+            kept_positions=cache.kept_positions(row),
             kv_lengths=cache.row_lengths(row),
             kv_bytes=cache.row_bytes(row),
-            kv_bytes_full=self.plan([len(s.prompt)], len(s.token_ids)).kv_bytes_full,
+            kv_bytes_full=cache.bytes_per_token * len(cache.lengths) * cache.positions[row],
             prefill_s=prefill_s,
             decode_s=decode_s,
         )
@@ -242,6 +264,22 @@ class LLM:
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, device=self.device)
+
+
+def pick_pyramid(pyramid: str | Path | PyramidConfig, directory: Path, layers: int) -> PyramidConfig | None:
+    """The settings that a name, a file or a configuration stands for; None for `off`."""
+    if isinstance(pyramid, PyramidConfig):
+        return pyramid
+    if not isinstance(pyramid, (str, Path)):
+        raise TypeError(f"pyramid is {pyramid!r}, expected off, auto, a preset's name, a path or a PyramidConfig")
+    if pyramid == "off":
+        return None
+    if pyramid == "auto":
+        beside = directory / "pyramid.json"
+        return PyramidConfig.load(beside) if beside.exists() else PyramidConfig.for_layers(layers)
+    if isinstance(pyramid, Path) or pyramid.endswith(".json"):
+        return PyramidConfig.load(pyramid)
+    return PyramidConfig.preset(pyramid)
 
 
 def _groups(lengths: list[int], limit: int) -> Iterator[list[int]]:

@@ -52,6 +52,12 @@ def build_parser() -> Parser:
         help="checkpoint directory or hub repository (default: the embedded checkpoint)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument(
+        "--pyramid",
+        default="auto",
+        metavar="NAME_OR_FILE",
+        help="off, auto (the checkpoint's pyramid.json, else the preset for so many layers), a preset, or a JSON file",
+    )
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
@@ -107,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
     with LoadingLine(quiet=args.quiet) as line:
         llm = LLM(
             args.model,
+            pyramid=args.pyramid,
             dtype=args.dtype,
             device=args.device,
             revision=args.revision,
@@ -120,16 +127,16 @@ def run(args: argparse.Namespace) -> None:
         try:
             done.update(completions)
         finally:  # also after Ctrl-C: what was finished is kept
-            print_all([done[i] for i in sorted(done)], args.json, single=len(prompts) == 1)
+            print_all([done[i] for i in sorted(done)], args, single=len(prompts) == 1)
     if args.stats:
         for i in sorted(done):
-            print_stats(done[i])
+            print_stats(done[i], args.pyramid)
 
 
-def print_all(completions: list[Completion], as_json: bool, single: bool) -> None:
+def print_all(completions: list[Completion], args: argparse.Namespace, single: bool) -> None:
     """Texts with an empty line between them, or one JSON object; nothing where nothing was finished."""
-    if as_json and completions:
-        figures = [describe(completion) for completion in completions]
+    if args.json and completions:
+        figures = [describe(completion, args.pyramid) for completion in completions]
         print(json.dumps(figures[0] if single else {"completions": figures}))
     elif completions:
         print("\n\n".join(completion.text for completion in completions))
@@ -171,7 +178,7 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**{name: vars(args)[name] for name in names if vars(args).get(name) is not None})
 
 
-def describe(completion: Completion) -> dict[str, Any]:
+def describe(completion: Completion, pyramid: str) -> dict[str, Any]:
     """The figures of one completion, as `--json` prints them."""
     new = len(completion.token_ids)
     return {
@@ -187,14 +194,15 @@ def describe(completion: Completion) -> dict[str, Any]:
         "prefill_s": completion.prefill_s,
         "decode_s": completion.decode_s,
         "tokens_per_s": new / completion.decode_s,
-        "pyramid": "off",
+        "pyramid": pyramid,
+        "kept_positions": completion.kept_positions,
     }
 
 
-def print_stats(completion: Completion) -> None:
+def print_stats(completion: Completion, pyramid: str) -> None:
     """The same figures on stderr, a line each; what stdout shows already is left out."""
-    for name, value in describe(completion).items():
-        if name not in ("text", "token_ids"):
+    for name, value in describe(completion, pyramid).items():
+        if name not in ("text", "token_ids", "kept_positions"):
             shown = f"{value:.4g}" if isinstance(value, float) else value
             print(f"{name + ':':15}{shown}", file=sys.stderr)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minipyramid.attention import attend, attend_one_each
 from minipyramid.cache import KVCache
 from minipyramid.config import ModelConfig
+from minipyramid.pyramid import PyramidConfig, Voting, keep
 from minipyramid.rope import inverse_frequencies, rotate, rotations
 
 
@@ -70,30 +71,53 @@ class Model(nn.Module):
         self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
-    def forward(self, ids: Tensor, counts: list[int], rows: list[int], cache: KVCache) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        counts: list[int],
+        rows: list[int],
+        cache: KVCache,
+        *,
+        pyramid: PyramidConfig | None = None,
+        voting: Voting | None = None,
+    ) -> Tensor:
         """Run `counts[i]` new tokens of the sequence in row `rows[i]`, for every i, and append them to the cache.
 
-        ids [T] packed, T = sum(counts)  ->  hidden states before the last norm  [T, hidden_size]
+        With `pyramid` the tokens are prompts, and what is dropped after a layer is in no deeper one. With `voting`
+        they are one generated token of every row, which votes for those before it.
+
+        ids [T] packed, T = sum(counts)  ->  the last layer's hidden states, before the last norm  [T', hidden_size]
         """
         starts = [cache.positions[row] for row in rows]
         spans = [torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
         positions = torch.cat(spans).to(ids.device)  # [T]
         cos, sin = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # [T, 1, D / 2]
         # One more token of every row: all of them attend in one batched product.
-        one_each = max(counts) == 1 and rows == list(range(len(cache.positions)))
+        one_each = pyramid is None and max(counts) == 1 and rows == list(range(len(cache.positions)))
+        prompts = counts
+        planned = [pyramid.prompt_lengths(n, self.config.num_hidden_layers) for n in prompts] if pyramid else []
         # Of all layers at once: a copy to the device for each would stall it as often.
         lengths = torch.tensor(cache.lengths, device=ids.device) if one_each else None  # [L, B]
         x = F.embedding(ids, self.embed_tokens)  # [T, hidden_size]
         for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
             q, k, v = layer.qkv(x, cos, sin)
             if lengths is not None:
-                mixed = attend_one_each(q, *cache.append_one_each(i, k, v, lengths[i]))  # [T, H * D]
+                mixed, probs = attend_one_each(q, *cache.append_one_each(i, k, v, lengths[i]))  # [T, H * D]
+                if voting is not None:
+                    cache.vote(i, probs.mean((1, 2)), voting, lengths[i])
             else:
-                parts = zip(rows, *(torch.split(t, counts) for t in (q, k, v)), strict=True)
-                mixed = torch.cat([attend(q_, *cache.append(i, row, k_, v_)) for row, q_, k_, v_ in parts])
+                queries = torch.split(q, counts)
+                parts = zip(rows, *(torch.split(t, counts) for t in (k, v, positions)), strict=True)
+                held = [cache.append(i, *part) for part in parts]
+                mixed = torch.cat([attend(q_, *kv) for q_, kv in zip(queries, held, strict=True)])  # [T, H * D]
+                if pyramid is not None and i + 1 < len(planned[0]):
+                    kept = keep(pyramid, queries, [keys for keys, _ in held], prompts, [p[i + 1] for p in planned])
+                    # Before the projection and feed-forward, which nobody would read of a dropped token.
+                    x, mixed, positions, cos, sin = (t[torch.cat(kept)] for t in (x, mixed, positions, cos, sin))
+                    counts = [len(k) for k in kept]
             x = x + F.linear(mixed, layer.o_proj)
             x = x + layer.mlp(x)
-        for row, count in zip(rows, counts, strict=True):
+        for row, count in zip(rows, prompts, strict=True):
             cache.positions[row] += count
         return x
 

@@ -26,6 +26,7 @@ class Completion:
     prompt_token_ids: list[int]
     finish_reason: str  # "stop": end of text or a stop string; "length": max_new_tokens
     logprobs: list[float] | None  # nats, of each generated token, where asked for
+    kept_positions: list[list[int]]  # [layer][slot] positions held at the end
     kv_lengths: list[int]  # per layer, tokens held at the end
     kv_bytes: int  # of keys and values held at the end
     kv_bytes_full: int  # what the full cache would hold

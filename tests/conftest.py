@@ -95,4 +95,4 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_dir: Path) -> LLM:
-    return LLM(tiny_dir)
+    return LLM(tiny_dir, pyramid="off")

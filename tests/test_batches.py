@@ -24,7 +24,7 @@ def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_greedy_text_equals_that_of_a_path_without_a_cache(kv_heads: int, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, num_key_value_heads=kv_heads)
-    llm, oracle = LLM(tmp_path), Oracle(tmp_path)
+    llm, oracle = LLM(tmp_path, pyramid="off"), Oracle(tmp_path)
     prompts = prompts_of([1, 40, 7, 2, 100])
     new = [20, 5, 33, 1, 12]
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in new]
@@ -36,7 +36,7 @@ def test_greedy_text_equals_that_of_a_path_without_a_cache(kv_heads: int, tmp_pa
 def test_logits_equal_those_of_a_path_without_a_cache(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tie_word_embeddings=True)
     prompts = prompts_of([1, 30, 90])
-    for prompt, prefill in zip(prompts, LLM(tmp_path).prefill(prompts), strict=True):
+    for prompt, prefill in zip(prompts, LLM(tmp_path, pyramid="off").prefill(prompts), strict=True):
         torch.testing.assert_close(prefill.logits, Oracle(tmp_path).logits(prompt)[-1], atol=2e-4, rtol=0)
         assert prefill.kv_lengths == [len(prompt)] * 3
         assert prefill.kept_positions == [list(range(len(prompt)))] * 3
@@ -77,7 +77,9 @@ def test_a_finished_sequence_leaves_its_row(tiny: LLM, monkeypatch: pytest.Monke
     rows = []
     forward = type(tiny.model).forward
     monkeypatch.setattr(
-        type(tiny.model), "forward", lambda self, ids, *rest: (rows.append(len(ids)), forward(self, ids, *rest))[1]
+        type(tiny.model),
+        "forward",
+        lambda self, ids, *rest, **more: (rows.append(len(ids)), forward(self, ids, *rest, **more))[1],
     )
     tiny.generate(prompts_of([4, 4, 4]), [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 5, 3)])
     assert rows == [12, 3, 3, 2, 1, 1]
@@ -89,7 +91,9 @@ def test_score_is_the_log_probability_without_a_cache(tmp_path: Path) -> None:
     for ids in (continuation, continuation[:1]):
         logprobs = Oracle(tmp_path).logits(prompt + ids)[len(prompt) - 1 : -1].log_softmax(-1)
         expected = logprobs[torch.arange(len(ids)), ids]
-        torch.testing.assert_close(torch.tensor(LLM(tmp_path).score(prompt, ids)), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(LLM(tmp_path, pyramid="off").score(prompt, ids)), expected, atol=1e-4, rtol=0
+        )
 
 
 def test_logprobs_of_generated_tokens_are_their_scores(tiny: LLM) -> None:
@@ -108,11 +112,19 @@ def test_logprobs_of_generated_tokens_are_their_scores(tiny: LLM) -> None:
 @settings(max_examples=60, deadline=None)
 def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int]) -> None:
     """Keys, values, lengths and positions of the rows that stay are what they were, under their new numbers."""
-    cache = KVCache.allot(ModelConfig.from_dict(TINY), [8, 8, 8], len(lengths), torch.float32, torch.device("cpu"))
+    cache = KVCache.allot(
+        ModelConfig.from_dict(TINY), [8, 8, 8], 2, len(lengths), dtype=torch.float32, device=torch.device("cpu")
+    )
     for row, n in enumerate(lengths):
         cache.positions[row] = n
         for layer in range(3):
-            cache.append(layer, row, torch.full((n, 2, 8), 10.0 * row + layer), torch.full((n, 2, 8), -10.0 * row))
+            cache.append(
+                layer,
+                row,
+                torch.full((n, 2, 8), 10.0 * row + layer),
+                torch.full((n, 2, 8), -10.0 * row),
+                torch.arange(n),
+            )
     alive = list(range(len(lengths)))
     for step in steps:
         if step >= len(alive):
@@ -121,6 +133,7 @@ def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int
         assert cache.positions == [lengths[name] for name in alive]
         for row, name in enumerate(alive):
             assert cache.row_lengths(row) == [lengths[name]] * 3
+            assert cache.kept_positions(row) == [list(range(lengths[name]))] * 3
             assert cache.row_bytes(row) == lengths[name] * 3 * 2 * 2 * 8 * 4
             for layer in range(3):
                 assert (cache.keys[layer][row, :, : lengths[name]] == 10.0 * name + layer).all()

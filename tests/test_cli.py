@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from conftest import WEIGHTS
 
-from minipyramid import LLM, SamplingParams
+from minipyramid import LLM, PyramidConfig, SamplingParams
 from minipyramid.generate import LoadingLine, build_parser, main
 
 FIELDS = [
     "text", "token_ids", "finish_reason", "prompt_tokens", "new_tokens", "kv_lengths", "kv_bytes", "kv_bytes_full",
-    "kv_share", "prefill_s", "decode_s", "tokens_per_s", "pyramid",
+    "kv_share", "prefill_s", "decode_s", "tokens_per_s", "pyramid", "kept_positions",
 ]  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def run(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Call the command on the tiny checkpoint; returns (exit status, stdout, stderr)."""
 
     def call(*argv: str) -> tuple[int, str, str]:
-        status = main([*argv, "--model", str(tiny_dir)])
+        status = main(["--pyramid", "off", *argv, "--model", str(tiny_dir)])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -89,7 +89,7 @@ def test_stats_go_to_stderr(run: Any) -> None:
     status, out, err = run("the fox", "--stats", "--max-new-tokens", "4", "--ignore-eos")
     assert status == 0
     assert "kv_bytes" not in out
-    assert [line.split(":")[0] for line in err.splitlines()] == FIELDS[2:]
+    assert [line.split(":")[0] for line in err.splitlines()] == FIELDS[2:-1]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,8 @@ def test_stats_go_to_stderr(run: Any) -> None:
         (["fox", "--device", "tpu"], "tpu"),
         (["fox", "--threads", "0"], "--threads"),
         (["fox", "--threads", "9999999999"], "--threads"),
+        (["fox", "--pyramid", "llama9"], "llama3-8b"),
+        (["fox", "--pyramid", "none.json"], "none.json"),
         (["fox", "--prompt-file", "/no/such/file"], "/no/such/file"),
         (["fox", "--pyramids", "auto"], "--pyramids"),
     ],
@@ -239,6 +241,17 @@ def test_the_loading_line_shows_only_on_a_terminal_and_only_when_slow(monkeypatc
             line.update(1, 4)
         shown[name] = stream.getvalue()
     assert shown == {"slow": "\rloading weights  25 %\r\x1b[K", "quick": "", "quiet": "", "no terminal": ""}
+
+
+def test_the_pyramid_is_heeded(run: Any, tmp_path: Path) -> None:
+    settings = {"recent_ratio": 0.1, "exceed_length_to_compress": 4}
+    (tmp_path / "p.json").write_text(json.dumps(settings))
+    flags = ["the fox", "--json", "--max-new-tokens", "60", "--ignore-eos"]
+    full, pruned = (json.loads(run(*flags, "--pyramid", p)[1]) for p in ("off", str(tmp_path / "p.json")))
+    assert pruned["kv_lengths"] == PyramidConfig(**settings).kv_lengths(full["prompt_tokens"], 60, 3)
+    assert pruned["kv_lengths"] == [len(kept) for kept in pruned["kept_positions"]]
+    assert pruned["kv_share"] < full["kv_share"] == 1
+    assert pruned["pyramid"] == str(tmp_path / "p.json")
 
 
 def test_threads_are_set(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,126 @@
+"""The published settings of PyramidInfer: their names, their presets, and their files as they are.
+
+A published file nests the fields under `prefill_stage` and `generation_stage`, beside `model` and `size`; a flat one
+is read as well. A name that is not known, a strategy misspelt or a value out of range is refused: the published code
+ran a misspelt strategy as `constant`, without a word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minipyramid.config import read_json
+from minipyramid.errors import ConfigError
+
+# What differs from the defaults, and the layers of the model that it was published for.
+PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
+    "llama2-7b": (32, {}),
+    "llama2-13b": (40, {"prefill_decay_ratio": 0.8, "layerwise_downsample_interval": 2}),
+    "llama2-70b": (80, {"layerwise_downsample_interval": 3}),
+    "llama3-8b": (32, {}),
+    "llama3-70b": (80, {"layerwise_downsample_interval": 3}),
+}
+STRATEGY_NAMES = ("cosine", "linear", "constant")
+# field: lowest, highest
+RANGES: dict[str, tuple[float, float]] = {
+    "recent_ratio": (0, 1),
+    "prefill_decay_ratio": (0, 1),
+    "min_context_length": (0, math.inf),
+    "layerwise_downsample_interval": (1, math.inf),
+    "streamingllm_sink_len": (0, math.inf),
+    "distance_weight": (1e-3, 1e3),
+    "gen_decay_ratio": (0, 1),
+    "exceed_length_to_compress": (1, math.inf),
+    "gen_compress_ratio": (0, 1),
+}
+Settings = TypeVar("Settings", bound="PublishedSettings")
+
+
+@dataclass(frozen=True)
+class PublishedSettings:
+    """The defaults are those of 7B and 8B models.
+
+    Attributes:
+        recent_ratio: share of the tokens so far that is protected and votes.
+        prefill_decay_ratio: the lowest ratio of the prompt's schedule.
+        prefill_decay_strategy: cosine, linear or constant.
+        min_context_length: a layer's context is never cut to this or below.
+        layerwise_downsample_interval: prune after every so many layers.
+        streamingllm_sink_len: first tokens that always stay.
+        distance_weight: weight of the newest voter, the oldest one's being 1.
+        gen_decay_ratio, gen_decay_strategy: the schedule of generated tokens.
+        exceed_length_to_compress: generated tokens that are judged together.
+        gen_compress_ratio: share of them that the schedule multiplies.
+
+    Raises:
+        ConfigError: a strategy is not known or a value out of range.
+        TypeError: a value has the wrong type.
+    """
+
+    recent_ratio: float = 0.2
+    prefill_decay_ratio: float = 0.9
+    prefill_decay_strategy: str = "cosine"
+    min_context_length: int = 64
+    layerwise_downsample_interval: int = 1
+    streamingllm_sink_len: int = 4
+    distance_weight: float = 1.2
+    gen_decay_ratio: float = 0.1
+    gen_decay_strategy: str = "cosine"
+    exceed_length_to_compress: int = 16
+    gen_compress_ratio: float = 0.9
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value: Any = getattr(self, field.name)
+            kind = type(field.default)
+            if type(value) not in ((int, float) if kind is float else (kind,)):
+                raise TypeError(f"{field.name} is {value!r}, expected {kind.__name__}")
+            if kind is str and value not in STRATEGY_NAMES:
+                raise ConfigError(f"{field.name} is {value!r}; {nearest(value, STRATEGY_NAMES)}")
+            if kind is not str:
+                lowest, highest = RANGES[field.name]
+                if not lowest <= value <= highest:
+                    limits = f"{lowest} to {highest}" if highest < math.inf else f"at least {lowest}"
+                    raise ConfigError(f"{field.name} is {value}, expected {limits}")
+
+    @classmethod
+    def preset(cls: type[Settings], name: str) -> Settings:
+        """Published settings by the model they were published for; `ConfigError` for another name."""
+        if name not in PRESETS:
+            raise ConfigError(f"there is no preset {name!r}; {nearest(name, PRESETS)}")
+        return cls(**PRESETS[name][1])
+
+    @classmethod
+    def for_layers(cls: type[Settings], layers: int) -> Settings:
+        """The preset of the published model whose number of layers is nearest."""
+        return cls.preset(min(PRESETS, key=lambda name: abs(PRESETS[name][0] - layers)))
+
+    @classmethod
+    def load(cls: type[Settings], path: str | Path) -> Settings:
+        """Read a published file, or a flat one. Raises `CheckpointError`, `ConfigError` or `TypeError`."""
+        raw = read_json(Path(path))
+        flat: dict[str, Any] = {}
+        for name, value in raw.items():
+            if name in ("prefill_stage", "generation_stage"):
+                if not isinstance(value, dict):
+                    raise ConfigError(f"{path}: {name} is {value!r:.60}, expected an object")
+                flat |= value
+            elif name not in ("model", "size"):
+                flat[name] = value
+        known = [field.name for field in fields(cls)]
+        for name in flat:
+            if name not in known:
+                raise ConfigError(f"{path}: {name!r} is no setting; {nearest(name, known)}")
+        return cls(**flat)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """What was probably meant, and otherwise all that could be."""
+    names = list(valid)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"

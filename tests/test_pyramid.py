@@ -1,0 +1,263 @@
+"""The pyramid against golden results, against a slow version of its definition, and against its own plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slow_pyramid import SlowPyramid
+
+from minipyramid import LLM, CheckpointError, ConfigError, PyramidConfig, SamplingParams
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = [(name, case) for name in ("mha", "gqa") for case in json.loads((GOLDEN / name / "cases.json").read_text())]
+STEEP = PyramidConfig(
+    recent_ratio=0.1, prefill_decay_ratio=0.5, min_context_length=4, exceed_length_to_compress=8, gen_decay_ratio=0.2
+)
+
+
+def prompts_of(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
+
+
+def with_pyramid(llm: LLM, pyramid: PyramidConfig | None) -> LLM:
+    """The same weights under other settings."""
+    other = object.__new__(LLM)
+    vars(other).update(vars(llm), pyramid=pyramid)
+    return other
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, LLM]:
+    return {name: LLM(GOLDEN / name, dtype="float32") for name in ("mha", "gqa")}
+
+
+@pytest.mark.parametrize(("model", "case"), CASES, ids=[f"{name}-{case['name']}" for name, case in CASES])
+def test_golden_results(model: str, case: dict[str, Any], golden: dict[str, LLM], tmp_path: Path) -> None:
+    """What the published code kept, from its configuration file as it is."""
+    (tmp_path / "published.json").write_text(json.dumps(case["config"]))
+    llm = with_pyramid(golden[model], PyramidConfig.load(tmp_path / "published.json"))
+    (prefill,) = llm.prefill([case["prompt"]])
+    assert prefill.kept_positions == case["kept_positions"]
+    assert prefill.kv_lengths == case["kv_lengths"]
+    torch.testing.assert_close(prefill.logits, torch.tensor(case["last_logits"]), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(("length", "kv_heads"), [(30, 2), (9, 4), (1, 1)])
+def test_generation_equals_the_slow_version_over_two_hundred_steps(length: int, kv_heads: int, tmp_path: Path) -> None:
+    """The tokens that survive are those with the highest votes, in every layer, through many compactions."""
+    write_checkpoint(tmp_path, num_key_value_heads=kv_heads)
+    (prompt,) = prompts_of([length])
+    slow = SlowPyramid(tmp_path, STEEP)
+    tokens, _ = slow.run(prompt, 205)
+    llm = LLM(tmp_path, pyramid=STEEP)
+    (completion,) = llm.generate([prompt], SamplingParams(max_new_tokens=205, ignore_eos=True))
+    assert completion.token_ids == tokens
+    assert completion.kept_positions == [cache.positions for cache in slow.layers]
+    assert completion.kv_lengths == [len(cache.positions) for cache in slow.layers]
+
+
+def test_sequences_of_a_batch_are_judged_each_by_itself(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    prompts, new = prompts_of([60, 3, 20]), [150, 100, 40]
+    llm = LLM(tmp_path, pyramid=STEEP)
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in new]
+    for prompt, n, completion in zip(prompts, new, llm.generate(prompts, params), strict=True):
+        slow = SlowPyramid(tmp_path, STEEP)
+        assert completion.token_ids == slow.run(prompt, n)[0]
+        assert completion.kept_positions == [cache.positions for cache in slow.layers]
+
+
+CONFIGS = st.builds(
+    PyramidConfig,
+    recent_ratio=st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0]),
+    prefill_decay_ratio=st.sampled_from([0.0, 0.3, 0.7, 0.9, 1.0]),
+    prefill_decay_strategy=st.sampled_from(["cosine", "linear", "constant"]),
+    min_context_length=st.integers(0, 20),
+    layerwise_downsample_interval=st.integers(1, 3),
+    streamingllm_sink_len=st.integers(0, 6),
+    distance_weight=st.sampled_from([0.5, 1.0, 1.2]),
+    gen_decay_ratio=st.sampled_from([0.0, 0.1, 1.0]),
+    gen_decay_strategy=st.sampled_from(["cosine", "linear", "constant"]),
+    exceed_length_to_compress=st.integers(1, 9),
+    gen_compress_ratio=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+)
+
+
+@given(pyramid=CONFIGS, lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), new=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_what_was_planned_is_what_is_held(tiny: LLM, pyramid: PyramidConfig, lengths: list[int], new: int) -> None:
+    """Lengths, bytes, order and tail; and each sequence keeps in a batch what it keeps alone."""
+    llm, prompts = with_pyramid(tiny, pyramid), prompts_of(lengths)
+    plan = llm.plan(lengths, new)
+    params = SamplingParams(max_new_tokens=new, ignore_eos=True)
+    completions = llm.generate(prompts, params)
+    assert [c.kv_lengths for c in completions] == plan.kv_lengths
+    assert sum(c.kv_bytes for c in completions) == plan.kv_bytes <= plan.kv_bytes_full
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert completion.kv_lengths == pyramid.kv_lengths(len(prompt), new, 3)
+        (prefill,) = llm.prefill([prompt])
+        assert prefill.kv_lengths == pyramid.prompt_lengths(len(prompt), 3)
+        tail = min(1 + pyramid.recent(len(prompt)), len(prompt))
+        for kept, at_prefill in zip(completion.kept_positions, prefill.kept_positions, strict=True):
+            assert kept == sorted(set(kept))
+            assert kept[: len(at_prefill)] == at_prefill  # prompt keys never shrink in generation
+            assert at_prefill[-tail:] == list(range(len(prompt) - tail, len(prompt)))
+            sinks = min(pyramid.streamingllm_sink_len, len(at_prefill) - tail)
+            assert at_prefill[:sinks] == list(range(sinks))
+    (alone,) = llm.generate([prompts[-1]], params)
+    assert (alone.token_ids, alone.kept_positions) == (completions[-1].token_ids, completions[-1].kept_positions)
+
+
+def test_ratio_one_is_bit_for_bit_the_full_cache(tiny: LLM) -> None:
+    nothing = PyramidConfig(prefill_decay_ratio=1.0, gen_decay_ratio=1.0, gen_compress_ratio=1.0, min_context_length=0)
+    (prompt,) = prompts_of([100])
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True, logprobs=True)
+    full, kept = (llm.generate([prompt], params)[0] for llm in (tiny, with_pyramid(tiny, nothing)))
+    assert (full.token_ids, full.logprobs, full.kv_lengths) == (kept.token_ids, kept.logprobs, kept.kv_lengths)
+
+
+def test_votes_take_at_most_a_twentieth_of_the_keys_and_values(tmp_path: Path) -> None:
+    """Defect 6 of the published code: on a grouped-query model its votes can outweigh the cache they shrink."""
+    llm = LLM(write_checkpoint(tmp_path, num_key_value_heads=1, head_dim=32), pyramid="auto", dtype="bfloat16")
+    for prompt, new in ((100, 100), (20, 200), (150, 20)):
+        plan = llm.plan([prompt], new)
+        assert plan.unjudged * 4 * 3 <= 0.05 * plan.kv_bytes
+
+
+def test_score_sees_the_pruned_prompt(tmp_path: Path) -> None:
+    """A continuation attends to what each layer kept and to itself, at true positions, and drops nothing."""
+    write_checkpoint(tmp_path)
+    llm = LLM(tmp_path, pyramid=STEEP)
+    (prompt,) = prompts_of([80])
+    params = SamplingParams(max_new_tokens=7, ignore_eos=True, logprobs=True)  # too few to be judged
+    (completion,) = llm.generate([prompt], params)
+    assert llm.score(prompt, completion.token_ids) == pytest.approx(completion.logprobs, abs=1e-4)
+    full = LLM(tmp_path, pyramid="off").score(prompt, completion.token_ids)
+    assert full != pytest.approx(completion.logprobs, abs=1e-4)
+
+
+# --- Section by section: what the published code gets wrong ---
+
+
+def test_defect_1_prompt_and_sinks_stay_in_generation(tiny: LLM) -> None:
+    """Pruned lengths compared with the count of all tokens: after 64 steps nothing but the tail was left."""
+    llm = with_pyramid(tiny, STEEP)
+    (prompt,) = prompts_of([100])
+    (completion,) = llm.generate([prompt], SamplingParams(max_new_tokens=150, ignore_eos=True))
+    (prefill,) = llm.prefill([prompt])
+    for kept, at_prefill in zip(completion.kept_positions, prefill.kept_positions, strict=True):
+        assert kept[: len(at_prefill)] == at_prefill
+        assert kept[:4] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("preset", ["llama2-13b", "llama2-70b"])
+def test_defect_2_an_interval_above_one_generates(tiny_dir: Path, preset: str) -> None:
+    """The shipped 13B and 70B settings crashed at the first generated token."""
+    (prompt,) = prompts_of([150])
+    (completion,) = LLM(tiny_dir, pyramid=preset).generate([prompt], SamplingParams(max_new_tokens=80, ignore_eos=True))
+    assert len(completion.token_ids) == 80
+
+
+def test_defect_3_strategies_differ_and_misspelt_ones_are_refused() -> None:
+    """`linear`, or any misspelt strategy, ran as constant."""
+    lengths = {
+        s: PyramidConfig(prefill_decay_strategy=s).prompt_lengths(600, 12) for s in ("linear", "constant", "cosine")
+    }
+    assert len({tuple(n) for n in lengths.values()}) == 3
+    assert lengths["linear"][1] == 600  # ratio 1 at layer 0, falling with depth
+    with pytest.raises(ConfigError, match="did you mean 'cosine'"):
+        PyramidConfig(prefill_decay_strategy="cosin")
+
+
+def test_defect_4_a_batch_neighbour_changes_nothing(tiny: LLM) -> None:
+    """Left padding became the sink, and the causal mask was cut."""
+    llm = with_pyramid(tiny, STEEP)
+    prompts = prompts_of([7, 120, 40])
+    for prompt, together in zip(prompts, llm.prefill(prompts), strict=True):
+        (alone,) = llm.prefill([prompt])
+        assert together.kept_positions == alone.kept_positions
+        torch.testing.assert_close(together.logits, alone.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_defect_5_one_token_prompts_and_many_more_tokens(tiny: LLM) -> None:
+    """A prompt of one token and a further turn of two or more crashed."""
+    llm = with_pyramid(tiny, STEEP)
+    assert len(llm.generate([[5]], SamplingParams(max_new_tokens=60, ignore_eos=True))[0].token_ids) == 60
+    assert len(llm.score([5] * 100, [6, 7, 8])) == 3
+
+
+def test_defect_7_each_vote_counts_its_weight_once(tmp_path: Path) -> None:
+    """Weights were multiplied into stored probabilities again at every compaction; a strong weight would show it."""
+    write_checkpoint(tmp_path)
+    pyramid = PyramidConfig(recent_ratio=0.3, exceed_length_to_compress=4, min_context_length=4, distance_weight=50.0)
+    slow = SlowPyramid(tmp_path, pyramid)
+    (prompt,) = prompts_of([10])
+    tokens, _ = slow.run(prompt, 90)
+    (completion,) = LLM(tmp_path, pyramid=pyramid).generate(
+        [prompt], SamplingParams(max_new_tokens=90, ignore_eos=True)
+    )
+    assert completion.token_ids == tokens
+    assert completion.kept_positions == [cache.positions for cache in slow.layers]
+
+
+# --- Settings ---
+
+
+def test_presets_are_the_published_files() -> None:
+    for _, case in CASES:
+        if case["name"].startswith("llama"):
+            stages = case["config"]["prefill_stage"] | case["config"]["generation_stage"]
+            name = case["name"].rsplit("-", 1)[0].replace("_", "-")
+            assert PyramidConfig.preset(name) == PyramidConfig(**stages)
+
+
+def test_auto_is_the_file_beside_the_checkpoint_or_the_preset_for_its_layers(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    assert LLM(directory, pyramid="auto").pyramid == PyramidConfig.preset("llama2-7b")
+    assert LLM(directory, pyramid="off").pyramid is None
+    assert LLM(directory).pyramid == LLM(directory, pyramid="auto").pyramid
+    (directory / "pyramid.json").write_text('{"recent_ratio": 0.4}')
+    for pyramid in ("auto", str(directory / "pyramid.json"), directory / "pyramid.json"):
+        assert LLM(directory, pyramid=pyramid).pyramid == PyramidConfig(recent_ratio=0.4)
+    assert PyramidConfig.for_layers(40) == PyramidConfig.preset("llama2-13b")
+    assert PyramidConfig.for_layers(126) == PyramidConfig.preset("llama2-70b")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"recent_ration": 0.2}, ["'recent_ration' is no setting", "'recent_ratio'"]),
+        ({"prefill_stage": {"gen_decay": 1.0}}, ["'gen_decay' is no setting"]),
+        ({"prefill_stage": 3}, ["prefill_stage is 3"]),
+        ({"gen_decay_strategy": "Linear"}, ["gen_decay_strategy", "'linear'"]),
+        ({"prefill_decay_ratio": 1.5}, ["prefill_decay_ratio is 1.5", "0 to 1"]),
+        ({"exceed_length_to_compress": 0}, ["exceed_length_to_compress is 0", "at least 1"]),
+        ({"recent_ratio": float("nan")}, ["recent_ratio is nan"]),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(tmp_path: Path, content: Any, words: list[str]) -> None:
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as error:
+        PyramidConfig.load(tmp_path / "p.json")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_names_and_types_that_are_no_settings(tiny_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'llama2-7b'"):
+        LLM(tiny_dir, pyramid="llama-7b")
+    with pytest.raises(CheckpointError, match="is missing"):
+        LLM(tiny_dir, pyramid="nothing.json")
+    with pytest.raises(TypeError, match="pyramid"):
+        LLM(tiny_dir, pyramid=0.5)  # type: ignore[arg-type]
+    for wrong in ({"recent_ratio": "0.2"}, {"min_context_length": 1.5}, {"streamingllm_sink_len": True}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            PyramidConfig(**wrong)
