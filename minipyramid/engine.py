@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Any, cast
@@ -99,7 +100,7 @@ class LLM:
         sequences = self._sequences(as_list(prompts), SamplingParams(max_new_tokens=1), new_tokens=0)
         if not sequences:
             return []
-        cache, logits = self._prefill(sequences)
+        cache, logits = self._prefill(sequences, self.pyramid)
         lengths = [cache.row_lengths(row) for row in range(len(sequences))]
         return [Prefill(logits[row], cache.kept_positions(row), held) for row, held in enumerate(lengths)]
 
@@ -108,7 +109,9 @@ class LLM:
         """Log-probability (nats) of each token of a continuation, given the prompt's cache and what precedes it."""
         ids = self._ids(continuation, "the continuation", continues=True)
         sequences = self._sequences([prompt], SamplingParams(max_new_tokens=len(ids)))
-        cache, logits = self._prefill(sequences)
+        # What is scored is given and not generated: nothing of it is judged.
+        given = self.pyramid and replace(self.pyramid, exceed_length_to_compress=len(ids) + 1)
+        cache, logits = self._prefill(sequences, given)
         if len(ids) > 1:
             x = self.model(self._tensor(ids[:-1]), [len(ids) - 1], [0], cache)
             logits = torch.cat((logits, self.model.logits(x)))  # [T, vocab_size]
@@ -137,9 +140,11 @@ class LLM:
         if not sequences:
             return
         began = time.perf_counter()
-        cache, logits = self._prefill(sequences)
+        cache, logits = self._prefill(sequences, self.pyramid)
         running = list(sequences)  # running[i] has row i of the cache and of the logits
-        gatherings = [Gathering(self.pyramid, len(s.prompt)) for s in sequences] if self.pyramid else []
+        gatherings = [
+            Gathering(self.pyramid, len(s.prompt), s.params.max_new_tokens) for s in sequences if self.pyramid
+        ]
         survivors = self.pyramid.survivors(self.config.num_hidden_layers) if self.pyramid else []
         tokens = self._choose(logits, running)
         prefill_s = time.perf_counter() - began  # taken behind the first transfer: a device computes asynchronously
@@ -167,11 +172,11 @@ class LLM:
             gatherings = [gatherings[row] for row in order] if gatherings else []
             tokens = self._choose(self.model.logits(x[order]), running) if running else []
 
-    def _prefill(self, sequences: list[Sequence]) -> tuple[KVCache, Tensor]:
+    def _prefill(self, sequences: list[Sequence], pyramid: PyramidConfig | None) -> tuple[KVCache, Tensor]:
         """Allot the cache and compute the prompts; returns the scores of each one's next token [B, vocab_size]."""
         lengths = [len(s.prompt) for s in sequences]
         new = [s.params.max_new_tokens for s in sequences]
-        planned = make_plan(self.config, self.pyramid, lengths, new, self.dtype.itemsize)
+        planned = make_plan(self.config, pyramid, lengths, new, self.dtype.itemsize)
         cache = KVCache.allot(
             self.config, planned.slots, planned.unjudged, len(sequences), dtype=self.dtype, device=self.device
         )
@@ -179,13 +184,9 @@ class LLM:
         for rows in _groups(lengths, PREFILL_TOKENS):
             counts = [lengths[row] for row in rows]
             ids = self._tensor([token for row in rows for token in sequences[row].prompt])
-            x = self.model(ids, counts, rows, cache, pyramid=self.pyramid)  # [T, hidden_size]
-            final = (
-                [self.pyramid.prompt_lengths(n, self.config.num_hidden_layers)[-1] for n in counts]
-                if self.pyramid
-                else counts
-            )
-            last.append(x[torch.tensor(final).cumsum(0) - 1])
+            x = self.model(ids, counts, rows, cache, pyramid=pyramid)  # [T, hidden_size]
+            final = torch.tensor([cache.lengths[-1][row] for row in rows])  # that reached the last layer
+            last.append(x[final.cumsum(0) - 1])
         return cache, self.model.logits(torch.cat(last))
 
     def _choose(self, logits: Tensor, running: list[Sequence]) -> list[int]:

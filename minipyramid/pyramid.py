@@ -17,7 +17,6 @@ length is a function of N, L and the configuration, so memory is known before th
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -67,11 +66,10 @@ class PyramidConfig(PublishedSettings):
         ratios = [schedule(self.gen_decay_ratio, i / layers) for i in range(layers)]
         return [max(1, int(gathered * self.gen_compress_ratio * ratio)) for ratio in ratios]
 
-    def compactions(self, prompt_tokens: int) -> Iterator[Compaction]:
-        """Endlessly: it happens when so many generated tokens have left the protected tail and wait to be judged."""
-        generated, judged = 0, 0
-        while self.recent_ratio < 1:
-            generated += 1
+    def compactions(self, prompt_tokens: int, new_tokens: int) -> Iterator[Compaction]:
+        """It happens when so many generated tokens have left the protected tail and wait to be judged."""
+        judged = 0
+        for generated in range(1, new_tokens + 1):
             older = generated - 1 - self.recent(prompt_tokens + generated)
             if older - judged == self.exceed_length_to_compress:
                 yield Compaction(generated, older)
@@ -81,7 +79,7 @@ class PyramidConfig(PublishedSettings):
         """Every length of a sequence, before any of it is computed."""
         gathered, stay = self.exceed_length_to_compress, self.survivors(layers)
         prompt = self.prompt_lengths(prompt_tokens, layers)
-        past = list(itertools.takewhile(lambda c: c.generated <= new_tokens, self.compactions(prompt_tokens)))
+        past = list(self.compactions(prompt_tokens, new_tokens))
         # Held after `generated` tokens and `done` compactions; a layer is at its longest before one, or at the end.
         moments = [(c.generated, done) for done, c in enumerate(past)] + [(new_tokens, len(past))]
         held = [[n + g - done * (gathered - s) for n, s in zip(prompt, stay, strict=True)] for g, done in moments]
@@ -109,6 +107,9 @@ class Compaction:
         return (1 + (config.distance_weight - 1) * age) / voters
 
 
+NEVER = Compaction(sys.maxsize, sys.maxsize)  # after the last token
+
+
 @dataclass(frozen=True)
 class Future:
     """What a sequence will need."""
@@ -133,10 +134,10 @@ class Voting:
 class Gathering:
     """The generated tokens of one sequence that wait for their judgement."""
 
-    def __init__(self, config: PyramidConfig, prompt_tokens: int) -> None:
+    def __init__(self, config: PyramidConfig, prompt_tokens: int, new_tokens: int) -> None:
         self.config = config
         self.generated = self.judged = 0
-        self._future = config.compactions(prompt_tokens)
+        self._future = config.compactions(prompt_tokens, new_tokens)
         self._next: list[Compaction] = []  # the first of them judges the oldest unjudged tokens
 
     @property
@@ -148,7 +149,7 @@ class Gathering:
         self.generated += 1
         batch = self.config.exceed_length_to_compress
         while len(self._next) * batch < self.unjudged:
-            self._next.append(next(self._future, Compaction(sys.maxsize, sys.maxsize - 1)))
+            self._next.append(next(self._future, NEVER))
         each = [c.weight(self.generated - 1, self.config) for c in self._next for _ in range(batch)]
         return each[: self.unjudged]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,22 @@ def test_score_sees_the_pruned_prompt(tmp_path: Path) -> None:
     assert llm.score(prompt, completion.token_ids) == pytest.approx(completion.logprobs, abs=1e-4)
     full = LLM(tmp_path, pyramid="off").score(prompt, completion.token_ids)
     assert full != pytest.approx(completion.logprobs, abs=1e-4)
+
+
+def test_a_long_continuation_is_scored_and_not_judged(tmp_path: Path) -> None:
+    """More tokens than generation would ever hold at once: nothing of them leaves, and the cache has room for all."""
+    write_checkpoint(tmp_path)
+    (prompt,) = prompts_of([60])
+    slow = SlowPyramid(tmp_path, replace(STEEP, exceed_length_to_compress=1000))
+    tokens, logits = slow.run(prompt, 150)
+    expected = torch.stack(logits).log_softmax(-1)[torch.arange(150), tokens].tolist()
+    assert LLM(tmp_path, pyramid=STEEP).score(prompt, tokens) == pytest.approx(expected, abs=1e-4)
+
+
+def test_settings_that_hardly_ever_judge_are_planned_at_once() -> None:
+    """A protected tail that grows as fast as the text: looking for the next judgement must come to an end."""
+    pyramid = PyramidConfig(recent_ratio=0.9999, exceed_length_to_compress=10**9)
+    assert pyramid.kv_lengths(100, 50, 4) == [n + 50 for n in pyramid.prompt_lengths(100, 4)]
 
 
 # --- Section by section: what the published code gets wrong ---
