@@ -37,6 +37,11 @@ def print_error(error: object) -> None:
     print("minipyramid: error:", " ".join(str(error).split()), file=sys.stderr)
 
 
+def discard_output() -> None:
+    """Python flushes stdout once more at exit; what could not be written must not fail there again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def build_parser() -> Parser:
     """The flags; those of sampling have the names and defaults of `SamplingParams`."""
     parser = Parser(prog="minipyramid", allow_abbrev=False, description="Continue a prompt with a Llama checkpoint.")
@@ -93,8 +98,9 @@ def main(argv: list[str] | None = None) -> int:
         print_error(error)
         return 2
     except BrokenPipeError:  # the reader has seen enough, as in `minipyramid ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
     except OSError as error:  # a full disk behind a redirection, say
+        discard_output()
         print_error(f"the output cannot be written ({error})")
         return 2
     except KeyboardInterrupt:

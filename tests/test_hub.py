@@ -366,7 +366,7 @@ def test_a_repository_that_is_absent_or_private_asks_for_another_name_or_a_login
     said = the_error(online[name])
     assert said.startswith(f"{name} is neither a directory nor a repository")
     assert "check the name" in said
-    assert "hf auth login" in said
+    assert "HF_TOKEN" in said
 
 
 @pytest.mark.parametrize("name", ["acme/gated", "acme/gated-files"])
@@ -375,7 +375,7 @@ def test_a_gated_repository_asks_to_accept_its_terms(name: str, online: dict[str
     said = the_error(online[name])
     assert said.startswith(f"{name} is gated")
     assert "accept its terms" in said
-    assert "hf auth login" in said
+    assert "HF_TOKEN" in said
 
 
 def test_an_unknown_revision_is_named_with_what_could_be_one(online: dict[str, Result]) -> None:
