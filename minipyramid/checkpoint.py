@@ -18,7 +18,6 @@ from torch import Tensor
 from minipyramid.config import ModelConfig, read_json
 from minipyramid.errors import CheckpointError
 from minipyramid.model import Model
-from minipyramid.rope import inverse_frequencies
 
 Progress = Callable[[int, int], None]  # parameters assigned, of how many
 
@@ -49,7 +48,7 @@ def load(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch
     with torch.device("meta"):
         model = Model(config)
     model.load_state_dict(state, strict=True, assign=True)
-    model.inv_freq = inverse_frequencies(config).to(device)  # made on meta, where it has no values
+    model.inv_freq = model.inv_freq.to(device)
     return model.requires_grad_(False).eval()
 
 
