@@ -15,6 +15,7 @@ model is written out once more here, as one trains it: whole sequences at once, 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import lzma
@@ -195,13 +196,14 @@ def train_tokenizer(text: str, directory: Path, vocab_size: int) -> sentencepiec
         for _ in range(2500):
             tale = story(rng, 300, lambda t: len(t) // 4 + 1)
             sentences += (tale.text + "".join(q + a for q, a in tale.asked)).splitlines()
+        trained = io.BytesIO()  # a writer, for a path would be written into the model
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_prefix=str(directory / "tokenizer"), vocab_size=vocab_size,
+            sentence_iterator=iter(sentences), model_writer=trained, vocab_size=vocab_size,
             model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity",
             remove_extra_whitespaces=False, character_coverage=0.9995, max_sentence_length=8192,
             unk_id=0, bos_id=BOS, eos_id=EOS, pad_id=-1, minloglevel=1, num_threads=2,
         )  # fmt: skip
-        (directory / "tokenizer.vocab").unlink()
+        model.write_bytes(trained.getvalue())
     return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
