@@ -53,7 +53,7 @@ class KVCache:
             return [torch.zeros(rows, K, S, D, dtype=dtype, device=device) for S in slots]
 
         per_token = config.kv_bytes_per_token(dtype.itemsize)
-        nothing = torch.zeros(0, dtype=torch.int32)
+        nothing = torch.zeros(0, dtype=torch.int32, device=device)
         return cls(
             slabs(),
             slabs(),
@@ -67,7 +67,7 @@ class KVCache:
 
     def append(self, layer: int, row: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write T tokens of one row, k and v [T, K, D], positions [T]; returns all that it holds.  two of [K, n, D]"""
-        self.kept[layer][row] = torch.cat((self.kept[layer][row].to(positions.device), positions.int()))
+        self.kept[layer][row] = torch.cat((self.kept[layer][row], positions.int()))
         start = self.lengths[layer][row]
         end = start + k.shape[0]
         self.keys[layer][row, :, start:end] = k.transpose(0, 1)

@@ -22,8 +22,9 @@ from minipyramid.model import Model
 Progress = Callable[[int, int], None]  # parameters assigned, of how many
 
 
-def load(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device,
-         progress: Progress | None = None) -> Model:  # fmt: skip
+def load(
+    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+) -> Model:
     """Build the model and assign every parameter, cast to `dtype`, on `device`.
 
     Raises:

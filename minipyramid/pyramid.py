@@ -150,8 +150,8 @@ class Gathering:
         batch = self.config.exceed_length_to_compress
         while len(self._next) * batch < self.unjudged:
             self._next.append(next(self._future, NEVER))
-        each = [c.weight(self.generated - 1, self.config) for c in self._next for _ in range(batch)]
-        return each[: self.unjudged]
+        weights = [compaction.weight(self.generated - 1, self.config) for compaction in self._next]
+        return [weights[i // batch] for i in range(self.unjudged)]
 
     def due(self) -> bool:
         """Whether the oldest are judged now; if so they count as judged."""

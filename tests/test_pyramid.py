@@ -155,8 +155,11 @@ def test_a_long_continuation_is_scored_and_not_judged(tmp_path: Path) -> None:
     assert LLM(tmp_path, pyramid=STEEP).score(prompt, tokens) == pytest.approx(expected, abs=1e-4)
 
 
-def test_settings_that_hardly_ever_judge_are_planned_at_once() -> None:
-    """A protected tail that grows as fast as the text: looking for the next judgement must come to an end."""
+def test_settings_that_hardly_ever_judge_cost_no_more(tiny: LLM) -> None:
+    """Looking for a judgement that never comes must end, and waiting for it must cost by what waits."""
+    never = PyramidConfig(exceed_length_to_compress=10**9)
+    (completion,) = with_pyramid(tiny, never).generate([[5, 6]], SamplingParams(max_new_tokens=20, ignore_eos=True))
+    assert completion.kv_lengths == [22] * 3
     pyramid = PyramidConfig(recent_ratio=0.9999, exceed_length_to_compress=10**9)
     assert pyramid.kv_lengths(100, 50, 4) == [n + 50 for n in pyramid.prompt_lengths(100, 4)]
 
