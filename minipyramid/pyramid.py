@@ -195,10 +195,13 @@ def votes(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def pivotal(vote: Tensor, count: int, sinks: int) -> Tensor:
-    """Indices of the `count` highest-voted tokens, in their original order; the first `sinks` always win.  [count]"""
+    """Indices of the `count` highest-voted tokens, in their original order; the first `sinks` always win.  [count]
+
+    Of equal votes the earlier token's wins (topk promises no order), so sinks stay from the front if not all can.
+    """
     vote = vote.clone()
     vote[:sinks] = math.inf
-    return vote.topk(count).indices.sort().values
+    return vote.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def keep(

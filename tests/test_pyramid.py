@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from slow_pyramid import SlowPyramid
 
 from minipyramid import LLM, CheckpointError, ConfigError, PyramidConfig, SamplingParams
+from minipyramid.pyramid import pivotal
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [(name, case) for name in ("mha", "gqa") for case in json.loads((GOLDEN / name / "cases.json").read_text())]
@@ -115,6 +116,13 @@ def test_what_was_planned_is_what_is_held(tiny: LLM, pyramid: PyramidConfig, len
             assert at_prefill[:sinks] == list(range(sinks))
     (alone,) = llm.generate([prompts[-1]], params)
     assert (alone.token_ids, alone.kept_positions) == (completions[-1].token_ids, completions[-1].kept_positions)
+
+
+def test_of_equal_votes_the_earlier_token_stays() -> None:
+    """Five sinks and room for three once kept tokens 0, 2 and 3: topk promises no order among equals."""
+    for count in range(1, 6):
+        assert pivotal(torch.zeros(5), count, 5).tolist() == list(range(count))
+        assert pivotal(torch.zeros(40), count, 0).tolist() == list(range(count))
 
 
 def test_ratio_one_is_bit_for_bit_the_full_cache(tiny: LLM) -> None:
