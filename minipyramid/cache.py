@@ -1,25 +1,42 @@
 """The key/value cache: a slab per layer, allotted once from a plan, written in place, a length per layer and row.
 
 Layers may hold different numbers of tokens, as sequences do, so a token's *slot* says nothing
-about its *position*: keys are stored rotated, and the position of a sequence's next token is counted apart in
-`positions`. The engine owns the cache and passes it to the model; a row is one sequence.
+about its *position*: keys are stored rotated, and the position of a sequence's next token is counted apart.
+The engine owns the cache and passes it to the model.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from minipyramid.config import ModelConfig
-from minipyramid.pyramid import Voting, pivotal
+from minipyramid.plan import Need
+from minipyramid.pyramid import Gathering, Voting, pivotal
+
+
+@dataclass
+class Row:
+    """What is held of one sequence."""
+
+    lengths: list[int]  # [layer] tokens held
+    kept: list[Tensor]  # [layer] positions of the tokens that stay: a prompt's, and all of former turns  [n] int32
+    judged: list[list[int]]  # [layer] positions of the generated tokens that were voted to stay
+    gathering: Gathering | None = None  # the generated tokens that are not judged yet
+    position: int = 0  # of the next token
+
+    def kept_positions(self) -> list[list[int]]:
+        """Positions of all that each layer holds, ascending."""
+        held = []
+        for length, kept, judged in zip(self.lengths, self.kept, self.judged, strict=True):
+            known = kept.tolist() + judged
+            held.append(known + list(range(self.position - (length - len(known)), self.position)))
+        return held
 
 
 @dataclass
 class KVCache:
-    """Shapes: `B` rows, `K` key/value heads, `S` slots of a layer, `D` head size.
+    """Shapes: `B` rows in use, the first of those allotted, `K` key/value heads, `S` slots of a layer, `D` head size.
 
     A layer's keys stand as [B, K, S, D], so one head's keys are contiguous and a decode step reads them in one
     batched product, without a copy. What lies beyond a row's length is stale but finite, and masked.
@@ -27,123 +44,125 @@ class KVCache:
 
     keys: list[Tensor]  # per layer [B, K, S, D]
     values: list[Tensor]  # per layer [B, K, S, D]
-    lengths: list[list[int]]  # [layer][row] tokens held
-    positions: list[int]  # [row] position of the next token
-    bytes_per_token: int  # of one token in one layer
-    kept: list[list[Tensor]]  # [layer][row] positions of a prompt's tokens  [n] int32
-    judged: list[list[list[int]]]  # [layer][row] positions of the generated tokens that were voted to stay
     votes: list[Tensor]  # per layer [B, U] float32, for the generated tokens that are not judged yet
+    need: Need  # what a row has room for
+    bytes_per_token: int  # of one token in one layer
+    rows: list[Row] = field(default_factory=list)
 
     @classmethod
     def allot(
-        cls,
-        config: ModelConfig,
-        slots: list[int],
-        unjudged: int,
-        rows: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> KVCache:
-        """`slots` per layer for each of `rows` sequences, and votes for `unjudged` tokens; nothing ever grows."""
+        cls, config: ModelConfig, need: Need, rows: int, *, dtype: torch.dtype, device: torch.device
+    ) -> "KVCache":
+        """Room for `rows` sequences; nothing ever grows."""
         K, D = config.num_key_value_heads, config.head_dim
 
         def slabs() -> list[Tensor]:
             # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
-            return [torch.zeros(rows, K, S, D, dtype=dtype, device=device) for S in slots]
+            return [torch.zeros(rows, K, S, D, dtype=dtype, device=device) for S in need.slots]
 
-        per_token = config.kv_bytes_per_token(dtype.itemsize)
-        nothing = torch.zeros(0, dtype=torch.int32, device=device)
-        return cls(
-            slabs(),
-            slabs(),
-            [[0] * rows for _ in slots],
-            [0] * rows,
-            per_token,
-            [[nothing] * rows for _ in slots],
-            [[[] for _ in range(rows)] for _ in slots],
-            [torch.zeros(rows, unjudged, device=device) for _ in slots],
-        )
+        votes = [torch.zeros(rows, need.unjudged, device=device) for _ in need.slots]
+        return cls(slabs(), slabs(), votes, need, config.kv_bytes_per_token(dtype.itemsize))
+
+    @property
+    def free_rows(self) -> int:
+        return len(self.keys[0]) - len(self.rows)
+
+    @property
+    def allotted_bytes(self) -> int:
+        return len(self.keys[0]) * self.need.bytes(self.bytes_per_token)
+
+    def add_row(self, gathering: Gathering | None = None) -> int:
+        """Take the next free row; returns its index."""
+        for votes in self.votes:
+            votes[len(self.rows)] = 0
+        layers = range(len(self.keys))
+        nothing = torch.zeros(0, dtype=torch.int32, device=self.keys[0].device)
+        self.rows.append(Row([0 for _ in layers], [nothing for _ in layers], [[] for _ in layers], gathering))
+        return len(self.rows) - 1
 
     def append(self, layer: int, row: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write T tokens of one row, k and v [T, K, D], positions [T]; returns all that it holds.  two of [K, n, D]"""
-        self.kept[layer][row] = torch.cat((self.kept[layer][row], positions.int()))
-        start = self.lengths[layer][row]
+        held = self.rows[row]
+        held.kept[layer] = torch.cat((held.kept[layer], positions.int()))
+        start = held.lengths[layer]
         end = start + k.shape[0]
         self.keys[layer][row, :, start:end] = k.transpose(0, 1)
         self.values[layer][row, :, start:end] = v.transpose(0, 1)
-        self.lengths[layer][row] = end
+        held.lengths[layer] = end
         return self.keys[layer][row, :, :end], self.values[layer][row, :, :end]
 
+    def lengths(self) -> Tensor:
+        """Of all layers at once, for a copy to the device for each would stall it as often.  [L, B]"""
+        return torch.tensor([row.lengths for row in self.rows], device=self.keys[0].device).T.contiguous()
+
     def append_one_each(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write one token of every row, k and v [B, K, D], at `lengths` [B], the layer's lengths on the device.
+        """Write one token of every row, k and v [B, K, D], behind the `lengths` [B] that the layer holds.
 
         Returns the whole slabs [B, K, S, D], since a slice of the live slots would not be contiguous and the
-        products would copy it, and which slots are held [B, S].
+        products would copy it, and which slots are held [B, S]. The rows' own counts follow in `advance`.
         """
-        rows = torch.arange(len(lengths), device=k.device)
-        self.keys[layer][rows, :, lengths] = k
-        self.values[layer][rows, :, lengths] = v
-        self.lengths[layer] = [n + 1 for n in self.lengths[layer]]
-        held = torch.arange(self.keys[layer].shape[2], device=k.device) <= lengths[:, None]  # [B, S]
-        return self.keys[layer], self.values[layer], held
+        keys, values = (slabs[layer][: len(k)] for slabs in (self.keys, self.values))
+        rows = torch.arange(len(k), device=k.device)
+        keys[rows, :, lengths] = k
+        values[rows, :, lengths] = v
+        held = torch.arange(keys.shape[2], device=k.device) <= lengths[:, None]  # [B, S]
+        return keys, values, held
 
     def vote(self, layer: int, probs: Tensor, voting: Voting, lengths: Tensor) -> None:
         """Count the newest token's vote for every row's unjudged tokens, the last of its slots.
 
         probs [B, S], the heads' mean; lengths [B], the layer's before this token
         """
-        first = lengths + 1 - voting.unjudged
-        slots = first[:, None] + torch.arange(voting.weights.shape[1], device=probs.device)  # [B, U]
-        seen = probs.gather(1, slots.clamp(max=probs.shape[1] - 1))
-        self.votes[layer][:, : voting.weights.shape[1]] += voting.weights * seen
+        B, U = voting.weights.shape
+        slots = (lengths + 1 - voting.unjudged)[:, None] + torch.arange(U, device=probs.device)  # [B, U]
+        self.votes[layer][:B, :U] += voting.weights * probs.gather(1, slots.clamp(max=probs.shape[1] - 1))
 
-    def compact(self, row: int, unjudged: int, gathered: int, survivors: list[int]) -> None:
+    def advance(self) -> None:
+        """One token more in every layer of every row; those whose time has come are judged."""
+        for i, row in enumerate(self.rows):
+            row.lengths = [length + 1 for length in row.lengths]
+            row.position += 1
+            unjudged = row.gathering.unjudged if row.gathering else 0
+            if row.gathering and row.gathering.due():
+                survivors = row.gathering.config.survivors(len(row.lengths))
+                self._compact(i, unjudged, row.gathering.config.exceed_length_to_compress, survivors)
+
+    def _compact(self, index: int, unjudged: int, gathered: int, survivors: list[int]) -> None:
         """Of the `gathered` oldest of a row's unjudged tokens, keep the `survivors[layer]` highest-voted, in place."""
+        row = self.rows[index]
+        oldest = row.position - unjudged
         for layer, count in enumerate(survivors):
-            votes, end = self.votes[layer][row], self.lengths[layer][row]
+            votes, end = self.votes[layer][index], row.lengths[layer]
             best = pivotal(votes[:gathered], count, sinks=0)
-            start, oldest = end - unjudged, self.positions[row] - unjudged
+            start = end - unjudged
             end -= gathered - count
             for slab in (self.keys[layer], self.values[layer]):
-                waiting = slab[row, :, start : start + unjudged]
-                slab[row, :, start:end] = torch.cat((waiting[:, best], waiting[:, gathered:]), dim=1)
+                waiting = slab[index, :, start : start + unjudged]
+                slab[index, :, start:end] = torch.cat((waiting[:, best], waiting[:, gathered:]), dim=1)
             votes.copy_(torch.cat((votes[gathered:], votes.new_zeros(gathered))))
-            self.lengths[layer][row] = end
-            self.judged[layer][row] += [oldest + i for i in best.tolist()]
-
-    def kept_positions(self, row: int) -> list[list[int]]:
-        """Positions of all that each layer holds of one sequence, ascending."""
-        held = []
-        for layer, lengths in enumerate(self.lengths):
-            known = self.kept[layer][row].tolist() + self.judged[layer][row]
-            end = self.positions[row]
-            held.append(known + list(range(end - (lengths[row] - len(known)), end)))
-        return held
+            row.lengths[layer] = end
+            row.judged[layer] += [oldest + i for i in best.tolist()]
 
     def retire(self, finished: list[int]) -> list[int]:
-        """Drop rows; the last rows move into their places, so that the rows left stay contiguous.
+        """Free rows; the last rows move into their places, so that those in use stay the first.
 
-        Returns the former row of each row that is left.
+        Returns the former index of each row that is left.
         """
-        order = list(range(len(self.positions)))
+        order = list(range(len(self.rows)))
         for row in sorted(finished, reverse=True):
             last = len(order) - 1
-            for slab in (*self.keys, *self.values, *self.votes):
-                if row != last:
+            if row != last:
+                for slab in (*self.keys, *self.values, *self.votes):
                     slab[row] = slab[last]
-            per_rows: list[list[Any]] = [order, self.positions, *self.lengths, *self.kept, *self.judged]
-            for per_row in per_rows:
-                per_row[row] = per_row[-1]
-                per_row.pop()
-        for slabs in (self.keys, self.values, self.votes):
-            slabs[:] = [slab[: len(order)] for slab in slabs]
+            order[row], self.rows[row] = order[last], self.rows[last]
+            del order[last], self.rows[last]
         return order
 
-    def row_lengths(self, row: int) -> list[int]:
-        """Tokens that each layer holds of one sequence."""
-        return [lengths[row] for lengths in self.lengths]
-
-    def row_bytes(self, row: int) -> int:
-        """Bytes of the keys and values that are held of one sequence."""
-        return self.bytes_per_token * sum(self.row_lengths(row))
+    def adopt(self, row: int, source: "KVCache", held: Row) -> None:
+        """Begin a new row with all that `held`, once the first row of another cache, has; nothing of it is judged."""
+        mine = self.rows[row]
+        for slabs, others in ((self.keys, source.keys), (self.values, source.values)):
+            for slab, other, n in zip(slabs, others, held.lengths, strict=True):
+                slab[row, :, :n] = other[0, :, :n]
+        mine.lengths, mine.position = list(held.lengths), held.position
+        mine.kept = [torch.tensor(p, dtype=torch.int32, device=self.keys[0].device) for p in held.kept_positions()]

@@ -4,8 +4,6 @@ The model is built on the `meta` device, where it takes no memory, and tensors a
 safetensors, joined where the model fuses projections, and assigned. Nothing is initialised to be overwritten.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,7 +33,7 @@ def load(
         sources = _sources(config)
         # transformers ties where the head is absent or equal, and keeps a head that differs.
         if config.tie_word_embeddings and "lm_head.weight" not in tensors:
-            del sources["lm_head"]
+            del sources["lm_head.weight"]
         _check_shapes(tensors, sources, directory)
         state: dict[str, Tensor] = {}
         for name, parts in sources.items():
@@ -44,13 +42,13 @@ def load(
             if progress:
                 progress(len(state), len(sources))
     embedding = state["embed_tokens"]
-    if config.tie_word_embeddings and torch.equal(state.get("lm_head", embedding), embedding):
-        state["lm_head"] = embedding
+    if config.tie_word_embeddings and torch.equal(state.get("lm_head.weight", embedding), embedding):
+        state["lm_head.weight"] = embedding
     with torch.device("meta"):
         model = Model(config)
     model.load_state_dict(state, strict=True, assign=True)
     model.inv_freq = model.inv_freq.to(device)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).pack()
 
 
 Shape = tuple[int, ...]
@@ -63,16 +61,16 @@ def _sources(config: ModelConfig) -> dict[str, list[tuple[str, Shape]]]:
     q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
     in_layer: dict[str, list[tuple[str, Shape]]] = {
         "input_layernorm": [("input_layernorm", (hidden,))],
-        "qkv_proj": [(f"self_attn.{n}_proj", (size, hidden)) for n, size in (("q", q), ("k", kv), ("v", kv))],
-        "o_proj": [("self_attn.o_proj", (hidden, q))],
+        "qkv_proj.weight": [(f"self_attn.{n}_proj", (size, hidden)) for n, size in (("q", q), ("k", kv), ("v", kv))],
+        "o_proj.weight": [("self_attn.o_proj", (hidden, q))],
         "post_attention_layernorm": [("post_attention_layernorm", (hidden,))],
-        "gate_up_proj": [(f"mlp.{n}_proj", (ffn, hidden)) for n in ("gate", "up")],
-        "down_proj": [("mlp.down_proj", (hidden, ffn))],
+        "gate_up_proj.weight": [(f"mlp.{n}_proj", (ffn, hidden)) for n in ("gate", "up")],
+        "down_proj.weight": [("mlp.down_proj", (hidden, ffn))],
     }
     sources: dict[str, list[tuple[str, Shape]]] = {
         "embed_tokens": [("model.embed_tokens.weight", (vocab, hidden))],
         "norm": [("model.norm.weight", (hidden,))],
-        "lm_head": [("lm_head.weight", (vocab, hidden))],
+        "lm_head.weight": [("lm_head.weight", (vocab, hidden))],
     }
     for i in range(config.num_hidden_layers):
         for name, parts in in_layer.items():
@@ -87,31 +85,26 @@ def _open(directory: Path, stack: ExitStack) -> Tensors:
     """Open `model.safetensors`, or every shard that the index names; nothing is read yet."""
     index = directory / "model.safetensors.index.json"
     if (directory / SINGLE).exists():
-        file = _open_file(directory / SINGLE, stack)
-        return dict.fromkeys(file.keys(), (file, SINGLE))
-    if not index.exists():
+        shards = [SINGLE]
+    elif index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map from tensors to shards; fetch it again")
+        shards = sorted(set(weight_map.values()))
+    else:
         raise CheckpointError(f"{directory} has no weights; expected {SINGLE} or shards with {index.name}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensors to shards; fetch it again")
-    files = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not (directory / shard).is_file():
-            raise CheckpointError(
-                f"{directory / shard} is missing, though {index.name} names it; fetch the checkpoint again"
-            )
-        files[shard] = _open_file(directory / shard, stack)
-    held = {shard: set(file.keys()) for shard, file in files.items()}
-    return {name: (files[shard], shard) for name, shard in weight_map.items() if name in held[shard]}
-
-
-def _open_file(path: Path, stack: ExitStack) -> Any:
-    try:
-        return stack.enter_context(safe_open(path, framework="pt"))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or no safetensors file ({_first_line(error)}); fetch it again"
-        ) from error
+    tensors: dict[str, tuple[Any, str]] = {}
+    for shard in shards:
+        path = directory / shard
+        if path.parent != directory or not path.is_file():
+            raise CheckpointError(f"{path} is missing, though {index.name} names it; fetch the checkpoint again")
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{path} is truncated or no safetensors file ({why}); fetch it again") from error
+        tensors |= dict.fromkeys(file.keys(), (file, shard))
+    return tensors
 
 
 def _check_shapes(tensors: Tensors, sources: dict[str, list[tuple[str, Shape]]], directory: Path) -> None:
@@ -121,30 +114,21 @@ def _check_shapes(tensors: Tensors, sources: dict[str, list[tuple[str, Shape]]],
         if name not in tensors:
             raise CheckpointError(f"{directory} lacks the tensor {name}, expected with shape {list(shape)}")
         file, shard = tensors[name]
-        found = file.get_slice(name).get_shape()
-        if found != list(shape):
-            raise CheckpointError(
-                f"{directory / shard}: {name} has shape {found}, but config.json asks for {list(shape)}"
-            )
+        found, asked = file.get_slice(name).get_shape(), list(shape)
+        if found != asked:
+            raise CheckpointError(f"{directory / shard}: {name} has shape {found}, but config.json asks for {asked}")
     left_over = [n for n in tensors.keys() - expected.keys() if not n.endswith("rotary_emb.inv_freq")]
     if left_over:
-        raise CheckpointError(
-            f"{directory} holds {min(left_over)}, which is no tensor of this Llama; check config.json"
-        )
+        raise CheckpointError(f"{directory} holds {min(left_over)}, no tensor of this Llama; check config.json")
 
 
 def _read(tensors: Tensors, directory: Path, name: str, dtype: torch.dtype) -> Tensor:
     file, shard = tensors[name]
     tensor: Tensor = file.get_tensor(name)
+    told = f"{directory / shard}: {name} holds"
     if not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{directory / shard}: {name} holds {tensor.dtype}, expected floating point; quantised weights are not read"
-        )
+        raise CheckpointError(f"{told} {tensor.dtype}, expected floating point; quantised weights are not read")
     tensor = tensor.to(dtype)
     if not tensor.isfinite().all():
-        raise CheckpointError(f"{directory / shard}: {name} has values that are not finite in {dtype}; fetch it again")
+        raise CheckpointError(f"{told} values that are not finite in {dtype}; fetch it again")
     return tensor
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

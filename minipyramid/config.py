@@ -5,14 +5,13 @@ writes `rope_parameters` and `dtype`. What the engine does not implement (a bias
 type) is an error here and never an approximation later.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minipyramid.checks import check_number
 from minipyramid.errors import CheckpointError, ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,6 +27,11 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 }
 # By rope type, the fields that it cannot do without.
 ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+ROPE_DEFAULTS = {"rope_theta": 10000.0, "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+).split()
+MOST_LAYERS = 4096
 
 Number = TypeVar("Number", int, float)
 
@@ -67,7 +71,7 @@ class ModelConfig:
         return 2 * self.num_key_value_heads * self.head_dim * itemsize
 
     @classmethod
-    def load(cls, directory: Path) -> ModelConfig:
+    def load(cls, directory: Path) -> "ModelConfig":
         """Read `config.json`, and the further ids that end a text from `generation_config.json`.
 
         Raises:
@@ -79,35 +83,37 @@ class ModelConfig:
         return cls.from_dict(raw, str(directory / "config.json"), more.get("eos_token_id"))
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any], source: str = "config.json", more_eos: Any = None) -> ModelConfig:
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json", more_eos: Any = None) -> "ModelConfig":
         """The same from a dictionary; `source` names it in messages."""
         _refuse_unsupported(raw, source)
-        hidden_size = _positive(raw, "hidden_size", source, int)
-        heads = _positive(raw, "num_attention_heads", source, int)
-        kv_heads = _positive(raw, "num_key_value_heads", source, int, default=heads)
+        sizes = {name: _positive(raw, name, source, int) for name in SIZES}
+        context, heads = sizes["max_position_embeddings"], sizes["num_attention_heads"]
+        if sizes["num_hidden_layers"] > MOST_LAYERS:
+            raise ConfigError(
+                f"{source}: num_hidden_layers is {sizes['num_hidden_layers']}, expected up to {MOST_LAYERS}"
+            )
+        kv_heads = _positive(raw, "num_key_value_heads", source, int, heads)
         if heads % kv_heads:
             raise ConfigError(
                 f"{source}: num_key_value_heads is {kv_heads}, expected a divisor of num_attention_heads {heads}"
             )
-        head_dim = _positive(raw, "head_dim", source, int, default=hidden_size // heads)
+        head_dim = _positive(raw, "head_dim", source, int, sizes["hidden_size"] // heads)
         if head_dim % 2:
             raise ConfigError(f"{source}: head_dim is {head_dim}, expected an even number for rotary positions")
-        context = _positive(raw, "max_position_embeddings", source, int)
         # Mistral's own default; null means no window.
-        window = {"sliding_window": 4096} if raw["model_type"] == "mistral" else {}
-        if (window | raw).get("sliding_window") is not None:
-            size = _positive(window | raw, "sliding_window", source, int)
+        window = ({"sliding_window": 4096} if raw["model_type"] == "mistral" else {}) | raw
+        if window.get("sliding_window") is not None:
+            size = _positive(window, "sliding_window", source, int)
             if size < context:
+                shorter = f"is shorter than max_position_embeddings {context} and is not implemented"
                 raise ConfigError(
-                    f"{source}: sliding_window {size} is shorter than max_position_embeddings {context} and is not "
-                    f"implemented; lower max_position_embeddings to {size} to run within the window"
+                    f"{source}: sliding_window {size} {shorter}; lower the latter to run within the window"
                 )
         given = [raw.get("eos_token_id"), more_eos]
         eos = [i for ids in given for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-        vocab_size = _positive(raw, "vocab_size", source, int)
-        if not all(type(i) is int and 0 <= i < vocab_size for i in eos):
+        if not all(type(i) is int and 0 <= i < sizes["vocab_size"] for i in eos):
             where = f"{source}: eos_token_id (or that of generation_config.json)"
-            raise ConfigError(f"{where} is {eos!r:.60}, expected ids below {vocab_size}")
+            raise ConfigError(f"{where} is {eos!r:.60}, expected ids below {sizes['vocab_size']}")
         dtype = _first(raw.get("dtype"), raw.get("torch_dtype"), "float32")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ConfigError(f"{source}: dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -115,15 +121,10 @@ class ModelConfig:
         if not isinstance(tie, bool):
             raise ConfigError(f"{source}: tie_word_embeddings is {tie!r}, expected true or false")
         return cls(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=_positive(raw, "intermediate_size", source, int),
-            num_hidden_layers=_positive(raw, "num_hidden_layers", source, int, most=4096),
-            num_attention_heads=heads,
+            **sizes,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=context,
-            rms_norm_eps=_positive(raw, "rms_norm_eps", source, float, default=1e-6),
+            rms_norm_eps=_positive(raw, "rms_norm_eps", source, float, 1e-6),
             tie_word_embeddings=tie,
             rope=_rope(raw, source, context),
             dtype=dtype,
@@ -149,21 +150,13 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
 
 
 def _positive(
-    raw: Mapping[str, Any],
-    name: str,
-    source: str,
-    kind: type[Number],
-    *,
-    default: Number | None = None,
-    most: int = 2**40,
+    raw: Mapping[str, Any], name: str, source: str, kind: type[Number], default: Number | None = None
 ) -> Number:
     """A field that must be a positive number, and one that arithmetic survives; null means absent."""
-    value: Any = default if raw.get(name) is None else raw[name]
-    accepted = (int,) if kind is int else (int, float)
-    if type(value) in accepted and 1e-20 < value <= most:
-        return kind(value)
-    what = "a positive integer" if kind is int else "a positive number"
-    raise ConfigError(f"{source}: {name} is {raw.get(name)!r:.60}, expected {what} up to {most}")
+    value = default if raw.get(name) is None else raw[name]
+    limits = (kind, 1e-20 if kind is float else 1, 2**40)
+    number: Number = check_number(f"{source}: {name}", value, limits, ConfigError, ConfigError)
+    return number
 
 
 def _first(*values: Any) -> Any:
@@ -192,16 +185,9 @@ def _rope(raw: Mapping[str, Any], source: str, context: int) -> RopeConfig:
             raise ConfigError(f"{source}: rope_type {kind!r} needs {name}, which is absent")
     # transformers 4 writes two of the fields beside rope_scaling instead of into it.
     fields = {**raw, **{name: value for name, value in scaling.items() if value is not None}}
-    rope = RopeConfig(
-        rope_type=kind,
-        rope_theta=_positive(fields, "rope_theta", source, float, default=10000.0),
-        factor=_positive(fields, "factor", source, float, default=1.0),
-        low_freq_factor=_positive(fields, "low_freq_factor", source, float, default=1.0),
-        high_freq_factor=_positive(fields, "high_freq_factor", source, float, default=4.0),
-        original_max_position_embeddings=_positive(
-            fields, "original_max_position_embeddings", source, int, default=context
-        ),
-    )
+    numbers = {name: _positive(fields, name, source, float, default) for name, default in ROPE_DEFAULTS.items()}
+    original = _positive(fields, "original_max_position_embeddings", source, int, context)
+    rope = RopeConfig(kind, original_max_position_embeddings=original, **numbers)
     if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise ConfigError(f"{source}: high_freq_factor is {rope.high_freq_factor}, expected more than low_freq_factor")
     return rope

@@ -1,7 +1,5 @@
 """Where a model runs and in which number format, chosen by what the machine is quick with."""
 
-from __future__ import annotations
-
 import torch
 
 from minipyramid.config import DTYPES

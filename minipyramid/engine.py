@@ -1,32 +1,33 @@
 """The engine: prompts in, texts out, through the one decode loop of the project.
 
-A request becomes a `Sequence`, the plan says how much cache all of them need, the cache is allotted, the prompts
-are computed, and then every step takes one token of each running sequence. A sequence that has ended leaves its
-row and is computed no further.
+A request becomes a `Sequence` that knows from its plan how much cache it will need. The scheduler starts as many as
+fit, their prompts are computed, and then every step takes one token of each running sequence. A sequence that has
+ended leaves its row, is computed no further, and makes room for the next that waits.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
-from operator import index
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minipyramid import checkpoint
+from minipyramid import checkpoint, request
 from minipyramid.cache import KVCache
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.errors import RequestError, TokenizerError
 from minipyramid.hub import locate
-from minipyramid.plan import Plan, make_plan
-from minipyramid.pyramid import Gathering, PyramidConfig, voting
-from minipyramid.request import Completion, Prefill, Prompt, Prompts, Sequence, as_list, check_ids, check_length
+from minipyramid.model import Span
+from minipyramid.plan import Plan, need
+from minipyramid.policy import Policy, make_plan, pick_pyramid
+from minipyramid.pyramid import PyramidConfig
+from minipyramid.request import Completion, Conversation, Params, Prefill, Prompt, Prompts, Sequence
 from minipyramid.sampling import SamplingParams, choose, make_generator
+from minipyramid.schedule import Place, Progress, Scheduler
 from minipyramid.tokenizer import TextStream, Tokenizer, load_tokenizer
 
 # Prompts are computed together up to this many tokens, and a longer one alone.
@@ -40,6 +41,11 @@ class LLM:
         model: a checkpoint's directory in the Hugging Face layout, or a hub repository id.
         pyramid: "off", "auto" (the `pyramid.json` beside the checkpoint, else the preset for so many layers), a
             preset's name, the path of a JSON file, or a configuration.
+        kv_budget: hold at most this share of the full cache's keys and values at the end of each generation, by
+            settings solved from `pyramid`'s for every request's length (see `PyramidConfig.for_budget`); None for
+            `pyramid` as it is.
+        kv_memory: bytes for the keys, values and votes of everything in flight, a number or as in "2GiB"; None for
+            half of what is free.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as bf16, and
             both as float32 where the processor has no bf16 instructions.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
@@ -55,6 +61,8 @@ class LLM:
         model: str | Path,
         *,
         pyramid: str | Path | PyramidConfig = "auto",
+        kv_budget: float | None = None,
+        kv_memory: int | str | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         revision: str | None = None,
@@ -62,186 +70,190 @@ class LLM:
     ) -> None:
         directory = locate(model, revision, progress=progress is not None)
         self.config = ModelConfig.load(directory)
-        self.pyramid = pick_pyramid(pyramid, directory, self.config.num_hidden_layers)
+        self.policy = Policy(pick_pyramid(pyramid, directory, self.config.num_hidden_layers), kv_budget)
+        self.kv_memory = None if kv_memory is None else request.parse_bytes(kv_memory)
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.config.dtype, self.device)
         self.tokenizer = load_tokenizer(directory, self.config.vocab_size)
         self.model = checkpoint.load(directory, self.config, self.dtype, self.device, progress)
 
     def generate(
-        self, prompts: Prompts, params: SamplingParams | list[SamplingParams] | None = None
+        self, prompts: Prompts, params: Params = None, conversation: Conversation | None = None
     ) -> list[Completion]:
-        """Continue prompts, all in one batch; texts or token ids in, completions in their order out.
+        """Continue any number of prompts; texts or token ids in, completions in their order out.
+
+        As many run together as fit in `kv_memory`. With a `conversation` the one prompt is its next turn.
 
         Raises:
-            RequestError: a prompt is empty, too long or not of this vocabulary.
+            BudgetError: `kv_budget` cannot be reached for a prompt's length.
+            RequestError: a prompt is empty, too long, not of this vocabulary, or needs more than `kv_memory` alone.
             TokenizerError: texts are given to a checkpoint without a readable tokenizer.
         """
-        done = dict(self.completions(prompts, params))
-        return [done[i] for i in range(len(done))]
+        return [completion for _, completion in sorted(self.completions(prompts, params, conversation))]
 
     def completions(
-        self, prompts: Prompts, params: SamplingParams | list[SamplingParams] | None = None
+        self,
+        prompts: Prompts,
+        params: Params = None,
+        conversation: Conversation | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """Like `generate`, but each as it is finished, with the index of its prompt."""
-        sequences = self._sequences(as_list(prompts), params)
-        return ((s.index, s.completion) for s, _ in self._run(sequences) if s.completion)
+        """Like `generate`, but each as it is finished, with the index of its prompt; `progress` hears of every step."""
+        sequences = self._sequences(request.as_list(prompts), params, conversation=conversation)
+        return ((s.index, s.completion) for s, piece in self._run(sequences, progress) if piece is None)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[str, None, Completion]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, conversation: Conversation | None = None
+    ) -> Generator[str, None, Completion]:
         """The same for one prompt, as pieces of text; joined they are the completion's text.
 
         The generator's return value is the `Completion`. Raises like `generate`.
         """
-        return self._pieces(*self._sequences([prompt], params))
+        return self._pieces(*self._sequences([prompt], params, conversation=conversation))
 
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> list[Prefill]:
         """Compute prompts and tell what the cache holds of each, and the scores of the token that comes next."""
-        sequences = self._sequences(as_list(prompts), SamplingParams(max_new_tokens=1), new_tokens=0)
-        if not sequences:
-            return []
-        cache, logits = self._prefill(sequences, self.pyramid)
-        lengths = [cache.row_lengths(row) for row in range(len(sequences))]
-        return [Prefill(logits[row], cache.kept_positions(row), held) for row, held in enumerate(lengths)]
+        done = []
+        for sequence in self._sequences(request.as_list(prompts), SamplingParams(max_new_tokens=1), new_tokens=0):
+            cache = self._alone(sequence)
+            logits = self._extend([sequence], [(cache, 0)])[0]
+            done.append(Prefill(logits, cache.rows[0].kept_positions(), cache.rows[0].lengths))
+        return done
 
     @torch.inference_mode()
     def score(self, prompt: Prompt, continuation: Prompt) -> list[float]:
-        """Log-probability (nats) of each token of a continuation, given the prompt's cache and what precedes it."""
+        """Log-probability (nats) of each token of a continuation, given the prompt's cache and what precedes it.
+
+        The prompt is pruned as for generating so many tokens; what is scored is given, so nothing of it is judged.
+        """
         ids = self._ids(continuation, "the continuation", continues=True)
-        sequences = self._sequences([prompt], SamplingParams(max_new_tokens=len(ids)))
-        # What is scored is given and not generated: nothing of it is judged.
-        given = self.pyramid and replace(self.pyramid, exceed_length_to_compress=len(ids) + 1)
-        cache, logits = self._prefill(sequences, given)
+        (sequence,) = self._sequences([prompt], SamplingParams(max_new_tokens=len(ids)))
+        given = sequence.pyramid and replace(sequence.pyramid, exceed_length_to_compress=len(ids) + 1)
+        sequence.need = need(given, len(sequence.prompt), len(ids), self.config.num_hidden_layers)
+        place = (self._alone(sequence), 0)
+        logits = self._extend([sequence], [place])
         if len(ids) > 1:
-            x = self.model(self._tensor(ids[:-1]), [len(ids) - 1], [0], cache)
+            x = self.model.extend(self._tensor(ids[:-1]), [Span(*place, len(ids) - 1)], every=True)
             logits = torch.cat((logits, self.model.logits(x)))  # [T, vocab_size]
         scores: list[float] = logits.log_softmax(-1).gather(1, self._tensor(ids)[:, None])[:, 0].tolist()
         return scores
 
     def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> Plan:
-        """What prompts of these lengths (tokens) will hold at the end of generation; nothing is allotted."""
-        lengths = [index(length) for length in prompt_lengths]
-        new = SamplingParams(max_new_tokens=max_new_tokens).max_new_tokens
-        if not lengths:
-            raise RequestError("no prompt lengths are given; give at least one")
-        for i, length in enumerate(lengths):
-            check_length(length, new, f"prompt {i}", self.config)
-        return make_plan(self.config, self.pyramid, lengths, [new] * len(lengths), self.dtype.itemsize)
+        """What prompts of these lengths (tokens) will hold; nothing is allotted."""
+        return make_plan(self.config, self.policy, prompt_lengths, max_new_tokens, self.dtype)
 
     def _pieces(self, sequence: Sequence) -> Generator[str, None, Completion]:
         for _, piece in self._run([sequence]):
             if piece:
                 yield piece
-        return cast(Completion, sequence.completion)
+        return sequence.completion
 
     @torch.inference_mode()
-    def _run(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, str]]:
-        """The decode loop. Yields a sequence with each piece of its text, and once more when it is complete."""
-        if not sequences:
-            return
-        began = time.perf_counter()
-        cache, logits = self._prefill(sequences, self.pyramid)
-        running = list(sequences)  # running[i] has row i of the cache and of the logits
-        gatherings = [
-            Gathering(self.pyramid, len(s.prompt), s.params.max_new_tokens) for s in sequences if self.pyramid
-        ]
-        survivors = self.pyramid.survivors(self.config.num_hidden_layers) if self.pyramid else []
-        tokens = self._choose(logits, running)
-        prefill_s = time.perf_counter() - began  # taken behind the first transfer: a device computes asynchronously
-        began = time.perf_counter()
-        while running:
-            for sequence, token in zip(running, tokens, strict=True):
-                piece, left = sequence.accept(token), time.perf_counter()
-                yield sequence, piece
-                began += time.perf_counter() - left  # what the caller does meanwhile is not decoding
+    def _run(
+        self, sequences: list[Sequence], progress: Callable[[Progress], None] | None = None
+    ) -> Iterator[tuple[Sequence, str | None]]:
+        """The decode loop. Yields a sequence with each piece of its text, and with None when it is complete."""
+        scheduler = Scheduler(self.config, self.dtype, self.device, self.kv_memory, sequences)
+        generated = 0
+        while scheduler.waiting or scheduler.caches:
+            self._start(scheduler.admit())
+            running = list(chain(*scheduler.running))
+            for sequence in running:
+                yield sequence, sequence.accept()
+            began = time.perf_counter()
             # Also for those that end here: their last token belongs in the cache, as the plan counts it.
-            votes = voting(gatherings, self.device) if gatherings else None
-            rows = list(range(len(running)))
-            x = self.model(self._tensor(tokens), [1] * len(running), rows, cache, voting=votes)
-            for row, gathering in enumerate(gatherings):
-                unjudged = gathering.unjudged
-                if gathering.due():
-                    cache.compact(row, unjudged, gathering.config.exceed_length_to_compress, survivors)
-            finished = [row for row, sequence in enumerate(running) if sequence.finish_reason]
-            for row in finished:
-                decode_s = time.perf_counter() - began
-                running[row].completion = self._complete(running[row], cache, row, prefill_s, decode_s)
-                yield running[row], ""
-            order = cache.retire(finished)
-            running = [running[row] for row in order]
-            gatherings = [gatherings[row] for row in order] if gatherings else []
-            tokens = self._choose(self.model.logits(x[order]), running) if running else []
+            tokens = self._tensor([sequence.next_token for sequence in running])
+            x = self.model.step(tokens, scheduler.caches)  # [B, hidden_size]
+            ended = scheduler.retire()
+            left = list(chain(*scheduler.running))
+            if left:
+                place = {sequence.index: i for i, sequence in enumerate(running)}
+                self._choose(self.model.logits(x[[place[sequence.index] for sequence in left]]), left)
+            for sequence in running:
+                sequence.completion.decode_s += time.perf_counter() - began
+            for sequence in ended:
+                yield sequence, None
+            generated += len(running)
+            if progress:
+                waiting = len(scheduler.waiting)
+                progress(Progress(waiting, len(left), len(sequences) - waiting - len(left), generated))
 
-    def _prefill(self, sequences: list[Sequence], pyramid: PyramidConfig | None) -> tuple[KVCache, Tensor]:
-        """Allot the cache and compute the prompts; returns the scores of each one's next token [B, vocab_size]."""
-        lengths = [len(s.prompt) for s in sequences]
-        new = [s.params.max_new_tokens for s in sequences]
-        planned = make_plan(self.config, pyramid, lengths, new, self.dtype.itemsize)
-        cache = KVCache.allot(
-            self.config, planned.slots, planned.unjudged, len(sequences), dtype=self.dtype, device=self.device
-        )
-        last: list[Tensor] = []
-        for rows in _groups(lengths, PREFILL_TOKENS):
-            counts = [lengths[row] for row in rows]
-            ids = self._tensor([token for row in rows for token in sequences[row].prompt])
-            x = self.model(ids, counts, rows, cache, pyramid=pyramid)  # [T, hidden_size]
-            final = torch.tensor([cache.lengths[-1][row] for row in rows])  # that reached the last layer
-            last.append(x[final.cumsum(0) - 1])
-        return cache, self.model.logits(torch.cat(last))
+    def _start(self, admitted: list[tuple[Sequence, Place]]) -> None:
+        """Compute the prompts of those that start now, some at a time, and choose each one's first token."""
+        while admitted:
+            began = time.perf_counter()
+            ends = accumulate(len(sequence.prompt) for sequence, _ in admitted)
+            count = max(1, sum(end <= PREFILL_TOKENS for end in ends))
+            sequences, places = (list(each) for each in zip(*admitted[:count], strict=True))
+            self._choose(self._extend(sequences, places), sequences)
+            for sequence in sequences:  # behind the transfer of the tokens, for a device computes asynchronously
+                sequence.completion.prefill_s = time.perf_counter() - began
+            admitted = admitted[count:]
 
-    def _choose(self, logits: Tensor, running: list[Sequence]) -> list[int]:
+    def _extend(self, sequences: list[Sequence], places: list[Place]) -> Tensor:
+        """Compute prompts into the cache; returns the scores of each one's next token.  [B, vocab_size]"""
+        ids = self._tensor([token for sequence in sequences for token in sequence.prompt])
+        spans = [Span(*place, len(s.prompt), s.pyramid) for s, place in zip(sequences, places, strict=True)]
+        return self.model.logits(self.model.extend(ids, spans))
+
+    def _alone(self, sequence: Sequence) -> KVCache:
+        """A cache for one sequence that nothing is generated of."""
+        cache = KVCache.allot(self.config, sequence.need, 1, dtype=self.dtype, device=self.device)
+        cache.add_row()
+        return cache
+
+    def _choose(self, logits: Tensor, running: list[Sequence]) -> None:
         """The next token of every running sequence, in one transfer from the device."""
-        chosen = torch.stack(
-            [choose(row, s.params, s.generator, s.seen) for row, s in zip(logits, running, strict=True)]
-        )
+        rows = zip(logits, running, strict=True)
+        chosen = torch.stack([choose(row, s.params, s.generator, s.seen) for row, s in rows])
         if any(s.params.logprobs for s in running):
             logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
             for sequence, logprob in zip(running, logprobs, strict=True):
-                sequence.logprobs.append(logprob)
-        tokens: list[int] = chosen.tolist()
-        return tokens
-
-    def _complete(self, s: Sequence, cache: KVCache, row: int, prefill_s: float, decode_s: float) -> Completion:
-        return Completion(
-            text=s.text,
-            token_ids=s.token_ids,
-            prompt_token_ids=s.prompt,
-            finish_reason=s.finish_reason,
-            logprobs=s.logprobs if s.params.logprobs else None,
-            kept_positions=cache.kept_positions(row),
-            kv_lengths=cache.row_lengths(row),
-            kv_bytes=cache.row_bytes(row),
-            kv_bytes_full=cache.bytes_per_token * len(cache.lengths) * cache.positions[row],
-            prefill_s=prefill_s,
-            decode_s=decode_s,
-        )
+                if sequence.completion.logprobs is not None:
+                    sequence.completion.logprobs.append(logprob)
+        for sequence, token in zip(running, chosen.tolist(), strict=True):
+            sequence.next_token = token
 
     def _sequences(
-        self, prompts: list[Any], params: SamplingParams | list[SamplingParams] | None, new_tokens: int | None = None
+        self,
+        prompts: list[Any],
+        params: Params,
+        new_tokens: int | None = None,
+        conversation: Conversation | None = None,
     ) -> list[Sequence]:
-        """Check a call's prompts and parameters, and tokenise."""
+        """Check a call's prompts and parameters, tokenise, and plan."""
         each = params if isinstance(params, list) else [SamplingParams() if params is None else params] * len(prompts)
         if len(each) != len(prompts):
-            raise RequestError(
-                f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one per prompt"
-            )
+            raise RequestError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or as many")
+        if conversation is not None and len(prompts) != 1:
+            raise RequestError(f"a conversation goes on with one prompt at a time, not with {len(prompts)}")
+        before = conversation.token_ids if conversation else []
+        layers, solved = self.config.num_hidden_layers, dict[tuple[int, int], PyramidConfig | None]()
         made = []
         for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
             if not isinstance(p, SamplingParams):
                 raise TypeError(f"params is {p!r}, expected SamplingParams or a list of them")
             name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
-            ids = self._ids(prompt, name)
-            check_length(len(ids), p.max_new_tokens if new_tokens is None else new_tokens, name, self.config)
+            ids = self._ids(prompt, name, continues=bool(before))
+            lengths = (len(ids), p.max_new_tokens if new_tokens is None else new_tokens)
+            request.check_length(len(before) + lengths[0], lengths[1], name, self.config)
             if p.stop:
                 self._need_tokenizer()
-            seen = None
-            if p.repetition_penalty != 1:
-                seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
-                seen[self._tensor(ids)] = True
+            if lengths not in solved:
+                solved[lengths] = self.policy.settings(*lengths, layers)
+            sequence = Sequence(i, name, ids, p, solved[lengths], need(solved[lengths], *lengths, layers), conversation)
+            if conversation and conversation.held:
+                sequence.need = sequence.need.beside(conversation.held[1].lengths)
             # A space before the first word belongs to the text only if something stands before it.
-            at_start = self.tokenizer is not None and not self.tokenizer.decode(ids, continues=True)
-            stream = TextStream(self.tokenizer, p.stop, at_start=at_start)
-            made.append(Sequence(i, ids, p, self.config.eos_token_ids, stream, make_generator(p, self.device), seen))
+            at_start = self.tokenizer is not None and not self.tokenizer.decode(before + ids, continues=True)
+            sequence.stream = TextStream(self.tokenizer, p.stop, at_start=at_start)
+            sequence.generator = make_generator(p, self.device)
+            sequence.eos_ids = () if p.ignore_eos else self.config.eos_token_ids
+            if p.repetition_penalty != 1:
+                sequence.seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
+                sequence.seen[self._tensor(before + ids)] = True
+            made.append(sequence)
         return made
 
     def _ids(self, given: Any, name: str, continues: bool = False) -> list[int]:
@@ -254,42 +266,12 @@ class LLM:
             raise RequestError(f"{name} is not valid Unicode ({error.reason}); give UTF-8 text") from error
         if isinstance(ids, list) and not ids:
             raise RequestError(f"{name} is empty; give at least one token")
-        return check_ids(ids, name, self.config)
+        return request.check_ids(ids, name, self.config)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise TokenizerError(
-                "the checkpoint has no tokenizer.model (tokenizer.json is not read); give token ids, or add it"
-            )
+            raise TokenizerError("the checkpoint has no tokenizer.model (no other is read); give token ids, or add it")
         return self.tokenizer
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, device=self.device)
-
-
-def pick_pyramid(pyramid: str | Path | PyramidConfig, directory: Path, layers: int) -> PyramidConfig | None:
-    """The settings that a name, a file or a configuration stands for; None for `off`."""
-    if isinstance(pyramid, PyramidConfig):
-        return pyramid
-    if not isinstance(pyramid, (str, Path)):
-        raise TypeError(f"pyramid is {pyramid!r}, expected off, auto, a preset's name, a path or a PyramidConfig")
-    if pyramid == "off":
-        return None
-    if pyramid == "auto":
-        beside = directory / "pyramid.json"
-        return PyramidConfig.load(beside) if beside.exists() else PyramidConfig.for_layers(layers)
-    if isinstance(pyramid, Path) or pyramid.endswith(".json"):
-        return PyramidConfig.load(pyramid)
-    return PyramidConfig.preset(pyramid)
-
-
-def _groups(lengths: list[int], limit: int) -> Iterator[list[int]]:
-    """Consecutive indices whose lengths sum to at most `limit`, or one alone that is longer."""
-    group: list[int] = []
-    for i, length in enumerate(lengths):
-        if group and sum(lengths[j] for j in group) + length > limit:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group

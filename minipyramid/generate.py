@@ -3,8 +3,6 @@
 Exit status 0; 2 for bad input; 130 after Ctrl-C, with what was finished kept; 1 for a defect of ours.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
@@ -221,7 +219,7 @@ class LoadingLine:
         self.wanted = sys.stderr is not None and sys.stderr.isatty() and not quiet
         self.began = time.monotonic()
 
-    def __enter__(self) -> LoadingLine:
+    def __enter__(self) -> "LoadingLine":
         return self
 
     def update(self, loaded: int, of: int) -> None:

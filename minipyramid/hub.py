@@ -3,8 +3,6 @@
 Cache, token, endpoint and offline settings are those of huggingface_hub. Only what the engine reads is fetched.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,7 @@ FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (errors.GatedRepoError, "is gated; accept its terms on the hub and log in, or set HF_TOKEN"),
     (
         errors.RepositoryNotFoundError,
-        "is neither a directory nor a repository that the hub shows; "
-        "check the name, or log in or set HF_TOKEN if it is private",
+        "is neither a directory nor a repository; check the name, log in, or set HF_TOKEN",
     ),
     (errors.RevisionNotFoundError, "is not on the hub; expected a branch, tag or commit of the repository"),
     (errors.HFValidationError, "is neither a directory nor a repository id of the form owner/name"),

@@ -1,13 +1,13 @@
 """The Llama decoder: a packed list of tokens in, their last hidden states out, keys and values into the cache.
 
 Sequences are never padded. The tokens of all of them lie one after the other in one axis `T`, which is all that
-norms, projections and feed-forward need to know; only attention takes them apart again. So a batch of prompts
-of any lengths, one more token of each sequence, and a continuation of one are the same call.
+norms, projections and feed-forward need to know; only attention takes them apart again. It does so in two ways:
+`extend` runs many tokens of some sequences, prompts above all, and prunes between layers; `step` runs one token of
+every sequence of some caches.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,13 +17,24 @@ from torch import Tensor, nn
 from minipyramid.attention import attend, attend_one_each
 from minipyramid.cache import KVCache
 from minipyramid.config import ModelConfig
-from minipyramid.pyramid import PyramidConfig, Voting, keep
-from minipyramid.rope import inverse_frequencies, rotate, rotations
+from minipyramid.linear import Linear
+from minipyramid.pyramid import PyramidConfig, keep, voting
+from minipyramid.rope import inverse_frequencies, rotate_, rotations
+
+# Tokens that norms, projections and feed-forward run over at a time. A prompt of 16,384 tokens thus needs its hidden
+# states whole, but of the widest activation (2 * intermediate_size) only a quarter.
+PIECE = 4096
 
 
 def rms_norm(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
     """Scale each token's vector to a root mean square of 1, then by `weight`.  [T, hidden_size] -> same"""
     return F.rms_norm(x, weight.shape, weight, config.rms_norm_eps)
+
+
+def in_pieces(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Apply what treats every token alike to `PIECE` tokens at a time."""
+    parts = [run(*part) for part in zip(*(torch.split(t, PIECE) for t in tensors), strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Layer(nn.Module):
@@ -36,25 +47,53 @@ class Layer(nn.Module):
         super().__init__()
         self.config = config
         hidden, ffn, D = config.hidden_size, config.intermediate_size, config.head_dim
-        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         self.input_layernorm = nn.Parameter(torch.empty(hidden))
-        self.qkv_proj = nn.Parameter(torch.empty((H + 2 * K) * D, hidden))
-        self.o_proj = nn.Parameter(torch.empty(hidden, H * D))
+        self.qkv_proj = Linear(sum(self.heads) * D, hidden)
+        self.o_proj = Linear(hidden, self.heads[0] * D)
         self.post_attention_layernorm = nn.Parameter(torch.empty(hidden))
-        self.gate_up_proj = nn.Parameter(torch.empty(2 * ffn, hidden))
-        self.down_proj = nn.Parameter(torch.empty(hidden, ffn))
+        self.gate_up_proj = Linear(2 * ffn, hidden)
+        self.down_proj = Linear(hidden, ffn)
 
-    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Queries [T, H, D] and keys [T, K, D], rotated, and values [T, K, D], of the normed input."""
-        H, K, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        heads = F.linear(rms_norm(x, self.input_layernorm, self.config), self.qkv_proj).view(-1, H + 2 * K, D)
-        q, k = torch.split(rotate(heads[:, : H + K], cos, sin), [H, K], dim=1)
-        return q, k, heads[:, H + K :]
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """SwiGLU of the normed input.  [T, hidden_size] -> same"""
-        gate, up = F.linear(rms_norm(x, self.post_attention_layernorm, self.config), self.gate_up_proj).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down_proj)
+        def run(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            qkv: Tensor = self.qkv_proj(rms_norm(x, self.input_layernorm, self.config))
+            heads = qkv.view(len(x), sum(self.heads), -1)
+            rotate_(heads[:, : -self.heads[2]], cos, sin)
+            return heads
+
+        return torch.split(in_pieces(run, x, cos, sin), self.heads, dim=1)
+
+    def residual(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Add to the tokens what attention found, and SwiGLU of that.  [T, hidden_size], [T, H * D] -> like x"""
+
+        def run(x: Tensor, mixed: Tensor) -> Tensor:
+            x = x + self.o_proj(mixed)
+            gate, up = self.gate_up_proj(rms_norm(x, self.post_attention_layernorm, self.config)).chunk(2, dim=-1)
+            return x.add_(self.down_proj(F.silu(gate).mul_(up)))
+
+        return in_pieces(run, x, mixed)
+
+
+@dataclass(frozen=True)
+class Span:
+    """New tokens of one sequence: where they go, how many, and, of a prompt, by which settings it is pruned."""
+
+    cache: KVCache
+    row: int
+    count: int
+    pyramid: PyramidConfig | None = None
+
+    def positions(self) -> Tensor:
+        """They follow what the sequence has computed.  [count]"""
+        start = self.cache.rows[self.row].position
+        return torch.arange(start, start + self.count)
+
+    def lengths(self, layers: int) -> list[int]:
+        """How many of them each layer receives."""
+        return self.pyramid.prompt_lengths(self.count, layers) if self.pyramid else [self.count] * layers
 
 
 class Model(nn.Module):
@@ -68,59 +107,77 @@ class Model(nn.Module):
         self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
-        self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.lm_head = Linear(config.vocab_size, config.hidden_size)
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
-    def forward(
-        self,
-        ids: Tensor,
-        counts: list[int],
-        rows: list[int],
-        cache: KVCache,
-        *,
-        pyramid: PyramidConfig | None = None,
-        voting: Voting | None = None,
-    ) -> Tensor:
-        """Run `counts[i]` new tokens of the sequence in row `rows[i]`, for every i, and append them to the cache.
+    def pack(self) -> "Model":
+        """Bring the weights into the form that is multiplied fastest, after loading."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        return self
 
-        With `pyramid` the tokens are prompts, and what is dropped after a layer is in no deeper one. With `voting`
-        they are one generated token of every row, which votes for those before it.
+    def extend(self, ids: Tensor, spans: Sequence[Span], *, every: bool = False) -> Tensor:
+        """Append tokens of some sequences to what their caches hold.
 
-        ids [T] packed, T = sum(counts)  ->  the last layer's hidden states, before the last norm  [T', hidden_size]
+        They attend to what each layer holds and to themselves, causally. Those of a prompt are pruned: what is
+        dropped after a layer is in no deeper one.
+
+        ids [T] packed, span after span  ->  the last layer's hidden states, before the last norm, of each span's last
+        token [B, hidden_size], or of all [T, hidden_size] if `every` is asked for (and nothing pruned)
         """
-        starts = [cache.positions[row] for row in rows]
-        spans = [torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
-        positions = torch.cat(spans).to(ids.device)  # [T]
+        layers = self.config.num_hidden_layers
+        positions = torch.cat([span.positions() for span in spans]).to(ids.device)  # [T]
         cos, sin = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # [T, 1, D / 2]
-        # One more token of every row: all of them attend in one batched product.
-        one_each = pyramid is None and max(counts) == 1 and rows == list(range(len(cache.positions)))
-        prompts = counts
-        planned = [pyramid.prompt_lengths(n, self.config.num_hidden_layers) for n in prompts] if pyramid else []
-        # Of all layers at once: a copy to the device for each would stall it as often.
-        lengths = torch.tensor(cache.lengths, device=ids.device) if one_each else None  # [L, B]
+        planned = [span.lengths(layers) for span in spans]
         x = F.embedding(ids, self.embed_tokens)  # [T, hidden_size]
         for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
             q, k, v = layer.qkv(x, cos, sin)
-            if lengths is not None:
-                mixed, probs = attend_one_each(q, *cache.append_one_each(i, k, v, lengths[i]))  # [T, H * D]
-                if voting is not None:
-                    cache.vote(i, probs.mean((1, 2)), voting, lengths[i])
-            else:
-                queries = torch.split(q, counts)
-                parts = zip(rows, *(torch.split(t, counts) for t in (k, v, positions)), strict=True)
-                held = [cache.append(i, *part) for part in parts]
-                mixed = torch.cat([attend(q_, *kv) for q_, kv in zip(queries, held, strict=True)])  # [T, H * D]
-                if pyramid is not None and i + 1 < len(planned[0]):
-                    kept = keep(pyramid, queries, [keys for keys, _ in held], prompts, [p[i + 1] for p in planned])
-                    # Before the projection and feed-forward, which nobody would read of a dropped token.
-                    x, mixed, positions, cos, sin = (t[torch.cat(kept)] for t in (x, mixed, positions, cos, sin))
-                    counts = [len(k) for k in kept]
-            x = x + F.linear(mixed, layer.o_proj)
-            x = x + layer.mlp(x)
-        for row, count in zip(rows, prompts, strict=True):
-            cache.positions[row] += count
+            mixed, kept, start = [], [], 0
+            for span, lengths in zip(spans, planned, strict=True):
+                end = start + lengths[i]
+                keys, values = span.cache.append(i, span.row, k[start:end], v[start:end], positions[start:end])
+                # Of the last layer all keys and values are wanted, but only what it makes of the last token.
+                first = start if every or i < layers - 1 else end - 1
+                out, logsumexp = attend(q[first:end], keys, values)
+                mixed.append(out)
+                kept.append(torch.arange(first, end, device=ids.device))
+                if span.pyramid and i < layers - 1 and lengths[i + 1] < lengths[i]:
+                    best = keep(span.pyramid, q[start:end], keys, logsumexp, prompt=span.count, length=lengths[i + 1])
+                    mixed[-1], kept[-1] = out[best], start + best
+                start = end
+            # Before the projection and feed-forward, which nobody would read of a dropped token.
+            x, positions, cos, sin = (t[torch.cat(kept)] for t in (x, positions, cos, sin))
+            x = layer.residual(x, torch.cat(mixed))
+        for span in spans:
+            span.cache.rows[span.row].position += span.count
+        return x
+
+    def step(self, ids: Tensor, caches: Sequence[KVCache]) -> Tensor:
+        """Run one more token of every row of every cache, which votes for those generated before it.
+
+        ids [B], the caches' rows one after the other  ->  the last layer's hidden states [B, hidden_size]
+        """
+        positions = torch.tensor([row.position for cache in caches for row in cache.rows], device=ids.device)
+        cos, sin = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # [B, 1, D / 2]
+        sizes = [len(cache.rows) for cache in caches]
+        lengths = [cache.lengths() for cache in caches]
+        votings = [voting([row.gathering for row in cache.rows if row.gathering], ids.device) for cache in caches]
+        x = F.embedding(ids, self.embed_tokens)  # [B, hidden_size]
+        for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
+            mixed = []
+            qkv = [torch.split(t, sizes) for t in layer.qkv(x, cos, sin)]
+            for cache, weights, before, q, k, v in zip(caches, votings, lengths, *qkv, strict=True):
+                out, probs = attend_one_each(q, *cache.append_one_each(i, k, v, before[i]))  # [B, H * D]
+                mixed.append(out)
+                if weights is not None:
+                    cache.vote(i, probs.mean((1, 2)), weights, before[i])
+            x = layer.residual(x, torch.cat(mixed))
+        for cache in caches:
+            cache.advance()
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores of the next token.  [T, hidden_size] -> [T, vocab_size] float32"""
-        return F.linear(rms_norm(x, self.norm, self.config), self.lm_head).float()
+        scores: Tensor = self.lm_head(rms_norm(x, self.norm, self.config))
+        return scores.float()

@@ -15,16 +15,14 @@ Generated tokens are gathered and judged `exceed_length_to_compress` at a time, 
 length is a function of N, L and the configuration, so memory is known before the first token is computed.
 """
 
-from __future__ import annotations
-
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minipyramid.budget import solve
 from minipyramid.settings import PublishedSettings
 
 # Voters whose probabilities are held at a time.  [K, G, VOTERS, n] float32
@@ -66,7 +64,7 @@ class PyramidConfig(PublishedSettings):
         ratios = [schedule(self.gen_decay_ratio, i / layers) for i in range(layers)]
         return [max(1, int(gathered * self.gen_compress_ratio * ratio)) for ratio in ratios]
 
-    def compactions(self, prompt_tokens: int, new_tokens: int) -> Iterator[Compaction]:
+    def compactions(self, prompt_tokens: int, new_tokens: int) -> "Iterator[Compaction]":
         """It happens when so many generated tokens have left the protected tail and wait to be judged."""
         judged = 0
         for generated in range(1, new_tokens + 1):
@@ -75,20 +73,41 @@ class PyramidConfig(PublishedSettings):
                 yield Compaction(generated, older)
                 judged += self.exceed_length_to_compress
 
-    def future(self, prompt_tokens: int, new_tokens: int, layers: int) -> Future:
-        """Every length of a sequence, before any of it is computed."""
+    def peaks(self, prompt_tokens: int, new_tokens: int, layers: int) -> tuple[list[int], int]:
+        """Tokens that each layer holds at its longest, and how many wait for their judgement at most."""
         gathered, stay = self.exceed_length_to_compress, self.survivors(layers)
         prompt = self.prompt_lengths(prompt_tokens, layers)
         past = list(self.compactions(prompt_tokens, new_tokens))
         # Held after `generated` tokens and `done` compactions; a layer is at its longest before one, or at the end.
         moments = [(c.generated, done) for done, c in enumerate(past)] + [(new_tokens, len(past))]
         held = [[n + g - done * (gathered - s) for n, s in zip(prompt, stay, strict=True)] for g, done in moments]
-        peaks = [max(lengths) for lengths in zip(*held, strict=True)]
-        return Future(held[-1], peaks, max(g - done * gathered for g, done in moments))
+        return [max(lengths) for lengths in zip(*held, strict=True)], max(g - done * gathered for g, done in moments)
 
     def kv_lengths(self, prompt_tokens: int, new_tokens: int, layers: int) -> list[int]:
-        """Tokens that each layer holds at the end of generation."""
-        return self.future(prompt_tokens, new_tokens, layers).lengths
+        """Tokens that each layer holds after `new_tokens` were generated."""
+        older = new_tokens - 1 - self.recent(prompt_tokens + new_tokens)
+        gathered = self.exceed_length_to_compress
+        compactions = max(0, older) // gathered  # as `older` grows by at most 1 per token
+        lengths = zip(self.prompt_lengths(prompt_tokens, layers), self.survivors(layers), strict=True)
+        return [n + new_tokens - compactions * (gathered - stay) for n, stay in lengths]
+
+    @classmethod
+    def for_budget(cls, share: float, *, prompt_tokens: int, new_tokens: int, layers: int) -> "PyramidConfig":
+        """Settings that hold at most `share` of the full cache at the end of generation, and hardly less.
+
+        Starting from the preset for so many layers, the first of these that is enough is taken, each on top of those
+        before it: the decay ratio is lowered (or, where generated tokens are most of it, they are pruned less than
+        published); the schedule becomes `constant`, which falls from the first layer on; fewer generated tokens stay;
+        `min_context_length` falls; `recent_ratio` falls, last because the recent tokens are those that vote.
+
+        Args:
+            share: keys and values held, as a share of layers * (prompt_tokens + new_tokens).
+
+        Raises:
+            BudgetError: with the smallest share that can be reached.
+            ConfigError: the share is not above 0 and at most 1.
+        """
+        return solve(cls.for_layers(layers), share, prompt_tokens, new_tokens, layers)
 
 
 @dataclass(frozen=True)
@@ -107,18 +126,6 @@ class Compaction:
         return (1 + (config.distance_weight - 1) * age) / voters
 
 
-NEVER = Compaction(sys.maxsize, sys.maxsize)  # after the last token
-
-
-@dataclass(frozen=True)
-class Future:
-    """What a sequence will need."""
-
-    lengths: list[int]  # [layer] tokens held at the end
-    peaks: list[int]  # [layer] tokens held at most
-    unjudged: int  # generated tokens that wait for their judgement, at most
-
-
 @dataclass(frozen=True)
 class Voting:
     """What the newest token of every sequence counts in the judgement of those before it.
@@ -135,39 +142,40 @@ class Gathering:
     """The generated tokens of one sequence that wait for their judgement."""
 
     def __init__(self, config: PyramidConfig, prompt_tokens: int, new_tokens: int) -> None:
-        self.config = config
-        self.generated = self.judged = 0
-        self._future = config.compactions(prompt_tokens, new_tokens)
-        self._next: list[Compaction] = []  # the first of them judges the oldest unjudged tokens
+        self.config, self.generated, self.done = config, 0, 0
+        self.compactions = list(config.compactions(prompt_tokens, new_tokens))
 
     @property
     def unjudged(self) -> int:
-        return self.generated - self.judged
+        return self.generated - self.done * self.config.exceed_length_to_compress
 
     def weights(self) -> list[float]:
-        """Count one more generated token; returns its weight in the judgement of each unjudged token."""
+        """Count one more generated token; returns its weight in each judgement of a token that waits.
+
+        A judgement is of `exceed_length_to_compress` tokens; what generation ends before has no weight.
+        """
         self.generated += 1
-        batch = self.config.exceed_length_to_compress
-        while len(self._next) * batch < self.unjudged:
-            self._next.append(next(self._future, NEVER))
-        weights = [compaction.weight(self.generated - 1, self.config) for compaction in self._next]
-        return [weights[i // batch] for i in range(self.unjudged)]
+        begun = math.ceil(self.generated / self.config.exceed_length_to_compress)
+        coming = self.compactions[self.done : begun]
+        weights = [compaction.weight(self.generated - 1, self.config) for compaction in coming]
+        return weights + [0.0] * (begun - self.done - len(weights))
 
     def due(self) -> bool:
         """Whether the oldest are judged now; if so they count as judged."""
-        if not self._next or self._next[0].generated != self.generated:
-            return False
-        self._next.pop(0)
-        self.judged += self.config.exceed_length_to_compress
-        return True
+        now = any(c.generated == self.generated for c in self.compactions[self.done : self.done + 1])
+        self.done += now
+        return now
 
 
-def voting(gatherings: list[Gathering], device: torch.device) -> Voting:
-    """The votes of one more generated token of every sequence."""
+def voting(gatherings: Sequence[Gathering], device: torch.device) -> Voting | None:
+    """The votes of one more generated token of every sequence; all gather equally many tokens at a time."""
+    if not gatherings:
+        return None
     rows = [gathering.weights() for gathering in gatherings]
-    longest = max(map(len, rows))
-    padded = [row + [0.0] * (longest - len(row)) for row in rows]
-    return Voting(torch.tensor(padded, device=device), torch.tensor([len(row) for row in rows], device=device))
+    unjudged = [gathering.unjudged for gathering in gatherings]
+    padded = [row + [0.0] * (max(map(len, rows)) - len(row)) for row in rows]
+    each = torch.tensor(padded, device=device).repeat_interleave(gatherings[0].config.exceed_length_to_compress, 1)
+    return Voting(each[:, : max(unjudged)], torch.tensor(unjudged, device=device))
 
 
 def voter_weights(count: int, config: PyramidConfig) -> Tensor:
@@ -175,10 +183,11 @@ def voter_weights(count: int, config: PyramidConfig) -> Tensor:
     return torch.linspace(1.0, config.distance_weight, count)
 
 
-def votes(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+def votes(q: Tensor, keys: Tensor, weights: Tensor, logsumexp: Tensor | None) -> Tensor:
     """How much the newest tokens look at each token of the context before them.
 
-    q [V, H, D] are the voters' queries, keys [K, n, D] all that the layer received, the voters' last  ->  [n - V]
+    q [V, H, D] are the voters' queries, keys [K, n, D] all that the layer received, the voters' last, and
+    logsumexp [H, V] what the voters' softmax divides by, where attention has told it  ->  [n - V]
     The voters' probabilities are computed a block at a time, so no n x n matrix is ever held.
     """
     (V, H, D), (K, n, _) = q.shape, keys.shape
@@ -187,11 +196,16 @@ def votes(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
         block = q[start : start + VOTERS]
         b = len(block)
         grouped = block.view(b, K, H // K, D).permute(1, 2, 0, 3).flatten(1, 2)  # [K, G * b, D]
-        scores = (grouped @ keys.transpose(1, 2)).float().view(K, H // K, b, n) / math.sqrt(D)
-        unseen = torch.ones(b, n, dtype=torch.bool, device=q.device).triu(n - V + start + 1)
-        probs = scores.masked_fill(unseen, -math.inf).softmax(-1).mean((0, 1))  # [b, n]
-        total += weights[start : start + b].to(q.device) @ probs[:, : n - V]
-    return total / V
+        w = weights[start : start + b].to(q.device)
+        if logsumexp is None:
+            scores = (grouped @ keys.transpose(1, 2)).float().view(K, H // K, b, n) / math.sqrt(D)
+            unseen = torch.ones(b, n, dtype=torch.bool, device=q.device).triu(n - V + start + 1)
+            probs = scores.masked_fill_(unseen, -math.inf).softmax(-1)[..., : n - V]
+        else:  # all voters see all of the context, so nothing is masked and their own keys are not needed
+            scores = (grouped @ keys[:, : n - V].transpose(1, 2)).float().view(K, H // K, b, n - V)
+            probs = (scores.div_(math.sqrt(D)) - logsumexp[:, start : start + b].view(K, H // K, b, 1)).exp_()
+        total += w @ probs.sum((0, 1))
+    return total / (H * V)
 
 
 def pivotal(vote: Tensor, count: int, sinks: int) -> Tensor:
@@ -205,20 +219,14 @@ def pivotal(vote: Tensor, count: int, sinks: int) -> Tensor:
 
 
 def keep(
-    config: PyramidConfig, queries: Sequence[Tensor], keys: list[Tensor], prompts: list[int], lengths: list[int]
-) -> list[Tensor]:
-    """What the next layer receives of each sequence, as indices into the packed tokens.
+    config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | None, *, prompt: int, length: int
+) -> Tensor:
+    """What the next layer receives of a prompt, as indices into the tokens that this one received.  [length]
 
-    queries [n, H, D] and keys [K, n, D] of every sequence, its prompt's length and the length that is planned
+    q [n, H, D] of these tokens, keys [K, n, D] of the cache so far, with theirs last; `length` is what was planned
     """
-    kept, offset = [], 0
-    for q, all_keys, prompt, length in zip(queries, keys, prompts, lengths, strict=True):
-        n, tail = len(q), 1 + config.recent(prompt)
-        indices = torch.arange(n, device=q.device)
-        if length < n:
-            vote = votes(q[n - tail :], all_keys, voter_weights(tail, config))[-(n - tail) :]
-            context = pivotal(vote, length - tail, config.streamingllm_sink_len)
-            indices = torch.cat((context, indices[n - tail :]))
-        kept.append(indices + offset)
-        offset += n
-    return kept
+    n, tail = len(q), 1 + config.recent(prompt)
+    known = logsumexp[:, n - tail :] if logsumexp is not None else None
+    vote = votes(q[n - tail :], keys, voter_weights(tail, config), known)[-(n - tail) :]
+    context = pivotal(vote, length - tail, config.streamingllm_sink_len)
+    return torch.cat((context, torch.arange(n - tail, n, device=q.device)))

@@ -1,15 +1,17 @@
 """A request on its way from a prompt to a completion, checked before anything is computed."""
 
-from __future__ import annotations
-
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minipyramid.cache import KVCache, Row
 from minipyramid.config import ModelConfig
 from minipyramid.errors import RequestError
+from minipyramid.plan import Need
+from minipyramid.pyramid import Gathering, PyramidConfig
 from minipyramid.sampling import SamplingParams
 from minipyramid.tokenizer import TextStream
 
@@ -17,21 +19,24 @@ Prompt = str | list[int]
 Prompts = Prompt | list[str] | list[list[int]] | list[Prompt]
 
 
-@dataclass(frozen=True)
+Params = SamplingParams | list[SamplingParams] | None  # for all prompts, or one for each
+
+
+@dataclass
 class Completion:
     """What became of one prompt. Text and ids are without the prompt; the ids end with the one that ended the text."""
 
-    text: str
-    token_ids: list[int]
     prompt_token_ids: list[int]
-    finish_reason: str  # "stop": end of text or a stop string; "length": max_new_tokens
-    logprobs: list[float] | None  # nats, of each generated token, where asked for
-    kept_positions: list[list[int]]  # [layer][slot] positions held at the end
-    kv_lengths: list[int]  # per layer, tokens held at the end
-    kv_bytes: int  # of keys and values held at the end
-    kv_bytes_full: int  # what the full cache would hold
-    prefill_s: float  # seconds until the prompts of its batch were computed
-    decode_s: float  # seconds from there to its end
+    logprobs: list[float] | None = None  # nats, of each generated token, where asked for
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""  # "stop": end of text or a stop string; "length": max_new_tokens
+    kept_positions: list[list[int]] = field(default_factory=list)  # [layer][slot] positions held at the end
+    kv_lengths: list[int] = field(default_factory=list)  # per layer, tokens held at the end
+    kv_bytes: int = 0  # of keys and values held at the end
+    kv_bytes_full: int = 0  # what the full cache would hold
+    prefill_s: float = 0.0  # seconds in which its prompt was computed, with those that started together
+    decode_s: float = 0.0  # seconds of the steps that it took part in
 
 
 @dataclass(frozen=True)
@@ -44,38 +49,72 @@ class Prefill:
 
 
 @dataclass
+class Conversation:
+    """What former turns have left. Given to each turn's call, it goes on from turn to turn; a turn cut short is undone.
+
+    A turn's prompt is pruned among itself and sees what was kept of the turns before it (of these nothing more goes).
+    """
+
+    held: tuple[KVCache, Row] | None = None  # a cache of one row
+    token_ids: list[int] = field(default_factory=list)  # of all turns, prompts and replies
+
+
+@dataclass
 class Sequence:
     """A prompt that is being continued."""
 
     index: int  # place among the prompts of its call
+    name: str  # what errors call it
     prompt: list[int]
     params: SamplingParams
-    eos_ids: tuple[int, ...]
-    stream: TextStream
-    generator: torch.Generator
-    seen: Tensor | None  # [vocab_size] bool, ids that the repetition penalty makes less likely
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = ""
-    completion: Completion | None = None
+    pyramid: PyramidConfig | None
+    need: Need  # of the cache
+    conversation: Conversation | None = None  # of which it is the next turn
+    eos_ids: tuple[int, ...] = ()  # that end it
+    stream: TextStream = field(init=False)
+    generator: torch.Generator = field(init=False)
+    seen: Tensor | None = None  # [vocab_size] bool, ids that the repetition penalty makes less likely
+    next_token: int = -1  # chosen, not yet accepted
+    completion: Completion = field(init=False)
 
-    def accept(self, token: int) -> str:
-        """Take the next token; returns the text that became certain with it."""
-        self.token_ids.append(token)
+    def __post_init__(self) -> None:
+        self.completion = Completion(self.prompt, [] if self.params.logprobs else None)
+
+    def start(self, cache: KVCache) -> int:
+        """Take a row of a cache, with what former turns left; returns its index."""
+        new = self.params.max_new_tokens
+        row = cache.add_row(Gathering(self.pyramid, len(self.prompt), new) if self.pyramid else None)
+        if self.conversation and self.conversation.held:
+            cache.adopt(row, *self.conversation.held)
+        return row
+
+    def accept(self) -> str:
+        """Take the token that was chosen; returns the text that became certain with it."""
+        done, token = self.completion, self.next_token
+        done.token_ids.append(token)
         if self.seen is not None:
             self.seen[token] = True
         piece = self.stream.push(token)
-        if token in self.eos_ids and not self.params.ignore_eos:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == self.params.max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason:
+        if token in self.eos_ids:
+            done.finish_reason = "stop"
+        elif len(done.token_ids) == self.params.max_new_tokens:
+            done.finish_reason = "length"
+        if done.finish_reason:
             piece += self.stream.finish()
         if self.stream.stopped:
-            self.finish_reason = "stop"
-        self.text += piece
+            done.finish_reason = "stop"
+        done.text += piece
         return piece
+
+    def finish(self, cache: KVCache, row: int) -> None:
+        """Note what is held of it at the end, and leave it to the next turn, if it has one."""
+        done, held = self.completion, cache.rows[row]
+        done.kept_positions, done.kv_lengths = held.kept_positions(), held.lengths
+        done.kv_bytes = cache.bytes_per_token * sum(held.lengths)
+        done.kv_bytes_full = cache.bytes_per_token * len(held.lengths) * held.position
+        if self.conversation is not None:
+            self.conversation.held = (cache, held)
+            self.conversation.token_ids += self.prompt + done.token_ids
 
 
 def as_list(prompts: Any) -> list[Any]:
@@ -106,3 +145,16 @@ def check_length(prompt: int, new: int, name: str, config: ModelConfig) -> None:
         ways = [f"shorten it by {prompt + new - context}"]
         ways += [f"ask for at most {context - prompt} new tokens"] if prompt < context else []
         raise RequestError(f"{over}; {' or '.join(ways)}")
+
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes, or a text such as 500MiB or 2GB (units are powers of 1,024 either way)."""
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise TypeError(f"the size is {size!r}, expected bytes or a text such as 2GiB")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", str(size).strip(), re.IGNORECASE)
+    if not match or not (count := int(float(match[1]) * UNITS[match[2].upper()])):
+        raise RequestError(f"the size is {size!r}, expected bytes or a text such as 2GiB")
+    return count

@@ -3,8 +3,6 @@
 Keys are rotated once, at their original positions, before they enter the cache.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -39,7 +37,9 @@ def rotations(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate every head; component i is paired with i + D / 2, as Hugging Face stores them.  [T, heads, D] -> same"""
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate every head in place; component i is paired with i + D / 2, as Hugging Face stores them.  [T, heads, D]"""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = first * cos - second * sin
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(turned)

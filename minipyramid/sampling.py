@@ -4,30 +4,26 @@ Each sequence has its own parameters and its own random generator and is treated
 seed and never on what else is in the batch.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minipyramid.checks import Limits, check_number
 from minipyramid.errors import RequestError
 
-# field: type, lowest, highest, in words
-RANGES: dict[str, tuple[type, float, float, str]] = {
-    "max_new_tokens": (int, 1, math.inf, "at least 1"),
-    "temperature": (float, 0, 1e30, "0 (greedy) or a positive number"),
-    "top_k": (int, 0, math.inf, "0 (off) or more"),
-    "top_p": (float, math.ulp(0.0), 1, "above 0 and at most 1"),
-    "min_p": (float, 0, 1, "0 to 1"),
-    "repetition_penalty": (float, 0.01, 100, "0.01 to 100"),
-    "seed": (int, 0, 2**63 - 1, "0 to 2**63 - 1"),
-    "ignore_eos": (bool, False, True, ""),
-    "logprobs": (bool, False, True, ""),
+LIMITS: dict[str, Limits] = {
+    "max_new_tokens": (int, 1, math.inf),
+    "temperature": (float, 0, 1e30),
+    "top_k": (int, 0, math.inf),
+    "top_p": (float, math.ulp(0.0), 1),
+    "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 0.01, 100),
+    "seed": (int, 0, 2**63 - 1),
+    "ignore_eos": (bool, False, True),
+    "logprobs": (bool, False, True),
 }
-# Python's own rule, less bool as a number.
-ACCEPTED: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
 
 
 @dataclass(frozen=True)
@@ -63,15 +59,10 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        for name, (kind, lowest, highest, expected) in RANGES.items():
+        for name, limits in LIMITS.items():
             value = getattr(self, name)
-            if name == "seed" and value is None:
-                continue
-            if type(value) not in ACCEPTED[kind]:
-                raise TypeError(f"{name} is {value!r}, expected {kind.__name__}")
-            if not lowest <= value <= highest:
-                raise RequestError(f"{name} is {value}, expected {expected}")
-            object.__setattr__(self, name, kind(value))
+            if name != "seed" or value is not None:
+                object.__setattr__(self, name, check_number(name, value, limits, RequestError, TypeError))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) for s in stop):
             raise TypeError(f"stop is {self.stop!r}, expected a text or a list of texts")

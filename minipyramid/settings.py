@@ -5,8 +5,6 @@ is read as well. A name that is not known, a strategy misspelt or a value out of
 ran a misspelt strategy as `constant`, without a word.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Iterable
@@ -14,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minipyramid.checks import Limits, check_number
 from minipyramid.config import read_json
 from minipyramid.errors import ConfigError
 
@@ -26,17 +25,16 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "llama3-70b": (80, {"layerwise_downsample_interval": 3}),
 }
 STRATEGY_NAMES = ("cosine", "linear", "constant")
-# field: lowest, highest
-RANGES: dict[str, tuple[float, float]] = {
-    "recent_ratio": (0, 1),
-    "prefill_decay_ratio": (0, 1),
-    "min_context_length": (0, math.inf),
-    "layerwise_downsample_interval": (1, math.inf),
-    "streamingllm_sink_len": (0, math.inf),
-    "distance_weight": (1e-3, 1e3),
-    "gen_decay_ratio": (0, 1),
-    "exceed_length_to_compress": (1, math.inf),
-    "gen_compress_ratio": (0, 1),
+LIMITS: dict[str, Limits] = {
+    "recent_ratio": (float, 0, 1),
+    "prefill_decay_ratio": (float, 0, 1),
+    "min_context_length": (int, 0, math.inf),
+    "layerwise_downsample_interval": (int, 1, math.inf),
+    "streamingllm_sink_len": (int, 0, math.inf),
+    "distance_weight": (float, 1e-3, 1e3),
+    "gen_decay_ratio": (float, 0, 1),
+    "exceed_length_to_compress": (int, 1, math.inf),
+    "gen_compress_ratio": (float, 0, 1),
 }
 Settings = TypeVar("Settings", bound="PublishedSettings")
 
@@ -77,16 +75,12 @@ class PublishedSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value: Any = getattr(self, field.name)
-            kind = type(field.default)
-            if type(value) not in ((int, float) if kind is float else (kind,)):
-                raise TypeError(f"{field.name} is {value!r}, expected {kind.__name__}")
-            if kind is str and value not in STRATEGY_NAMES:
+            if field.name in LIMITS:
+                check_number(field.name, value, LIMITS[field.name], ConfigError, TypeError)
+            elif not isinstance(value, str):
+                raise TypeError(f"{field.name} is {value!r}, expected str")
+            elif value not in STRATEGY_NAMES:
                 raise ConfigError(f"{field.name} is {value!r}; {nearest(value, STRATEGY_NAMES)}")
-            if kind is not str:
-                lowest, highest = RANGES[field.name]
-                if not lowest <= value <= highest:
-                    limits = f"{lowest} to {highest}" if highest < math.inf else f"at least {lowest}"
-                    raise ConfigError(f"{field.name} is {value}, expected {limits}")
 
     @classmethod
     def preset(cls: type[Settings], name: str) -> Settings:

@@ -6,8 +6,6 @@ decoding token by token loses spaces and breaks characters that span tokens, so 
 look-up each, and an incremental UTF-8 decoder says how much of them is text already.
 """
 
-from __future__ import annotations
-
 import codecs
 import re
 from collections.abc import Iterable
@@ -48,10 +46,8 @@ class Tokenizer:
         longest_first = sorted(self._special, key=len, reverse=True)
         # Embeddings are often padded to a round number of rows, but not by more than this.
         if not vocab_size - 512 < len(self._bytes) <= vocab_size:
-            raise TokenizerError(
-                f"{file} has {len(self._bytes)} tokens, but the model has {vocab_size}; "
-                "expected the tokenizer that the model was trained with"
-            )
+            size = len(self._bytes)
+            raise TokenizerError(f"{file} has {size} tokens, but the model has {vocab_size}; expected the model's own")
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
@@ -107,9 +103,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any], vocab_size: int) ->
         tokens = {index(token): (content, True) for content, token in older.items()}
         tokens |= {int(token): (entry["content"], bool(entry.get("special", True))) for token, entry in newer.items()}
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise TokenizerError(
-            f"{directory}: the added tokens are malformed, expected ids with a content each"
-        ) from error
+        raise TokenizerError(f"{directory}: added tokens are malformed, expected ids with a content each") from error
     for token, (content, _) in tokens.items():
         if not isinstance(content, str) or not 0 <= token < vocab_size:
             raise TokenizerError(
@@ -153,9 +147,7 @@ class TextStream:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
             return text
-        keep = max(
-            (n for s in self.stop for n in range(1, min(len(s), len(self._held) + 1)) if self._held.endswith(s[:n])),
-            default=0,
-        )
+        beginnings = {s[:n] for s in self.stop for n in range(1, len(s))}
+        keep = max((len(b) for b in beginnings if self._held.endswith(b)), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text

@@ -14,6 +14,7 @@ from oracle import Oracle
 from minipyramid import LLM, SamplingParams
 from minipyramid.cache import KVCache
 from minipyramid.config import ModelConfig
+from minipyramid.plan import Need
 
 
 def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -75,14 +76,12 @@ def test_more_prompts_than_one_prefill_takes(tiny: LLM, monkeypatch: pytest.Monk
 def test_a_finished_sequence_leaves_its_row(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that have ended must not be computed any further."""
     rows = []
-    forward = type(tiny.model).forward
+    step = type(tiny.model).step
     monkeypatch.setattr(
-        type(tiny.model),
-        "forward",
-        lambda self, ids, *rest, **more: (rows.append(len(ids)), forward(self, ids, *rest, **more))[1],
+        type(tiny.model), "step", lambda self, ids, caches: (rows.append(len(ids)), step(self, ids, caches))[1]
     )
     tiny.generate(prompts_of([4, 4, 4]), [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 5, 3)])
-    assert rows == [12, 3, 3, 2, 1, 1]
+    assert rows == [3, 3, 2, 1, 1]
 
 
 def test_score_is_the_log_probability_without_a_cache(tmp_path: Path) -> None:
@@ -112,40 +111,25 @@ def test_logprobs_of_generated_tokens_are_their_scores(tiny: LLM) -> None:
 @settings(max_examples=60, deadline=None)
 def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int]) -> None:
     """Keys, values, lengths and positions of the rows that stay are what they were, under their new numbers."""
-    cache = KVCache.allot(
-        ModelConfig.from_dict(TINY), [8, 8, 8], 2, len(lengths), dtype=torch.float32, device=torch.device("cpu")
-    )
+    config = ModelConfig.from_dict(TINY)
+    device = torch.device("cpu")
+    cache = KVCache.allot(config, Need((8, 8, 8), 2), len(lengths), dtype=torch.float32, device=device)
     for row, n in enumerate(lengths):
-        cache.positions[row] = n
+        assert cache.add_row() == row
+        cache.rows[row].position = n
         for layer in range(3):
-            cache.append(
-                layer,
-                row,
-                torch.full((n, 2, 8), 10.0 * row + layer),
-                torch.full((n, 2, 8), -10.0 * row),
-                torch.arange(n),
-            )
+            k, v = torch.full((n, 2, 8), 10.0 * row + layer), torch.full((n, 2, 8), -10.0 * row)
+            cache.append(layer, row, k, v, torch.arange(n))
     alive = list(range(len(lengths)))
     for step in steps:
         if step >= len(alive):
             continue
         alive = [alive[row] for row in cache.retire([step])]
-        assert cache.positions == [lengths[name] for name in alive]
+        assert cache.free_rows == len(lengths) - len(alive)
+        assert [row.position for row in cache.rows] == [lengths[name] for name in alive]
         for row, name in enumerate(alive):
-            assert cache.row_lengths(row) == [lengths[name]] * 3
-            assert cache.kept_positions(row) == [list(range(lengths[name]))] * 3
-            assert cache.row_bytes(row) == lengths[name] * 3 * 2 * 2 * 8 * 4
+            assert cache.rows[row].lengths == [lengths[name]] * 3
+            assert cache.rows[row].kept_positions() == [list(range(lengths[name]))] * 3
             for layer in range(3):
                 assert (cache.keys[layer][row, :, : lengths[name]] == 10.0 * name + layer).all()
                 assert (cache.values[layer][row, :, : lengths[name]] == -10.0 * name).all()
-
-
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), new=st.integers(1, 12))
-@settings(max_examples=25, deadline=None)
-def test_the_plan_is_what_the_cache_holds(tiny: LLM, lengths: list[int], new: int) -> None:
-    plan = tiny.plan(lengths, new)
-    completions = tiny.generate(prompts_of(lengths), SamplingParams(max_new_tokens=new, ignore_eos=True))
-    assert [c.kv_lengths for c in completions] == plan.kv_lengths
-    assert sum(c.kv_bytes for c in completions) == plan.kv_bytes == plan.kv_bytes_full
-    assert plan.kv_share == 1
-    assert plan.max_batch(plan.kv_bytes) >= 1

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from slow_pyramid import SlowPyramid
 
 from minipyramid import LLM, CheckpointError, ConfigError, PyramidConfig, SamplingParams
+from minipyramid.policy import Policy
 from minipyramid.pyramid import pivotal
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,7 +33,7 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
 def with_pyramid(llm: LLM, pyramid: PyramidConfig | None) -> LLM:
     """The same weights under other settings."""
     other = object.__new__(LLM)
-    vars(other).update(vars(llm), pyramid=pyramid)
+    vars(other).update(vars(llm), policy=Policy(pyramid))
     return other
 
 
@@ -138,7 +139,7 @@ def test_votes_take_at_most_a_twentieth_of_the_keys_and_values(tmp_path: Path) -
     llm = LLM(write_checkpoint(tmp_path, num_key_value_heads=1, head_dim=32), pyramid="auto", dtype="bfloat16")
     for prompt, new in ((100, 100), (20, 200), (150, 20)):
         plan = llm.plan([prompt], new)
-        assert plan.unjudged * 4 * 3 <= 0.05 * plan.kv_bytes
+        assert plan.votes_bytes <= 0.05 * plan.kv_bytes
 
 
 def test_score_sees_the_pruned_prompt(tmp_path: Path) -> None:
@@ -249,12 +250,12 @@ def test_presets_are_the_published_files() -> None:
 
 def test_auto_is_the_file_beside_the_checkpoint_or_the_preset_for_its_layers(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
-    assert LLM(directory, pyramid="auto").pyramid == PyramidConfig.preset("llama2-7b")
-    assert LLM(directory, pyramid="off").pyramid is None
-    assert LLM(directory).pyramid == LLM(directory, pyramid="auto").pyramid
+    assert LLM(directory, pyramid="auto").policy.pyramid == PyramidConfig.preset("llama2-7b")
+    assert LLM(directory, pyramid="off").policy.pyramid is None
+    assert LLM(directory).policy.pyramid == LLM(directory, pyramid="auto").policy.pyramid
     (directory / "pyramid.json").write_text('{"recent_ratio": 0.4}')
     for pyramid in ("auto", str(directory / "pyramid.json"), directory / "pyramid.json"):
-        assert LLM(directory, pyramid=pyramid).pyramid == PyramidConfig(recent_ratio=0.4)
+        assert LLM(directory, pyramid=pyramid).policy.pyramid == PyramidConfig(recent_ratio=0.4)
     assert PyramidConfig.for_layers(40) == PyramidConfig.preset("llama2-13b")
     assert PyramidConfig.for_layers(126) == PyramidConfig.preset("llama2-70b")
 

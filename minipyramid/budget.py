@@ -1,0 +1,97 @@
+"""From a share of memory to a schedule: which settings hold so much of the full cache, and as little less as possible.
+
+The paper's headline is a share (45.4 % of the memory), its settings are ratios, and the published ones keep about
+three quarters. Every length follows from the settings, so they can be solved for without computing anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from minipyramid.checks import check_number
+from minipyramid.errors import BudgetError, ConfigError
+
+if TYPE_CHECKING:
+    from minipyramid.pyramid import PyramidConfig
+
+POINTS = 16  # tried on a stage at once, then again between the neighbours of the best one
+ROUNDS = 5  # 16 ** 5 points are more than whole numbers tell apart
+CLOSE = 0.99  # of the budget; a stage that comes no closer leaves it to the next
+FEW_VOTERS = 0.05  # recent_ratio that is given up before the rest
+
+
+def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> PyramidConfig:
+    """Go along the `stages` until one comes close to the share without exceeding it."""
+    check_share(share)
+    full = layers * (prompt_tokens + new_tokens)
+    tried: list[tuple[int, PyramidConfig]] = []  # tokens held, and by which settings
+
+    def best_of(start: PyramidConfig, end: PyramidConfig) -> tuple[int, PyramidConfig]:
+        """What holds most within the share, this line between two configurations included.
+
+        The share falls along a line, but not everywhere: a layer whose context would fall to `min_context_length`
+        drops nothing at all. So it is searched in rounds, and not by halving.
+        """
+        middle, width = 0.5, 0.5
+        for _ in range(ROUNDS):
+            best = -1
+            for t in [min(1.0, max(0.0, middle + width * (2 * i / POINTS - 1))) for i in range(POINTS + 1)]:
+                config = between(start, end, t)
+                held = sum(config.kv_lengths(prompt_tokens, new_tokens, layers))
+                tried.append((held, config))
+                if best < held <= share * full:
+                    best, middle = held, t
+            width *= 2 / POINTS
+        return max((t for t in tried if t[0] <= share * full), key=itemgetter(0), default=(-1, base))
+
+    for line in stages(base, prompt_tokens, layers):
+        best = best_of(*line)
+        if best[0] >= CLOSE * share * full:
+            return best[1]
+    if best[0] < 0:
+        raise BudgetError(share, min(tried, key=itemgetter(0))[0] / full, prompt_tokens, new_tokens, layers)
+    # A compaction drops a batch of tokens in every layer at once: what it left unused goes to the prompt.
+    return best_of(replace(best[1], prefill_decay_ratio=1.0), best[1])[1]
+
+
+def check_share(share: float) -> None:
+    """A share is above 0 and at most 1."""
+    check_number("the budget", share, (float, 1e-9, 1), ConfigError, TypeError)
+
+
+def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tuple[PyramidConfig, PyramidConfig]]:
+    """What is given up, in this order; a stage is a line between two configurations."""
+    context = max(1, prompt_tokens - 1 - base.recent(prompt_tokens))
+    least = min(base.min_context_length, context - 1)
+    # The ratios of `constant` that leave just more than `least` after one layer, and after all of them.
+    steepest, even = ((1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in (1, max(1, layers - 1)))
+
+    kept = replace(base, prefill_decay_ratio=1.0)
+    # Nothing is dropped; then generated tokens are, by the settings.
+    yield replace(kept, gen_decay_ratio=1.0, gen_compress_ratio=1.0), kept
+    # The decay ratio, which is the method's own knob.
+    yield kept, replace(base, prefill_decay_ratio=0.0)
+    # The same from the first layer on, for cosine hardly falls in the first layers of a model that has few.
+    sloping = replace(base, prefill_decay_strategy="constant", prefill_decay_ratio=min(1.0, even))
+    yield replace(sloping, prefill_decay_ratio=1.0), sloping
+    # Fewer of the recent, fewer generated tokens, a cliff instead of a slope.
+    few = replace(sloping, recent_ratio=min(base.recent_ratio, FEW_VOTERS))
+    yield sloping, few
+    forgetful = replace(few, gen_decay_ratio=0.0, gen_compress_ratio=0.0)
+    yield few, forgetful
+    cliff = replace(forgetful, prefill_decay_ratio=min(1.0, steepest), min_context_length=least)
+    yield replace(forgetful, min_context_length=least), cliff
+    # What else can be: no least context, no voter but the newest token.
+    bare = replace(cliff, min_context_length=0, prefill_decay_ratio=min(1.0, (1 + 1e-6) / context))
+    yield cliff, bare
+    yield bare, replace(bare, recent_ratio=0.0)
+
+
+def between(start: PyramidConfig, end: PyramidConfig, t: float) -> PyramidConfig:
+    """The configuration at `t` of the way, 0 to 1."""
+    pairs = {field.name: (getattr(start, field.name), getattr(end, field.name)) for field in fields(end)}
+    mixed = {name: type(b)(a + (b - a) * t) for name, (a, b) in pairs.items() if a != b and t < 1}
+    return replace(end, **mixed)

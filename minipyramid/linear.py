@@ -1,0 +1,42 @@
+"""A linear layer whose weight stands in memory as the machine multiplies it fastest.
+
+A plain linear layer on a CPU reorders its weight at every call. oneDNN's packed form does so once, at load. All
+linear layers of a 12-layer model with hidden size 768 took, in float32 on two AVX2 cores, plain against packed:
+97 / 33 ms for 8 rows, 143 / 70 ms for 32, 718 / 642 ms for 512.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipyramid.device import quick_bf16
+
+# What the packed layout is tuned for; a decode step's, for a prompt hardly differs (8 against 512: within 10 %).
+ROWS = 8
+
+
+class Linear(nn.Module):
+    """y = x W^T.  [T, in] -> [T, out]"""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight: Tensor | None = nn.Parameter(torch.empty(out_features, in_features))
+        self.packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Replace the weight by its packed form, where there is one."""
+        weight = self.weight
+        # Both operators are private, so a build of torch may lack them.
+        ready = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+        if not ready or weight is None or weight.device.type != "cpu":
+            return
+        if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and quick_bf16()):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+            self.weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+            return y
+        assert self.weight is not None
+        return F.linear(x, self.weight)
