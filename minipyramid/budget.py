@@ -6,26 +6,29 @@ three quarters. Every length follows from the settings, so they can be solved fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import lru_cache
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from minipyramid.checks import check_number
-from minipyramid.errors import BudgetError, ConfigError
+from minipyramid.errors import BudgetError, ConfigError, check_number
 
 if TYPE_CHECKING:
     from minipyramid.pyramid import PyramidConfig
 
+SHARE = (float, 1e-9, 1.0)  # of the full cache
 POINTS = 16  # tried on a stage at once, then again between the neighbours of the best one
 ROUNDS = 5  # 16 ** 5 points are more than whole numbers tell apart
 CLOSE = 0.99  # of the budget; a stage that comes no closer leaves it to the next
 FEW_VOTERS = 0.05  # recent_ratio that is given up before the rest
 
 
+@lru_cache(maxsize=4096)  # requests of one length are many
 def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> PyramidConfig:
     """Go along the `stages` until one comes close to the share without exceeding it."""
-    check_share(share)
+    check_number("the budget", share, SHARE, ConfigError, TypeError)
     full = layers * (prompt_tokens + new_tokens)
     tried: list[tuple[int, PyramidConfig]] = []  # tokens held, and by which settings
 
@@ -52,14 +55,11 @@ def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int
         if best[0] >= CLOSE * share * full:
             return best[1]
     if best[0] < 0:
-        raise BudgetError(share, min(tried, key=itemgetter(0))[0] / full, prompt_tokens, new_tokens, layers)
+        least = math.ceil(1e4 * min(tried, key=itemgetter(0))[0] / full) / 1e4  # rounded up, for it must be taken
+        told = f"a budget of {share} cannot be held with {prompt_tokens} + {new_tokens} tokens in {layers} layers"
+        raise BudgetError(told, least)
     # A compaction drops a batch of tokens in every layer at once: what it left unused goes to the prompt.
     return best_of(replace(best[1], prefill_decay_ratio=1.0), best[1])[1]
-
-
-def check_share(share: float) -> None:
-    """A share is above 0 and at most 1."""
-    check_number("the budget", share, (float, 1e-9, 1), ConfigError, TypeError)
 
 
 def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tuple[PyramidConfig, PyramidConfig]]:

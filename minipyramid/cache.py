@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minipyramid.config import ModelConfig
 from minipyramid.plan import Need
-from minipyramid.pyramid import Gathering, Voting, pivotal
+from minipyramid.pyramid import Gathering, PyramidConfig, Voting, pivotal
 
 
 @dataclass
@@ -47,12 +47,11 @@ class KVCache:
     votes: list[Tensor]  # per layer [B, U] float32, for the generated tokens that are not judged yet
     need: Need  # what a row has room for
     bytes_per_token: int  # of one token in one layer
-    rows: list[Row] = field(default_factory=list)
+    capacity: int  # rows allotted
+    rows: list[Row] = field(default_factory=list)  # in use
 
     @classmethod
-    def allot(
-        cls, config: ModelConfig, need: Need, rows: int, *, dtype: torch.dtype, device: torch.device
-    ) -> "KVCache":
+    def allot(cls, config: ModelConfig, need: Need, rows: int, dtype: torch.dtype, device: torch.device) -> "KVCache":
         """Room for `rows` sequences; nothing ever grows."""
         K, D = config.num_key_value_heads, config.head_dim
 
@@ -61,15 +60,11 @@ class KVCache:
             return [torch.zeros(rows, K, S, D, dtype=dtype, device=device) for S in need.slots]
 
         votes = [torch.zeros(rows, need.unjudged, device=device) for _ in need.slots]
-        return cls(slabs(), slabs(), votes, need, config.kv_bytes_per_token(dtype.itemsize))
+        return cls(slabs(), slabs(), votes, need, config.kv_bytes_per_token(dtype.itemsize), rows)
 
-    @property
-    def free_rows(self) -> int:
-        return len(self.keys[0]) - len(self.rows)
-
-    @property
-    def allotted_bytes(self) -> int:
-        return len(self.keys[0]) * self.need.bytes(self.bytes_per_token)
+    def takes(self, need: Need) -> bool:
+        """Whether a row is free and has the room."""
+        return len(self.rows) < self.capacity and self.need.join(need) == self.need
 
     def add_row(self, gathering: Gathering | None = None) -> int:
         """Take the next free row; returns its index."""
@@ -160,9 +155,26 @@ class KVCache:
 
     def adopt(self, row: int, source: "KVCache", held: Row) -> None:
         """Begin a new row with all that `held`, once the first row of another cache, has; nothing of it is judged."""
-        mine = self.rows[row]
-        for slabs, others in ((self.keys, source.keys), (self.values, source.values)):
-            for slab, other, n in zip(slabs, others, held.lengths, strict=True):
-                slab[row, :, :n] = other[0, :, :n]
-        mine.lengths, mine.position = list(held.lengths), held.position
-        mine.kept = [torch.tensor(p, dtype=torch.int32, device=self.keys[0].device) for p in held.kept_positions()]
+        for layer, (n, kept) in enumerate(zip(held.lengths, held.kept_positions(), strict=True)):
+            k, v = (slabs[layer][0, :, :n].transpose(0, 1) for slabs in (source.keys, source.values))
+            self.append(layer, row, k, v, torch.tensor(kept, device=k.device))
+        self.rows[row].position = held.position
+
+
+@dataclass(frozen=True)
+class Span:
+    """New tokens of one sequence: where they go, how many, and, of a prompt, by which settings it is pruned."""
+
+    cache: KVCache
+    row: int
+    count: int
+    pyramid: PyramidConfig | None = None
+
+    def positions(self) -> Tensor:
+        """They follow what the sequence has computed.  [count]"""
+        start = self.cache.rows[self.row].position
+        return torch.arange(start, start + self.count)
+
+    def lengths(self, layers: int) -> list[int]:
+        """How many of them each layer receives."""
+        return self.pyramid.prompt_lengths(self.count, layers) if self.pyramid else [self.count] * layers

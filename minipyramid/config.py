@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minipyramid.checks import check_number
-from minipyramid.errors import CheckpointError, ConfigError
+from minipyramid.errors import CheckpointError, ConfigError, RequestError, check_number
 
 DTYPES = ("float32", "bfloat16", "float16")
 # What each field must be for the model to be the one implemented; absent or null means the same. Mistral is a
@@ -28,10 +27,8 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 # By rope type, the fields that it cannot do without.
 ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 ROPE_DEFAULTS = {"rope_theta": 10000.0, "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-SIZES = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
-).split()
-MOST_LAYERS = 4096
+SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+MOST = {"num_hidden_layers": 4096}  # so that a damaged file does not build a model for hours
 
 Number = TypeVar("Number", int, float)
 
@@ -70,6 +67,16 @@ class ModelConfig:
         """Bytes of one token's key and value in one layer, with `itemsize` bytes a number."""
         return 2 * self.num_key_value_heads * self.head_dim * itemsize
 
+    def check_length(self, prompt: int, new: int, name: str) -> None:
+        """Refuse what is empty or would run past the positions that the model was trained for."""
+        context = self.max_position_embeddings
+        if prompt < 1:
+            raise RequestError(f"{name} has {prompt} tokens, expected at least 1")
+        if prompt + new > context:
+            over = f"{name} has {prompt} tokens, which with {new} new ones is more than the context of {context}"
+            fewer = f" or ask for at most {context - prompt} new tokens" if prompt < context else ""
+            raise RequestError(f"{over}; shorten it by {prompt + new - context}{fewer}")
+
     @classmethod
     def load(cls, directory: Path) -> "ModelConfig":
         """Read `config.json`, and the further ids that end a text from `generation_config.json`.
@@ -88,15 +95,9 @@ class ModelConfig:
         _refuse_unsupported(raw, source)
         sizes = {name: _positive(raw, name, source, int) for name in SIZES}
         context, heads = sizes["max_position_embeddings"], sizes["num_attention_heads"]
-        if sizes["num_hidden_layers"] > MOST_LAYERS:
-            raise ConfigError(
-                f"{source}: num_hidden_layers is {sizes['num_hidden_layers']}, expected up to {MOST_LAYERS}"
-            )
         kv_heads = _positive(raw, "num_key_value_heads", source, int, heads)
         if heads % kv_heads:
-            raise ConfigError(
-                f"{source}: num_key_value_heads is {kv_heads}, expected a divisor of num_attention_heads {heads}"
-            )
+            raise ConfigError(f"{source}: num_key_value_heads is {kv_heads}, no divisor of num_attention_heads {heads}")
         head_dim = _positive(raw, "head_dim", source, int, sizes["hidden_size"] // heads)
         if head_dim % 2:
             raise ConfigError(f"{source}: head_dim is {head_dim}, expected an even number for rotary positions")
@@ -105,21 +106,15 @@ class ModelConfig:
         if window.get("sliding_window") is not None:
             size = _positive(window, "sliding_window", source, int)
             if size < context:
-                shorter = f"is shorter than max_position_embeddings {context} and is not implemented"
-                raise ConfigError(
-                    f"{source}: sliding_window {size} {shorter}; lower the latter to run within the window"
-                )
+                told = f"{source}: sliding_window {size} is not implemented below max_position_embeddings {context}"
+                raise ConfigError(f"{told}; lower that to {size} to run within the window")
         given = [raw.get("eos_token_id"), more_eos]
         eos = [i for ids in given for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
         if not all(type(i) is int and 0 <= i < sizes["vocab_size"] for i in eos):
             where = f"{source}: eos_token_id (or that of generation_config.json)"
             raise ConfigError(f"{where} is {eos!r:.60}, expected ids below {sizes['vocab_size']}")
-        dtype = _first(raw.get("dtype"), raw.get("torch_dtype"), "float32")
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ConfigError(f"{source}: dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        tie = _first(raw.get("tie_word_embeddings"), False)
-        if not isinstance(tie, bool):
-            raise ConfigError(f"{source}: tie_word_embeddings is {tie!r}, expected true or false")
+        dtype = _one_of(DTYPES, source, "dtype", raw.get("dtype"), raw.get("torch_dtype"), "float32")
+        tie = _one_of((False, True), source, "tie_word_embeddings", raw.get("tie_word_embeddings"), False)
         return cls(
             **sizes,
             num_key_value_heads=kv_heads,
@@ -154,7 +149,7 @@ def _positive(
 ) -> Number:
     """A field that must be a positive number, and one that arithmetic survives; null means absent."""
     value = default if raw.get(name) is None else raw[name]
-    limits = (kind, 1e-20 if kind is float else 1, 2**40)
+    limits = (kind, 1e-20 if kind is float else 1, MOST.get(name, 2**40))
     number: Number = check_number(f"{source}: {name}", value, limits, ConfigError, ConfigError)
     return number
 
@@ -162,6 +157,14 @@ def _positive(
 def _first(*values: Any) -> Any:
     """The first that is given: null means absent, but 0 or an empty text is a value, and maybe a wrong one."""
     return next(value for value in values if value is not None)
+
+
+def _one_of(allowed: tuple[Any, ...], source: str, name: str, *given: Any) -> Any:
+    """The first that is given, if it is allowed."""
+    value = _first(*given)
+    if value not in allowed or type(value) is not type(allowed[0]):
+        raise ConfigError(f"{source}: {name} is {value!r}, expected one of {', '.join(map(str, allowed))}")
+    return value
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
@@ -176,9 +179,7 @@ def _rope(raw: Mapping[str, Any], source: str, context: int) -> RopeConfig:
     scaling = _first(raw.get("rope_parameters"), raw.get("rope_scaling"), {})
     if not isinstance(scaling, dict):
         raise ConfigError(f"{source}: the rope settings are {scaling!r}, expected an object")
-    kind = _first(scaling.get("rope_type"), scaling.get("type"), "default")
-    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
-        raise ConfigError(f"{source}: rope_type is {kind!r}, expected one of {', '.join(ROPE_NEEDS)}")
+    kind = _one_of(tuple(ROPE_NEEDS), source, "rope_type", scaling.get("rope_type"), scaling.get("type"), "default")
     _refuse_unsupported({"model_type": "llama", **scaling}, source)  # transformers 5 may put partial rotation here
     for name in ROPE_NEEDS[kind]:
         if scaling.get(name) is None:

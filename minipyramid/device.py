@@ -32,10 +32,10 @@ def pick_dtype(dtype: str | torch.dtype, stored: str, device: torch.device) -> t
     if not isinstance(dtype, (str, torch.dtype)):
         raise TypeError(f"dtype is {dtype!r}, expected a name or a torch.dtype")
     name = str(dtype).removeprefix("torch.")
-    if name != "auto" and name not in DTYPES:
-        raise ConfigError(f"dtype is {name!r}, expected auto, {', '.join(DTYPES)}")
     if name == "auto":
         name = stored if device.type != "cpu" or stored == "float32" else "bfloat16" if quick_bf16() else "float32"
+    elif name not in DTYPES:
+        raise ConfigError(f"dtype is {name!r}, expected auto, {', '.join(DTYPES)}")
     chosen: torch.dtype = getattr(torch, name)
     return chosen
 

@@ -7,8 +7,8 @@ ended leaves its row, is computed no further, and makes room for the next that w
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import replace
 from itertools import accumulate, chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from minipyramid import checkpoint, request
-from minipyramid.cache import KVCache
+from minipyramid.cache import KVCache, Span
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.errors import RequestError, TokenizerError
 from minipyramid.hub import locate
-from minipyramid.model import Span
-from minipyramid.plan import Plan, need
-from minipyramid.policy import Policy, make_plan, pick_pyramid
+from minipyramid.plan import Need, Plan, Policy, make_plan, need, pick_pyramid
 from minipyramid.pyramid import PyramidConfig
 from minipyramid.request import Completion, Conversation, Params, Prefill, Prompt, Prompts, Sequence
 from minipyramid.sampling import SamplingParams, choose, make_generator
-from minipyramid.schedule import Place, Progress, Scheduler
-from minipyramid.tokenizer import TextStream, Tokenizer, load_tokenizer
+from minipyramid.schedule import Scheduler, default_memory
+from minipyramid.tokenizer import TextStream, Tokenizer
 
 # Prompts are computed together up to this many tokens, and a longer one alone.
 PREFILL_TOKENS = 4096
+
+OnStep = Callable[[Scheduler], None] | None  # hears of every step how many wait, run and are finished
 
 
 class LLM:
@@ -74,32 +74,27 @@ class LLM:
         self.kv_memory = None if kv_memory is None else request.parse_bytes(kv_memory)
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.config.dtype, self.device)
-        self.tokenizer = load_tokenizer(directory, self.config.vocab_size)
+        there = (directory / "tokenizer.model").is_file()  # without one it still runs on token ids
+        self.tokenizer = Tokenizer(directory, self.config.vocab_size) if there else None
         self.model = checkpoint.load(directory, self.config, self.dtype, self.device, progress)
 
-    def generate(
-        self, prompts: Prompts, params: Params = None, conversation: Conversation | None = None
-    ) -> list[Completion]:
+    def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
         """Continue any number of prompts; texts or token ids in, completions in their order out.
 
-        As many run together as fit in `kv_memory`. With a `conversation` the one prompt is its next turn.
+        As many run together as fit in `kv_memory`.
 
         Raises:
             BudgetError: `kv_budget` cannot be reached for a prompt's length.
             RequestError: a prompt is empty, too long, not of this vocabulary, or needs more than `kv_memory` alone.
             TokenizerError: texts are given to a checkpoint without a readable tokenizer.
         """
-        return [completion for _, completion in sorted(self.completions(prompts, params, conversation))]
+        return [completion for _, completion in sorted(self.completions(prompts, params), key=itemgetter(0))]
 
     def completions(
-        self,
-        prompts: Prompts,
-        params: Params = None,
-        conversation: Conversation | None = None,
-        progress: Callable[[Progress], None] | None = None,
+        self, prompts: Prompts, params: Params = None, progress: OnStep = None
     ) -> Iterator[tuple[int, Completion]]:
         """Like `generate`, but each as it is finished, with the index of its prompt; `progress` hears of every step."""
-        sequences = self._sequences(request.as_list(prompts), params, conversation=conversation)
+        sequences = self._sequences(request.as_list(prompts), params)
         return ((s.index, s.completion) for s, piece in self._run(sequences, progress) if piece is None)
 
     def stream(
@@ -107,7 +102,8 @@ class LLM:
     ) -> Generator[str, None, Completion]:
         """The same for one prompt, as pieces of text; joined they are the completion's text.
 
-        The generator's return value is the `Completion`. Raises like `generate`.
+        With a `conversation` the prompt is its next turn. The generator's return value is the `Completion`. Raises
+        like `generate`.
         """
         return self._pieces(*self._sequences([prompt], params, conversation=conversation))
 
@@ -115,10 +111,10 @@ class LLM:
     def prefill(self, prompts: Prompts) -> list[Prefill]:
         """Compute prompts and tell what the cache holds of each, and the scores of the token that comes next."""
         done = []
-        for sequence in self._sequences(request.as_list(prompts), SamplingParams(max_new_tokens=1), new_tokens=0):
-            cache = self._alone(sequence)
-            logits = self._extend([sequence], [(cache, 0)])[0]
-            done.append(Prefill(logits, cache.rows[0].kept_positions(), cache.rows[0].lengths))
+        for sequence in self._sequences(request.as_list(prompts), SamplingParams(max_new_tokens=1), new=0):
+            sequence.start(self._allot(sequence.need, 1))
+            logits, held = self._extend([sequence])[0], sequence.span.cache.rows[0]
+            done.append(Prefill(logits, held.kept_positions(), held.lengths))
         return done
 
     @torch.inference_mode()
@@ -129,13 +125,11 @@ class LLM:
         """
         ids = self._ids(continuation, "the continuation", continues=True)
         (sequence,) = self._sequences([prompt], SamplingParams(max_new_tokens=len(ids)))
-        given = sequence.pyramid and replace(sequence.pyramid, exceed_length_to_compress=len(ids) + 1)
-        sequence.need = need(given, len(sequence.prompt), len(ids), self.config.num_hidden_layers)
-        place = (self._alone(sequence), 0)
-        logits = self._extend([sequence], [place])
-        if len(ids) > 1:
-            x = self.model.extend(self._tensor(ids[:-1]), [Span(*place, len(ids) - 1)], every=True)
-            logits = torch.cat((logits, self.model.logits(x)))  # [T, vocab_size]
+        sequence.need = sequence.need.beside([len(ids)] * self.config.num_hidden_layers)
+        sequence.start(self._allot(sequence.need, 1))
+        logits = self._extend([sequence])
+        x = self.model.extend(self._tensor(ids), [Span(sequence.span.cache, 0, len(ids))], every=True)
+        logits = torch.cat((logits, self.model.logits(x[:-1])))  # [T, vocab_size]
         scores: list[float] = logits.log_softmax(-1).gather(1, self._tensor(ids)[:, None])[:, 0].tolist()
         return scores
 
@@ -150,12 +144,11 @@ class LLM:
         return sequence.completion
 
     @torch.inference_mode()
-    def _run(
-        self, sequences: list[Sequence], progress: Callable[[Progress], None] | None = None
-    ) -> Iterator[tuple[Sequence, str | None]]:
+    def _run(self, sequences: list[Sequence], progress: OnStep = None) -> Iterator[tuple[Sequence, str | None]]:
         """The decode loop. Yields a sequence with each piece of its text, and with None when it is complete."""
-        scheduler = Scheduler(self.config, self.dtype, self.device, self.kv_memory, sequences)
-        generated = 0
+        per_token = self.config.kv_bytes_per_token(self.dtype.itemsize)
+        memory = default_memory(self.device) if self.kv_memory is None else self.kv_memory
+        scheduler = Scheduler(self._allot, per_token, memory, sequences)
         while scheduler.waiting or scheduler.caches:
             self._start(scheduler.admit())
             running = list(chain(*scheduler.running))
@@ -174,34 +167,27 @@ class LLM:
                 sequence.completion.decode_s += time.perf_counter() - began
             for sequence in ended:
                 yield sequence, None
-            generated += len(running)
             if progress:
-                waiting = len(scheduler.waiting)
-                progress(Progress(waiting, len(left), len(sequences) - waiting - len(left), generated))
+                progress(scheduler)
 
-    def _start(self, admitted: list[tuple[Sequence, Place]]) -> None:
+    def _start(self, admitted: list[Sequence]) -> None:
         """Compute the prompts of those that start now, some at a time, and choose each one's first token."""
         while admitted:
             began = time.perf_counter()
-            ends = accumulate(len(sequence.prompt) for sequence, _ in admitted)
+            ends = accumulate(len(sequence.prompt) for sequence in admitted)
             count = max(1, sum(end <= PREFILL_TOKENS for end in ends))
-            sequences, places = (list(each) for each in zip(*admitted[:count], strict=True))
-            self._choose(self._extend(sequences, places), sequences)
-            for sequence in sequences:  # behind the transfer of the tokens, for a device computes asynchronously
+            self._choose(self._extend(admitted[:count]), admitted[:count])
+            for sequence in admitted[:count]:  # behind the transfer of the tokens, for a device runs asynchronously
                 sequence.completion.prefill_s = time.perf_counter() - began
             admitted = admitted[count:]
 
-    def _extend(self, sequences: list[Sequence], places: list[Place]) -> Tensor:
+    def _extend(self, started: list[Sequence]) -> Tensor:
         """Compute prompts into the cache; returns the scores of each one's next token.  [B, vocab_size]"""
-        ids = self._tensor([token for sequence in sequences for token in sequence.prompt])
-        spans = [Span(*place, len(s.prompt), s.pyramid) for s, place in zip(sequences, places, strict=True)]
-        return self.model.logits(self.model.extend(ids, spans))
+        ids = self._tensor([token for sequence in started for token in sequence.prompt])
+        return self.model.logits(self.model.extend(ids, [sequence.span for sequence in started]))
 
-    def _alone(self, sequence: Sequence) -> KVCache:
-        """A cache for one sequence that nothing is generated of."""
-        cache = KVCache.allot(self.config, sequence.need, 1, dtype=self.dtype, device=self.device)
-        cache.add_row()
-        return cache
+    def _allot(self, need: Need, rows: int) -> KVCache:
+        return KVCache.allot(self.config, need, rows, self.dtype, self.device)
 
     def _choose(self, logits: Tensor, running: list[Sequence]) -> None:
         """The next token of every running sequence, in one transfer from the device."""
@@ -216,33 +202,25 @@ class LLM:
             sequence.next_token = token
 
     def _sequences(
-        self,
-        prompts: list[Any],
-        params: Params,
-        new_tokens: int | None = None,
-        conversation: Conversation | None = None,
+        self, prompts: list[Any], params: Params, new: int | None = None, conversation: Conversation | None = None
     ) -> list[Sequence]:
         """Check a call's prompts and parameters, tokenise, and plan."""
         each = params if isinstance(params, list) else [SamplingParams() if params is None else params] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or as many")
-        if conversation is not None and len(prompts) != 1:
-            raise RequestError(f"a conversation goes on with one prompt at a time, not with {len(prompts)}")
         before = conversation.token_ids if conversation else []
-        layers, solved = self.config.num_hidden_layers, dict[tuple[int, int], PyramidConfig | None]()
-        made = []
+        layers, made = self.config.num_hidden_layers, []
         for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
             if not isinstance(p, SamplingParams):
                 raise TypeError(f"params is {p!r}, expected SamplingParams or a list of them")
             name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
             ids = self._ids(prompt, name, continues=bool(before))
-            lengths = (len(ids), p.max_new_tokens if new_tokens is None else new_tokens)
-            request.check_length(len(before) + lengths[0], lengths[1], name, self.config)
+            lengths = (len(ids), p.max_new_tokens if new is None else new)
+            self.config.check_length(len(before) + lengths[0], lengths[1], name)
             if p.stop:
                 self._need_tokenizer()
-            if lengths not in solved:
-                solved[lengths] = self.policy.settings(*lengths, layers)
-            sequence = Sequence(i, name, ids, p, solved[lengths], need(solved[lengths], *lengths, layers), conversation)
+            settings = self.policy.settings(*lengths, layers)
+            sequence = Sequence(i, name, ids, p, settings, need(settings, *lengths, layers), conversation)
             if conversation and conversation.held:
                 sequence.need = sequence.need.beside(conversation.held[1].lengths)
             # A space before the first word belongs to the text only if something stands before it.
@@ -259,12 +237,12 @@ class LLM:
     def _ids(self, given: Any, name: str, continues: bool = False) -> list[int]:
         """Token ids of a text or of ids; neither may be empty."""
         try:
-            ids = given
-            if isinstance(given, str):
-                ids = self._need_tokenizer().encode(given, continues=continues) if given else []
+            ids = (
+                self._need_tokenizer().encode(given, continues=continues) if given and isinstance(given, str) else given
+            )
         except UnicodeEncodeError as error:
             raise RequestError(f"{name} is not valid Unicode ({error.reason}); give UTF-8 text") from error
-        if isinstance(ids, list) and not ids:
+        if ids in ("", []):
             raise RequestError(f"{name} is empty; give at least one token")
         return request.check_ids(ids, name, self.config)
 

@@ -1,10 +1,12 @@
-"""What can go wrong, by whose part it is: the checkpoint, the tokenizer, a configuration, a request.
+"""What can go wrong, by whose part it is (the checkpoint, the tokenizer, a configuration, a request), and the one
+way in which numbers are checked.
 
 Every message is one sentence that names the thing, what was expected and, where there is one, the way out, so a
 program can print it as it stands and a person can act on it. A value of the wrong Python type raises `TypeError`.
 """
 
 import math
+from typing import Any
 
 
 class MiniPyramidError(Exception):
@@ -30,10 +32,23 @@ class RequestError(MiniPyramidError):
 class BudgetError(MiniPyramidError):
     """A share of the full cache that no schedule can come down to; `smallest` is one that can."""
 
-    def __init__(self, share: float, smallest: float, prompt_tokens: int, new_tokens: int, layers: int) -> None:
-        # Rounded up, for what the message offers must be taken.
-        self.smallest = math.ceil(smallest * 1e4) / 1e4
-        super().__init__(
-            f"a budget of {share} cannot be held with {prompt_tokens} + {new_tokens} tokens in {layers} layers; "
-            f"the smallest that can is {self.smallest:.4f}"
-        )
+    def __init__(self, message: str, smallest: float) -> None:
+        super().__init__(f"{message}; the smallest that can is {smallest:.4f}")
+        self.smallest = smallest
+
+
+# Python's own rule, less bool as a number.
+ACCEPTED: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
+Limits = tuple[type, float, float]  # what kind of number, and the lowest and highest that it may be
+
+
+def check_number(name: str, value: Any, limits: Limits, error: type[Exception], wrong_type: type[Exception]) -> Any:
+    """The value as that kind of number; raises `wrong_type` or `error`, naming it and what was expected."""
+    kind, lowest, highest = limits
+    if type(value) not in ACCEPTED[kind]:
+        raise wrong_type(f"{name} is {value!r:.60}, expected {kind.__name__}")
+    if not lowest <= value <= highest:
+        lower = "above 0" if 0 < lowest < 1e-6 else f"{lowest}"
+        allowed = f"{lower} to {highest}" if highest < math.inf else f"at least {lowest}"
+        raise error(f"{name} is {value}, expected {allowed}")
+    return kind(value)

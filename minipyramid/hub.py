@@ -13,10 +13,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from minipyramid.errors import CheckpointError
 
 # `model*`, since a repository may hold the same weights again under other names and in other layouts.
-WANTED = (
-    "config.json generation_config.json model*.safetensors model.safetensors.index.json "
-    "tokenizer.model tokenizer_config.json added_tokens.json"
-).split()
+WANTED = "*config.json added_tokens.json tokenizer.model model*.safetensors*"
 
 # What the hub library raises, and what to tell; the first that fits (a gated repository is also one not found).
 FAILURES: tuple[tuple[type[Exception], str], ...] = (
@@ -60,7 +57,7 @@ def locate(model: str | Path, revision: str | None = None, progress: bool = Fals
         raise CheckpointError(f"{name} does not exist; expected a checkpoint's directory or a hub repository id")
     try:
         bars = tqdm if progress and sys.stderr.isatty() else _NoBar
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, tqdm_class=bars))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED.split(), tqdm_class=bars))
     # What a download may raise differs by the hub library's version (requests or httpx, the disk, a proxy).
     except Exception as error:
         # The library says "not in the cache" also where the hub did answer, but with an error.

@@ -6,8 +6,7 @@ norms, projections and feed-forward need to know; only attention takes them apar
 every sequence of some caches.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -15,26 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipyramid.attention import attend, attend_one_each
-from minipyramid.cache import KVCache
+from minipyramid.cache import KVCache, Span
 from minipyramid.config import ModelConfig
 from minipyramid.linear import Linear
-from minipyramid.pyramid import PyramidConfig, keep, voting
+from minipyramid.pyramid import keep, voting
 from minipyramid.rope import inverse_frequencies, rotate_, rotations
 
-# Tokens that norms, projections and feed-forward run over at a time. A prompt of 16,384 tokens thus needs its hidden
-# states whole, but of the widest activation (2 * intermediate_size) only a quarter.
+# Tokens that the feed-forward runs over at a time, for its activation (2 * intermediate_size) is the widest.
 PIECE = 4096
 
 
 def rms_norm(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
     """Scale each token's vector to a root mean square of 1, then by `weight`.  [T, hidden_size] -> same"""
     return F.rms_norm(x, weight.shape, weight, config.rms_norm_eps)
-
-
-def in_pieces(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Apply what treats every token alike to `PIECE` tokens at a time."""
-    parts = [run(*part) for part in zip(*(torch.split(t, PIECE) for t in tensors), strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Layer(nn.Module):
@@ -57,43 +49,19 @@ class Layer(nn.Module):
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Queries [T, H, D] and keys [T, K, D], rotated, and values [T, K, D], of the normed input."""
-
-        def run(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            qkv: Tensor = self.qkv_proj(rms_norm(x, self.input_layernorm, self.config))
-            heads = qkv.view(len(x), sum(self.heads), -1)
-            rotate_(heads[:, : -self.heads[2]], cos, sin)
-            return heads
-
-        return torch.split(in_pieces(run, x, cos, sin), self.heads, dim=1)
+        qkv = self.qkv_proj(rms_norm(x, self.input_layernorm, self.config))
+        heads = qkv.view(len(x), sum(self.heads), -1)
+        rotate_(heads[:, : -self.heads[2]], cos, sin)
+        return torch.split(heads, self.heads, dim=1)
 
     def residual(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Add to the tokens what attention found, and SwiGLU of that.  [T, hidden_size], [T, H * D] -> like x"""
-
-        def run(x: Tensor, mixed: Tensor) -> Tensor:
-            x = x + self.o_proj(mixed)
-            gate, up = self.gate_up_proj(rms_norm(x, self.post_attention_layernorm, self.config)).chunk(2, dim=-1)
-            return x.add_(self.down_proj(F.silu(gate).mul_(up)))
-
-        return in_pieces(run, x, mixed)
-
-
-@dataclass(frozen=True)
-class Span:
-    """New tokens of one sequence: where they go, how many, and, of a prompt, by which settings it is pruned."""
-
-    cache: KVCache
-    row: int
-    count: int
-    pyramid: PyramidConfig | None = None
-
-    def positions(self) -> Tensor:
-        """They follow what the sequence has computed.  [count]"""
-        start = self.cache.rows[self.row].position
-        return torch.arange(start, start + self.count)
-
-    def lengths(self, layers: int) -> list[int]:
-        """How many of them each layer receives."""
-        return self.pyramid.prompt_lengths(self.count, layers) if self.pyramid else [self.count] * layers
+        x = x + self.o_proj(mixed)
+        for piece in torch.split(x, PIECE):
+            normed = rms_norm(piece, self.post_attention_layernorm, self.config)
+            gate, up = self.gate_up_proj(normed).chunk(2, dim=-1)
+            piece.add_(self.down_proj(F.silu(gate).mul_(up)))
+        return x
 
 
 class Model(nn.Module):
@@ -179,5 +147,4 @@ class Model(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores of the next token.  [T, hidden_size] -> [T, vocab_size] float32"""
-        scores: Tensor = self.lm_head(rms_norm(x, self.norm, self.config))
-        return scores.float()
+        return self.lm_head(rms_norm(x, self.norm, self.config)).float()

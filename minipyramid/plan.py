@@ -3,10 +3,18 @@
 The cache is allotted from a plan, once. With nothing pruned it is flat: prompt plus new tokens everywhere.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import add
+from operator import add, index
+from pathlib import Path
 
+import torch
+
+from minipyramid.budget import SHARE, solve
+from minipyramid.config import ModelConfig
+from minipyramid.errors import ConfigError, RequestError, check_number
 from minipyramid.pyramid import PyramidConfig
+from minipyramid.sampling import SamplingParams
 
 VOTE_BYTES = 4  # of one waiting token in one layer
 
@@ -41,28 +49,46 @@ def need(pyramid: PyramidConfig | None, prompt_tokens: int, new_tokens: int, lay
 
 
 @dataclass(frozen=True)
+class Policy:
+    """How much is kept: by fixed settings (None: everything), or by those that a budget makes of them.
+
+    Raises:
+        ConfigError: there is a budget and nothing to prune by, or it is no share.
+    """
+
+    pyramid: PyramidConfig | None
+    kv_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_budget is not None and self.pyramid is None:
+            raise ConfigError(f"kv_budget is {self.kv_budget}, but the pyramid is off; leave one of them out")
+        if self.kv_budget is not None:
+            check_number("kv_budget", self.kv_budget, SHARE, ConfigError, TypeError)
+
+    def settings(self, prompt_tokens: int, new_tokens: int, layers: int) -> PyramidConfig | None:
+        """Those of one request; raises `BudgetError`."""
+        if self.pyramid is None or self.kv_budget is None:
+            return self.pyramid
+        return solve(self.pyramid, self.kv_budget, prompt_tokens, new_tokens, layers)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What sequences hold, if all of them run to their last token."""
 
-    prompt_lengths: list[int]
-    new_tokens: list[int]
-    pyramids: list[PyramidConfig | None]
+    requests: list[tuple[PyramidConfig | None, int, int]]  # settings, prompt tokens and new tokens of each
     layers: int
     bytes_per_token: int  # of one token in one layer
 
     def at(self, generated: int) -> list[list[int]]:
         """Tokens that each layer holds of each sequence after so many generated tokens.  [sequence][layer]"""
-        return [
-            pyramid.kv_lengths(prompt, min(generated, new), self.layers)
-            if pyramid
-            else [prompt + min(generated, new)] * self.layers
-            for pyramid, prompt, new in zip(self.pyramids, self.prompt_lengths, self.new_tokens, strict=True)
-        ]
+        cut = [(pyramid, prompt, min(generated, new)) for pyramid, prompt, new in self.requests]
+        return [c.kv_lengths(p, n, self.layers) if c else [p + n] * self.layers for c, p, n in cut]
 
     @property
     def kv_lengths(self) -> list[list[int]]:
         """Tokens that each layer holds of each sequence at the end.  [sequence][layer]"""
-        return self.at(max(self.new_tokens))
+        return self.at(max(new for _, _, new in self.requests))
 
     @property
     def kv_bytes(self) -> int:
@@ -72,7 +98,7 @@ class Plan:
     @property
     def kv_bytes_full(self) -> int:
         """The same if nothing were pruned."""
-        return self.bytes_per_token * self.layers * (sum(self.prompt_lengths) + sum(self.new_tokens))
+        return self.bytes_per_token * self.layers * sum(prompt + new for _, prompt, new in self.requests)
 
     @property
     def kv_share(self) -> float:
@@ -82,8 +108,7 @@ class Plan:
     @property
     def needs(self) -> list[Need]:
         """What is allotted for each sequence."""
-        each = zip(self.pyramids, self.prompt_lengths, self.new_tokens, strict=True)
-        return [need(pyramid, prompt, new, self.layers) for pyramid, prompt, new in each]
+        return [need(*request, self.layers) for request in self.requests]
 
     @property
     def votes_bytes(self) -> int:
@@ -98,3 +123,33 @@ class Plan:
     def max_batch(self, memory: int) -> int:
         """How many sequences like the largest of these fit into `memory` bytes."""
         return memory // max(need.bytes(self.bytes_per_token) for need in self.needs)
+
+
+def make_plan(
+    config: ModelConfig, policy: Policy, prompt_lengths: Iterable[int], max_new_tokens: int, dtype: torch.dtype
+) -> Plan:
+    """Plan prompts of these lengths (tokens), each by the settings that it would run with."""
+    lengths, layers = [index(length) for length in prompt_lengths], config.num_hidden_layers
+    new = SamplingParams(max_new_tokens=max_new_tokens).max_new_tokens
+    if not lengths:
+        raise RequestError("no prompt lengths are given; give at least one")
+    for i, length in enumerate(lengths):
+        config.check_length(length, new, f"prompt {i}")
+    requests = [(policy.settings(length, new, layers), length, new) for length in lengths]
+    return Plan(requests, layers, config.kv_bytes_per_token(dtype.itemsize))
+
+
+def pick_pyramid(pyramid: str | Path | PyramidConfig, directory: Path, layers: int) -> PyramidConfig | None:
+    """The settings that a name, a file or a configuration stands for; None for `off`."""
+    if isinstance(pyramid, PyramidConfig):
+        return pyramid
+    if not isinstance(pyramid, (str, Path)):
+        raise TypeError(f"pyramid is {pyramid!r}, expected off, auto, a preset's name, a path or a PyramidConfig")
+    if pyramid == "off":
+        return None
+    if pyramid == "auto":
+        beside = directory / "pyramid.json"
+        return PyramidConfig.load(beside) if beside.exists() else PyramidConfig.for_layers(layers)
+    if isinstance(pyramid, Path) or pyramid.endswith(".json"):
+        return PyramidConfig.load(pyramid)
+    return PyramidConfig.preset(pyramid)

@@ -78,8 +78,8 @@ class PyramidConfig(PublishedSettings):
         gathered, stay = self.exceed_length_to_compress, self.survivors(layers)
         prompt = self.prompt_lengths(prompt_tokens, layers)
         past = list(self.compactions(prompt_tokens, new_tokens))
-        # Held after `generated` tokens and `done` compactions; a layer is at its longest before one, or at the end.
-        moments = [(c.generated, done) for done, c in enumerate(past)] + [(new_tokens, len(past))]
+        # After `generated` tokens and `done` compactions. Most is held before the last compaction, or at the end.
+        moments = [*((c.generated, done) for done, c in enumerate(past)), (new_tokens, len(past))][-2:]
         held = [[n + g - done * (gathered - s) for n, s in zip(prompt, stay, strict=True)] for g, done in moments]
         return [max(lengths) for lengths in zip(*held, strict=True)], max(g - done * gathered for g, done in moments)
 
@@ -97,8 +97,9 @@ class PyramidConfig(PublishedSettings):
 
         Starting from the preset for so many layers, the first of these that is enough is taken, each on top of those
         before it: the decay ratio is lowered (or, where generated tokens are most of it, they are pruned less than
-        published); the schedule becomes `constant`, which falls from the first layer on; fewer generated tokens stay;
-        `min_context_length` falls; `recent_ratio` falls, last because the recent tokens are those that vote.
+        published); the schedule becomes `constant`, which falls from the first layer on, where cosine hardly does;
+        `recent_ratio` falls to 0.05; fewer generated tokens stay; the first layers drop more, down to
+        `min_context_length`; that falls; `recent_ratio` falls to 0, last because the recent tokens are the voters.
 
         Args:
             share: keys and values held, as a share of layers * (prompt_tokens + new_tokens).
@@ -119,11 +120,9 @@ class Compaction:
 
     def weight(self, voter: int, config: PyramidConfig) -> float:
         """What a generated token's probabilities count in it: 0 for one that is no voter."""
-        voters = self.generated - self.oldest_voter
-        if voter < self.oldest_voter:
-            return 0.0
-        age = (voter - self.oldest_voter) / max(1, voters - 1)
-        return (1 + (config.distance_weight - 1) * age) / voters
+        voters, youth = self.generated - self.oldest_voter, voter - self.oldest_voter
+        weight = 1 + (config.distance_weight - 1) * youth / max(1, voters - 1)
+        return weight / voters if youth >= 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipyramid.cache import KVCache, Row
+from minipyramid.cache import KVCache, Row, Span
 from minipyramid.config import ModelConfig
 from minipyramid.errors import RequestError
 from minipyramid.plan import Need
@@ -74,19 +74,20 @@ class Sequence:
     stream: TextStream = field(init=False)
     generator: torch.Generator = field(init=False)
     seen: Tensor | None = None  # [vocab_size] bool, ids that the repetition penalty makes less likely
+    span: Span = field(init=False)  # where its prompt goes, once it has started
     next_token: int = -1  # chosen, not yet accepted
     completion: Completion = field(init=False)
 
     def __post_init__(self) -> None:
         self.completion = Completion(self.prompt, [] if self.params.logprobs else None)
 
-    def start(self, cache: KVCache) -> int:
-        """Take a row of a cache, with what former turns left; returns its index."""
+    def start(self, cache: KVCache) -> None:
+        """Take a row of a cache, with what former turns left."""
         new = self.params.max_new_tokens
         row = cache.add_row(Gathering(self.pyramid, len(self.prompt), new) if self.pyramid else None)
         if self.conversation and self.conversation.held:
             cache.adopt(row, *self.conversation.held)
-        return row
+        self.span = Span(cache, row, len(self.prompt), self.pyramid)
 
     def accept(self) -> str:
         """Take the token that was chosen; returns the text that became certain with it."""
@@ -135,26 +136,11 @@ def check_ids(ids: Any, name: str, config: ModelConfig) -> list[int]:
     return list(ids)  # a caller may go on changing theirs
 
 
-def check_length(prompt: int, new: int, name: str, config: ModelConfig) -> None:
-    """Refuse what is empty or would run past the positions that the model was trained for."""
-    if prompt < 1:
-        raise RequestError(f"{name} has {prompt} tokens, expected at least 1")
-    context = config.max_position_embeddings
-    if prompt + new > context:
-        over = f"{name} has {prompt} tokens, which with {new} new ones is more than the context of {context}"
-        ways = [f"shorten it by {prompt + new - context}"]
-        ways += [f"ask for at most {context - prompt} new tokens"] if prompt < context else []
-        raise RequestError(f"{over}; {' or '.join(ways)}")
-
-
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
 def parse_bytes(size: int | str) -> int:
     """A number of bytes, or a text such as 500MiB or 2GB (units are powers of 1,024 either way)."""
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise TypeError(f"the size is {size!r}, expected bytes or a text such as 2GiB")
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", str(size).strip(), re.IGNORECASE)
-    if not match or not (count := int(float(match[1]) * UNITS[match[2].upper()])):
+    if not match or not (count := int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))):
         raise RequestError(f"the size is {size!r}, expected bytes or a text such as 2GiB")
     return count

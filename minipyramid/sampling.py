@@ -5,13 +5,13 @@ seed and never on what else is in the batch.
 """
 
 import math
+import secrets
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minipyramid.checks import Limits, check_number
-from minipyramid.errors import RequestError
+from minipyramid.errors import Limits, RequestError, check_number
 
 LIMITS: dict[str, Limits] = {
     "max_new_tokens": (int, 1, math.inf),
@@ -73,12 +73,7 @@ class SamplingParams:
 
 def make_generator(params: SamplingParams, device: torch.device) -> torch.Generator:
     """A sequence's own source of random numbers, from its seed or a fresh one."""
-    generator = torch.Generator(device)
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator
+    return torch.Generator(device).manual_seed(secrets.randbits(63) if params.seed is None else params.seed)
 
 
 def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator, seen: Tensor | None) -> Tensor:

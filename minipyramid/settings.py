@@ -12,9 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minipyramid.checks import Limits, check_number
 from minipyramid.config import read_json
-from minipyramid.errors import ConfigError
+from minipyramid.errors import ConfigError, Limits, check_number
 
 # What differs from the defaults, and the layers of the model that it was published for.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -97,15 +96,12 @@ class PublishedSettings:
     @classmethod
     def load(cls: type[Settings], path: str | Path) -> Settings:
         """Read a published file, or a flat one. Raises `CheckpointError`, `ConfigError` or `TypeError`."""
-        raw = read_json(Path(path))
-        flat: dict[str, Any] = {}
-        for name, value in raw.items():
-            if name in ("prefill_stage", "generation_stage"):
-                if not isinstance(value, dict):
-                    raise ConfigError(f"{path}: {name} is {value!r:.60}, expected an object")
-                flat |= value
-            elif name not in ("model", "size"):
-                flat[name] = value
+        flat = {name: value for name, value in read_json(Path(path)).items() if name not in ("model", "size")}
+        for stage in ("prefill_stage", "generation_stage"):
+            part = flat.pop(stage, {})
+            if not isinstance(part, dict):
+                raise ConfigError(f"{path}: {stage} is {part!r:.60}, expected an object")
+            flat |= part
         known = [field.name for field in fields(cls)]
         for name in flat:
             if name not in known:

@@ -45,8 +45,7 @@ class Tokenizer:
             self._special[content] = token
         longest_first = sorted(self._special, key=len, reverse=True)
         # Embeddings are often padded to a round number of rows, but not by more than this.
-        if not vocab_size - 512 < len(self._bytes) <= vocab_size:
-            size = len(self._bytes)
+        if not vocab_size - 512 < (size := len(self._bytes)) <= vocab_size:
             raise TokenizerError(f"{file} has {size} tokens, but the model has {vocab_size}; expected the model's own")
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
@@ -79,11 +78,6 @@ class Tokenizer:
         return self._bytes[token] if token < len(self._bytes) else b""
 
 
-def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
-    """A checkpoint's tokenizer, or None: a checkpoint without one still runs on token ids. Raises like `Tokenizer`."""
-    return Tokenizer(directory, vocab_size) if (directory / "tokenizer.model").is_file() else None
-
-
 def _piece_bytes(sp: SentencePieceProcessor, i: int) -> bytes:
     piece: str = sp.id_to_piece(i)
     if sp.is_control(i):
@@ -106,9 +100,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any], vocab_size: int) ->
         raise TokenizerError(f"{directory}: added tokens are malformed, expected ids with a content each") from error
     for token, (content, _) in tokens.items():
         if not isinstance(content, str) or not 0 <= token < vocab_size:
-            raise TokenizerError(
-                f"{directory}: the added token {token} is {content!r}, expected a text for an id of the model"
-            )
+            raise TokenizerError(f"{directory}: the added token {token} is {content!r}, expected a text for a known id")
     return [(token, content, silent) for token, (content, silent) in sorted(tokens.items()) if content]
 
 

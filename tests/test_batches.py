@@ -113,7 +113,7 @@ def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int
     """Keys, values, lengths and positions of the rows that stay are what they were, under their new numbers."""
     config = ModelConfig.from_dict(TINY)
     device = torch.device("cpu")
-    cache = KVCache.allot(config, Need((8, 8, 8), 2), len(lengths), dtype=torch.float32, device=device)
+    cache = KVCache.allot(config, Need((8, 8, 8), 2), len(lengths), torch.float32, device)
     for row, n in enumerate(lengths):
         assert cache.add_row() == row
         cache.rows[row].position = n
@@ -125,7 +125,7 @@ def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int
         if step >= len(alive):
             continue
         alive = [alive[row] for row in cache.retire([step])]
-        assert cache.free_rows == len(lengths) - len(alive)
+        assert (cache.capacity, len(cache.rows)) == (len(lengths), len(alive))
         assert [row.position for row in cache.rows] == [lengths[name] for name in alive]
         for row, name in enumerate(alive):
             assert cache.rows[row].lengths == [lengths[name]] * 3

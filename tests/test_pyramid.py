@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from slow_pyramid import SlowPyramid
 
 from minipyramid import LLM, CheckpointError, ConfigError, PyramidConfig, SamplingParams
-from minipyramid.policy import Policy
+from minipyramid.plan import Policy
 from minipyramid.pyramid import pivotal
 
 GOLDEN = Path(__file__).parent / "golden"
