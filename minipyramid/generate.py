@@ -11,14 +11,17 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from minipyramid import LLM, Completion, MiniPyramidError, RequestError, SamplingParams
+from minipyramid.plan_table import as_dict, plan_of, table
+from minipyramid.schedule import Scheduler
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "weights" / "storyteller"
-SLOW_LOAD_S = 1.0
+SLOW_S, REFRESH_S = 1.0, 0.1  # what is quicker shows no progress, and how often it is written
+Line = TypeVar("Line", bound="ProgressLine")
 MOST_THREADS = 1024  # beyond, starting them fails
 
 
@@ -61,6 +64,18 @@ def build_parser() -> Parser:
         metavar="NAME_OR_FILE",
         help="off, auto (the checkpoint's pyramid.json, else the preset for so many layers), a preset, or a JSON file",
     )
+    parser.add_argument(
+        "--kv-budget", type=float, metavar="SHARE", help="hold at most this share of the full cache, as 0.454"
+    )
+    parser.add_argument(
+        "--kv-memory",
+        metavar="SIZE",
+        help="for keys and values of all that runs, as 2GiB (default: half of what is free)",
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print what each layer will hold and exit, without loading weights"
+    )
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="with --plan: a prompt of so many tokens")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
@@ -109,7 +124,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Load, generate, print; a single prompt is streamed."""
-    prompts, params = read_prompts(args), read_params(args)
+    params = read_params(args)
+    if args.plan:
+        plan = plan_of(args, read_prompts(args, needed=False), params.max_new_tokens)
+        print(json.dumps(as_dict(plan, args.kv_memory)) if args.json else table(plan, args.kv_memory))
+        return
+    if args.prompt_tokens is not None:
+        raise RequestError("--prompt-tokens is for --plan; give a prompt to generate from")
+    prompts = read_prompts(args)
     if args.threads is not None:
         if not 1 <= args.threads <= MOST_THREADS:
             raise RequestError(f"--threads is {args.threads}, expected 1 to {MOST_THREADS}")
@@ -118,6 +140,8 @@ def run(args: argparse.Namespace) -> None:
         llm = LLM(
             args.model,
             pyramid=args.pyramid,
+            kv_budget=args.kv_budget,
+            kv_memory=args.kv_memory,
             dtype=args.dtype,
             device=args.device,
             revision=args.revision,
@@ -127,9 +151,9 @@ def run(args: argparse.Namespace) -> None:
     if len(prompts) == 1 and not args.json:
         done[0] = stream(llm, prompts[0], params)
     else:
-        completions = llm.completions(prompts, params)
         try:
-            done.update(completions)
+            with RunningLine(quiet=args.quiet) as running:
+                done.update(llm.completions(prompts, params, running.update))
         finally:  # also after Ctrl-C: what was finished is kept
             print_all([done[i] for i in sorted(done)], args, single=len(prompts) == 1)
     if args.stats:
@@ -160,7 +184,7 @@ def stream(llm: LLM, prompt: str, params: SamplingParams) -> Completion:
         print(flush=True)
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
+def read_prompts(args: argparse.Namespace, needed: bool = True) -> list[str]:
     """PROMPT, every --prompt and --prompt-file, in this order."""
     prompts: list[str] = ([args.prompt] if args.prompt is not None else []) + args.prompts
     if args.prompt_file is not None:
@@ -171,7 +195,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             prompts.append(data.decode("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"--prompt-file {args.prompt_file} cannot be read as UTF-8 text: {error}") from error
-    if not prompts:
+    if needed and not prompts:
         raise RequestError("no prompt; give one as an argument, with --prompt, or with --prompt-file")
     return prompts
 
@@ -211,26 +235,40 @@ def print_stats(completion: Completion, pyramid: str) -> None:
             print(f"{name + ':':15}{shown}", file=sys.stderr)
 
 
-class LoadingLine:
-    """A line on a terminal's stderr while a checkpoint loads, if that takes more than a second."""
+class ProgressLine:
+    """A line on a terminal's stderr that is written over, if it takes longer than a second, and wiped at the end."""
 
     def __init__(self, quiet: bool) -> None:
-        self.shown = False
         self.wanted = sys.stderr is not None and sys.stderr.isatty() and not quiet
-        self.began = time.monotonic()
+        self.began = self.written = time.monotonic()
 
-    def __enter__(self) -> "LoadingLine":
+    def write(self, text: str) -> None:
+        now = time.monotonic()
+        if self.wanted and now - self.began > SLOW_S and now - self.written > REFRESH_S:
+            self.written = now
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self: Line) -> Line:
         return self
 
-    def update(self, loaded: int, of: int) -> None:
-        """Called with the parameters loaded so far."""
-        if self.wanted and time.monotonic() - self.began > SLOW_LOAD_S:
-            self.shown = True
-            print(f"\rloading weights {100 * loaded // of:3d} %", end="", file=sys.stderr, flush=True)
-
     def __exit__(self, *_: object) -> None:
-        if self.shown:
+        if self.written > self.began:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class LoadingLine(ProgressLine):
+    """How much of a checkpoint is loaded."""
+
+    def update(self, loaded: int, of: int) -> None:
+        self.write(f"loading weights {100 * loaded // of:3d} %")
+
+
+class RunningLine(ProgressLine):
+    """How many requests wait, run and are finished, and how fast tokens come."""
+
+    def update(self, now: Scheduler) -> None:
+        running, rate = sum(map(len, now.running)), now.generated / (time.monotonic() - self.began)
+        self.write(f"{len(now.waiting)} waiting, {running} running, {now.finished} finished, {rate:.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ FAILURES: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def locate(model: str | Path, revision: str | None = None, progress: bool = False) -> Path:
+def locate(model: str | Path, revision: str | None = None, progress: bool = False, wanted: str = WANTED) -> Path:
     """The checkpoint's directory; a name that is no local path is fetched, on a terminal with `progress` bars.
 
     Raises:
@@ -57,7 +57,7 @@ def locate(model: str | Path, revision: str | None = None, progress: bool = Fals
         raise CheckpointError(f"{name} does not exist; expected a checkpoint's directory or a hub repository id")
     try:
         bars = tqdm if progress and sys.stderr.isatty() else _NoBar
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED.split(), tqdm_class=bars))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted.split(), tqdm_class=bars))
     # What a download may raise differs by the hub library's version (requests or httpx, the disk, a proxy).
     except Exception as error:
         # The library says "not in the cache" also where the hub did answer, but with an error.

@@ -26,10 +26,9 @@ class Tokenizer:
         """Raises `TokenizerError` where a file is unreadable or has not the model's `vocab_size`."""
         file = directory / "tokenizer.model"
         try:
-            self._sp = SentencePieceProcessor(model_file=str(file))
+            self._sp = sp = SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
             raise TokenizerError(f"{file} is not a sentencepiece model; expected one, such as Llama 2's") from error
-        sp = self._sp
         # sentencepiece sets a space before every text, but not after a character that is a piece of its own.
         apart = (c for c in "\n\u0001\u2603\u2e3b" if "".join(sp.encode(c, out_type=str)).strip("\u2581"))
         self._anchor = next(apart, "\u2e3b")

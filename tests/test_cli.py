@@ -223,7 +223,7 @@ def test_interrupted_while_streaming(tiny_dir: Path) -> None:
     assert b"Traceback" not in err
 
 
-def test_the_loading_line_shows_only_on_a_terminal_and_only_when_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_shows_only_on_a_terminal_and_only_when_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -236,11 +236,25 @@ def test_the_loading_line_shows_only_on_a_terminal_and_only_when_slow(monkeypatc
         ("no terminal", io.StringIO(), False, -1.0),
     ):
         monkeypatch.setattr("sys.stderr", stream)
-        monkeypatch.setattr("minipyramid.generate.SLOW_LOAD_S", slow_after)
+        monkeypatch.setattr("minipyramid.generate.SLOW_S", slow_after)
+        monkeypatch.setattr("minipyramid.generate.REFRESH_S", -1.0)
         with LoadingLine(quiet) as line:
             line.update(1, 4)
         shown[name] = stream.getvalue()
-    assert shown == {"slow": "\rloading weights  25 %\r\x1b[K", "quick": "", "quiet": "", "no terminal": ""}
+    assert shown == {"slow": "\rloading weights  25 %\x1b[K\r\x1b[K", "quick": "", "quiet": "", "no terminal": ""}
+
+
+def test_many_prompts_tell_how_many_wait_run_and_are_finished(
+    run: Any, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("minipyramid.generate.ProgressLine.write", lambda self, text: lines.append(text))
+    need = LLM(tiny_dir).plan([4], 3).needs[0].bytes(2 * 2 * 8 * 4)
+    flags = ["--max-new-tokens", "3", "--ignore-eos", "--kv-memory", str(2 * need)]
+    assert run("the fox", "--prompt", "the fox", "--prompt", "the fox", *flags)[0] == 0
+    told = [line.split(", ")[:3] for line in lines if "waiting" in line]
+    assert told[0] == ["1 waiting", "2 running", "0 finished"]
+    assert told[-1] == ["0 waiting", "0 running", "3 finished"]
 
 
 def test_the_pyramid_is_heeded(run: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from slow_pyramid import SlowPyramid
 from minipyramid import LLM, CheckpointError, ConfigError, PyramidConfig, SamplingParams
 from minipyramid.plan import Policy
 from minipyramid.pyramid import pivotal
+from minipyramid.schedule import Scheduler
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [(name, case) for name in ("mha", "gqa") for case in json.loads((GOLDEN / name / "cases.json").read_text())]
@@ -117,6 +118,31 @@ def test_what_was_planned_is_what_is_held(tiny: LLM, pyramid: PyramidConfig, len
             assert at_prefill[:sinks] == list(range(sinks))
     (alone,) = llm.generate([prompts[-1]], params)
     assert (alone.token_ids, alone.kept_positions) == (completions[-1].token_ids, completions[-1].kept_positions)
+
+
+@given(pyramid=CONFIGS, lengths=st.lists(st.integers(1, 60), min_size=1, max_size=3), new=st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_every_step_and_layer_is_as_planned(tiny: LLM, pyramid: PyramidConfig, lengths: list[int], new: int) -> None:
+    """Not only at the end: after each token every layer of every sequence holds what the plan says, tail and all."""
+    llm, prompts, steps = with_pyramid(tiny, pyramid), prompts_of(lengths), 0
+    plan, before = llm.plan(lengths, new), [p.kept_positions for p in llm.prefill(prompts)]
+
+    def watch(scheduler: Scheduler) -> None:
+        nonlocal steps
+        steps += 1
+        for cache, running in zip(scheduler.caches, scheduler.running, strict=True):
+            for row, sequence in zip(cache.rows, running, strict=True):
+                assert row.lengths == plan.at(steps)[sequence.index]
+                protected = 1 + pyramid.recent(row.position)
+                generated = range(max(row.position - protected, len(sequence.prompt)), row.position)
+                for kept, prompt in zip(row.kept_positions(), before[sequence.index], strict=True):
+                    assert kept == sorted(set(kept))
+                    assert kept[: len(prompt)] == prompt
+                    assert kept[len(kept) - len(generated) :] == list(generated)
+
+    for _ in llm.completions(prompts, SamplingParams(max_new_tokens=new, ignore_eos=True), watch):
+        pass
+    assert steps == new
 
 
 def test_of_equal_votes_the_earlier_token_stays() -> None:

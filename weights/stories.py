@@ -160,9 +160,7 @@ def drill(rng: random.Random, tokens: int, count: Callable[[str], int]) -> Story
     return _repeated(rng, told, tokens, count, plain=rng.random() < 0.5)
 
 
-def _repeated(
-    rng: random.Random, told: list[Fact], tokens: int, count: Callable[[str], int], *, plain: bool
-) -> Story:
+def _repeated(rng: random.Random, told: list[Fact], tokens: int, count: Callable[[str], int], *, plain: bool) -> Story:
     """Facts in one order after the other, until they fill `tokens`; to be cut there."""
     text = " ".join(f.sentence for f in told)
     asked: list[tuple[str, str]] = []

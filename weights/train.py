@@ -1,14 +1,14 @@
 """Train the embedded checkpoint from scratch: tokenizer, a small Llama, and what it can recall.
 
-    python weights/train.py --text books.txt.xz --minutes 120
+    python weights/train.py --text books.txt.xz --test books-test.txt.xz --tokens 11
 
-A small model learns to look back only if it is taught so, short first: sequences of 128 tokens until it repeats
-facts from them, then 256, 512, 1,024 and 2,048. The share of prose rises from 15 % to half; the rest are the stories
-of `stories.py` and, at first, random tokens said twice, which teaches copying. Answers weigh five times as much as
-prose and a story's filler 0.3, for a random name cannot be foreseen and would only drown the signal. Hidden matrices
-are optimised by Muon, the rest by AdamW.
+A small model learns to look back only if it is taught so, plainest first: words said twice, then names and what
+belongs to them said again and again at 128 tokens, then facts, then stories (`stories.py`), and only then longer
+ones, up to 2,048. A stage ends when its recall stands. Prose is there from the start and its share rises. Answers
+weigh five times as much as prose and a story's filler 0.3, for a random name cannot be foreseen and would only drown
+the signal.
 
-The run is bounded by minutes, saves its state every few minutes, and goes on from it when it is started again. The
+The run is bounded by tokens, saves its state every few minutes, and goes on from it when it is started again. The
 model is written out once more here, as one trains it: whole sequences at once, with gradients and without a cache.
 """
 
@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import lzma
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -418,7 +417,7 @@ def main() -> None:
     parser.add_argument("--test", required=True, help="prose to measure the loss on")
     parser.add_argument("--out", default="trained", help="directory of the checkpoint and of the run's state")
     parser.add_argument("--start", help="directory of a checkpoint to go on from, weights only")
-    parser.add_argument("--tokens", type=float, default=15.0, help="millions to learn from; the rate falls towards them")
+    parser.add_argument("--tokens", type=float, default=15.0, help="millions to learn from")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lr", type=float, default=2e-3)

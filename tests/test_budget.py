@@ -1,0 +1,160 @@
+"""A share of memory becomes settings: never more than the share, hardly less, or the smallest that can be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_pyramid import CONFIGS, prompts_of, with_pyramid
+
+from minipyramid import LLM, BudgetError, ConfigError, PyramidConfig, SamplingParams
+from minipyramid.generate import main
+from minipyramid.plan import Policy
+
+BUDGETS = (0.9, 0.75, 0.6, 0.454, 0.3)
+
+
+def share_of(config: PyramidConfig, prompt: int, new: int, layers: int) -> float:
+    return sum(config.kv_lengths(prompt, new, layers)) / (layers * (prompt + new))
+
+
+@pytest.mark.parametrize("layers", [12, 22, 32, 40, 80])
+@pytest.mark.parametrize(("prompt", "new"), [(512, 256), (2048, 256), (64, 1024)])
+def test_budgets_are_met_within_two_per_cent(prompt: int, new: int, layers: int) -> None:
+    for budget in BUDGETS:
+        config = PyramidConfig.for_budget(budget, prompt_tokens=prompt, new_tokens=new, layers=layers)
+        assert 0.98 * budget <= share_of(config, prompt, new, layers) <= budget
+
+
+@given(share=st.floats(0.01, 1.0), prompt=st.integers(1, 300), new=st.integers(0, 300), layers=st.integers(1, 40))
+@settings(max_examples=150, deadline=None)
+def test_a_budget_is_held_or_refused_with_one_that_can_be(share: float, prompt: int, new: int, layers: int) -> None:
+    lengths: dict[str, Any] = {"prompt_tokens": prompt, "new_tokens": new, "layers": layers}
+    try:
+        config = PyramidConfig.for_budget(share, **lengths)
+    except BudgetError as error:
+        assert share < error.smallest <= 1
+        assert f"{error.smallest:.4f}" in str(error)
+        config, share = PyramidConfig.for_budget(error.smallest, **lengths), error.smallest
+    assert share_of(config, prompt, new, layers) <= share + 1e-12
+
+
+@given(config=CONFIGS, prompt=st.integers(2, 60), new=st.integers(0, 60), layers=st.integers(1, 6))
+@settings(max_examples=150, deadline=None)
+def test_no_other_settings_hold_less_than_the_smallest(
+    config: PyramidConfig, prompt: int, new: int, layers: int
+) -> None:
+    """Of all that judge as many generated tokens at a time as published, which a budget leaves as it is."""
+    published = replace(config, exceed_length_to_compress=16)
+    with pytest.raises(BudgetError) as refusal:
+        PyramidConfig.for_budget(1e-6, prompt_tokens=prompt, new_tokens=new, layers=layers)
+    assert refusal.value.smallest <= share_of(published, prompt, new, layers) + 1e-4
+
+
+def test_a_whole_cache_is_a_budget_too() -> None:
+    config = PyramidConfig.for_budget(1.0, prompt_tokens=100, new_tokens=50, layers=4)
+    assert config.kv_lengths(100, 50, 4) == [150] * 4
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.01, float("nan"), float("inf")])
+def test_what_is_no_share_is_refused(share: float, tiny_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="budget is"):
+        PyramidConfig.for_budget(share, prompt_tokens=100, new_tokens=10, layers=4)
+    with pytest.raises(ConfigError, match="kv_budget is"):
+        LLM(tiny_dir, kv_budget=share)
+
+
+def test_a_budget_of_the_wrong_type_or_without_a_pyramid_is_refused(tiny_dir: Path) -> None:
+    for wrong in ("0.5", True):
+        with pytest.raises(TypeError, match="kv_budget"):
+            LLM(tiny_dir, kv_budget=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="pyramid is off"):
+        LLM(tiny_dir, pyramid="off", kv_budget=0.5)
+
+
+def test_every_request_of_a_batch_keeps_to_the_budget(tiny: LLM) -> None:
+    llm = with_pyramid(tiny, None)
+    llm.policy = Policy(PyramidConfig.preset("llama2-7b"), 0.7)
+    lengths = [120, 40, 90, 120]
+    prompts = prompts_of(lengths)
+    completions = llm.generate(prompts, SamplingParams(max_new_tokens=30, ignore_eos=True))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert completion.kv_bytes <= 0.7 * completion.kv_bytes_full
+        (alone,) = llm.generate([prompt], SamplingParams(max_new_tokens=30, ignore_eos=True))
+        assert (alone.token_ids, alone.kept_positions) == (completion.token_ids, completion.kept_positions)
+    plan = llm.plan(lengths, 30)
+    assert plan.kv_lengths == [completion.kv_lengths for completion in completions]
+    assert sum(map(sum, plan.at(0))) == sum(sum(p.kv_lengths) for p in _prefilled(llm, prompts, plan.at(0)))
+
+
+def _prefilled(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> list[Any]:
+    """Prefill each prompt by the settings that generation solved for."""
+    done = []
+    for prompt, lengths in zip(prompts, expected, strict=True):
+        settings_ = llm.policy.settings(len(prompt), 30, llm.config.num_hidden_layers)
+        done += with_pyramid(llm, settings_).prefill([prompt])
+        assert done[-1].kv_lengths == lengths
+    return done
+
+
+def test_a_budget_that_cannot_be_is_one_line(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["once upon", "--model", str(tiny_dir), "--kv-budget", "0.01"]
+    assert main(arguments) == 2
+    assert "the smallest that can is" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    arguments = ["--plan", "--model", str(tmp_path), "--prompt-tokens", "100", "--max-new-tokens", "20"]
+    assert main([*arguments, "--kv-budget", "0.6", "--kv-memory", "1MiB"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    lengths = PyramidConfig.for_budget(0.6, prompt_tokens=100, new_tokens=20, layers=3).kv_lengths(100, 20, 3)
+    assert [int(line.split()[2]) for line in shown[1:4]] == lengths
+    assert "fit into 1MiB" in shown[-1]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv_bytes_full"] == 120 * 3 * 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--plan"], "--prompt-tokens"),
+        (["--plan", "--model", "shape:llama2-7"], "'llama2-7b'"),
+        (["--plan", "text", "--model", "shape:llama2-7b"], "no tokenizer"),
+        (["--plan", "--prompt-tokens", "0"], "at least 1"),
+        (["--plan", "--prompt-tokens", "9", "--kv-memory", "2 gigs", "--model", "shape:llama2-7b"], "2 gigs"),
+        (["text", "--prompt-tokens", "9"], "--plan"),
+    ],
+)
+def test_a_plan_of_nonsense_is_refused(
+    arguments: list[str], words: str, tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if "--model" in arguments else ["--model", str(tiny_dir)]
+    assert main([*arguments, *model]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_plan_counts_what_is_allotted(tiny: LLM) -> None:
+    """Keys, values, votes and slack are the tensors of the cache, to the byte."""
+    llm = with_pyramid(tiny, PyramidConfig(recent_ratio=0.1, min_context_length=4, exceed_length_to_compress=8))
+    plan = llm.plan([70], 50)
+    (need,) = plan.needs
+    cache = llm._allot(need, 1)
+    slabs = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values))
+    votes = sum(t.numel() * t.element_size() for t in cache.votes)
+    assert slabs == plan.kv_bytes + plan.slack_bytes
+    assert votes == plan.votes_bytes
+    assert need.bytes(plan.bytes_per_token) == slabs + votes
+    assert plan.max_batch(10 * (slabs + votes)) == 10
+    assert plan.max_batch(slabs) == 0
+    assert torch.tensor(plan.at(50)).sum() * plan.bytes_per_token == plan.kv_bytes

@@ -1,0 +1,113 @@
+"""Further tokens onto a cache that may have been pruned: pieces of a prompt, a next turn, a continuation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_pyramid import STEEP, prompts_of, with_pyramid
+
+from minipyramid import LLM, Conversation, RequestError, SamplingParams
+from minipyramid.cache import Span
+from minipyramid.plan import Need
+
+EIGHT = SamplingParams(max_new_tokens=8, ignore_eos=True)
+
+
+def say(llm: LLM, prompt: Any, params: SamplingParams, conversation: Conversation) -> Any:
+    pieces = llm.stream(prompt, params, conversation)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
+
+
+@given(pieces=st.lists(st.integers(1, 30), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(tiny: LLM, pieces: list[int]) -> None:
+    (prompt,) = prompts_of([sum(pieces)])
+    expected = with_pyramid(tiny, None).prefill([prompt])[0].logits
+    cache = tiny._allot(Need((len(prompt),) * 3), 1)
+    cache.add_row()
+    with torch.inference_mode():
+        for n, ids in zip(pieces, torch.tensor(prompt).split(pieces), strict=True):
+            x = tiny.model.extend(ids, [Span(cache, 0, n)])
+        logits = tiny.model.logits(x)[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert cache.rows[0].kept_positions() == [list(range(len(prompt)))] * 3
+
+
+def test_turns_onto_a_full_cache_are_one_long_text(tiny: LLM) -> None:
+    llm, conversation = with_pyramid(tiny, None), Conversation()
+    first, second = prompts_of([20, 15])
+    one = say(llm, first, EIGHT, conversation)
+    two = say(llm, second, EIGHT, conversation)
+    (whole,) = llm.generate([first + one.token_ids + second], EIGHT)
+    assert two.token_ids == whole.token_ids
+    assert two.kept_positions == whole.kept_positions
+    assert conversation.token_ids == first + one.token_ids + second + two.token_ids
+
+
+def test_a_turn_is_pruned_among_itself_and_sees_what_was_kept(tiny: LLM) -> None:
+    """Section 5 of the method: N is the number of new tokens, positions go on, what is held stays."""
+    llm, conversation = with_pyramid(tiny, STEEP), Conversation()
+    lengths, held, position = (60, 40, 1), [0, 0, 0], 0
+    for n, prompt in zip(lengths, prompts_of(list(lengths)), strict=True):
+        before = conversation.held[1].kept_positions() if conversation.held else [[], [], []]
+        turn = say(llm, prompt, SamplingParams(max_new_tokens=25, ignore_eos=True), conversation)
+        held = [a + b for a, b in zip(held, STEEP.kv_lengths(n, 25, 3), strict=True)]
+        assert turn.kv_lengths == held
+        for old, new in zip(before, turn.kept_positions, strict=True):
+            assert new[: len(old)] == old
+            assert new == sorted(set(new))
+            assert min(new[len(old) :]) >= position
+        position += n + 25
+        assert max(map(max, turn.kept_positions)) == position - 1
+        assert turn.kv_bytes_full == position * 3 * llm.config.kv_bytes_per_token(4)
+
+
+def test_a_later_turn_depends_on_the_earlier(tiny: LLM) -> None:
+    llm = with_pyramid(tiny, STEEP)
+    first, other, second = prompts_of([50, 50, 10])
+    replies = []
+    for prompt in (first, other):
+        conversation = Conversation()
+        say(llm, prompt, EIGHT, conversation)
+        replies.append(say(llm, second, SamplingParams(max_new_tokens=8, logprobs=True), conversation).logprobs)
+    assert replies[0] != replies[1]
+
+
+def test_a_turn_cut_short_is_undone(tiny: LLM) -> None:
+    llm, conversation = with_pyramid(tiny, STEEP), Conversation()
+    first, second = prompts_of([30, 20])
+    say(llm, first, EIGHT, conversation)
+    kept = conversation.held[1].kept_positions() if conversation.held else []
+    pieces = llm.stream(second, EIGHT, conversation)
+    next(pieces)
+    pieces.close()
+    assert conversation.held
+    assert conversation.held[1].kept_positions() == kept
+    again, fresh = say(llm, second, EIGHT, conversation), Conversation()
+    say(llm, first, EIGHT, fresh)
+    assert again.token_ids == say(llm, second, EIGHT, fresh).token_ids
+
+
+def test_a_conversation_ends_with_the_context(tiny: LLM) -> None:
+    conversation = Conversation()
+    (prompt,) = prompts_of([200])
+    say(tiny, prompt, EIGHT, conversation)
+    with pytest.raises(RequestError, match="context"):
+        tiny.stream(prompt[:60], EIGHT, conversation)
+
+
+def test_a_turn_of_text_begins_without_a_beginning(tiny_dir: Path) -> None:
+    llm, conversation = LLM(tiny_dir), Conversation()
+    say(llm, "the quick fox", SamplingParams(max_new_tokens=3, ignore_eos=True), conversation)
+    turn = say(llm, " and then", SamplingParams(max_new_tokens=3, ignore_eos=True), conversation)
+    assert llm.tokenizer
+    assert llm.tokenizer.bos_id not in turn.prompt_token_ids
