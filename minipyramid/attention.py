@@ -6,7 +6,8 @@ matrix of probabilities. One query per sequence is three small products: on two 
 share a key/value head are left to the kernel in the first, and folded into an axis in the second; no key is repeated.
 
 Letters, here and in every file: `B` sequences, `T` tokens (of one sequence or packed), `H` query heads, `K`
-key/value heads, `G = H / K`, `D` head size, `S` slots of a cache's layer, `n` keys of one sequence.
+key/value heads, `G = H / K`, `D` head size, `S` slots of a cache's layer, `n` keys of one sequence, `L` layers, `V`
+voters, `U` generated tokens that are not judged yet.
 """
 
 import math

@@ -1,7 +1,8 @@
 """From a share of memory to a schedule: which settings hold so much of the full cache, and as little less as possible.
 
 The paper's headline is a share (45.4 % of the memory), its settings are ratios, and the published ones keep about
-three quarters. Every length follows from the settings, so they can be solved for without computing anything.
+three quarters of a 32-layer model's, more of a shallower one's. Every length follows from the settings, so they can
+be solved for without computing anything.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from minipyramid.pyramid import PyramidConfig
 
 SHARE = (float, 1e-9, 1.0)  # of the full cache
-POINTS = 16  # tried on a stage at once, then again between the neighbours of the best one
-ROUNDS = 5  # 16 ** 5 points are more than whole numbers tell apart
+POINTS = 16  # steps of a stage that are tried, then as many between the neighbours of the best one
+ROUNDS = 5  # each is 8 times finer: a step of the last is a 65,536th of the stage
 CLOSE = 0.99  # of the budget; a stage that comes no closer leaves it to the next
-FEW_VOTERS = 0.05  # recent_ratio that is given up before the rest
+FEW_VOTERS = 0.05  # recent_ratio falls to this first, and to 0 only last
 
 
 @lru_cache(maxsize=4096)  # requests of one length are many
@@ -33,7 +34,7 @@ def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int
     tried: list[tuple[int, PyramidConfig]] = []  # tokens held, and by which settings
 
     def best_of(start: PyramidConfig, end: PyramidConfig) -> tuple[int, PyramidConfig]:
-        """What holds most within the share, this line between two configurations included.
+        """What holds most within the share, of this line between two configurations and all before it.
 
         The share falls along a line, but not everywhere: a layer whose context would fall to `min_context_length`
         drops nothing at all. So it is searched in rounds, and not by halving.

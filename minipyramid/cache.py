@@ -21,15 +21,15 @@ class Row:
 
     lengths: list[int]  # [layer] tokens held
     kept: list[Tensor]  # [layer] positions of the tokens that stay: a prompt's, and all of former turns  [n] int32
-    judged: list[list[int]]  # [layer] positions of the generated tokens that were voted to stay
+    survived: list[list[int]]  # [layer] positions of the generated tokens that were voted to stay
     gathering: Gathering | None = None  # the generated tokens that are not judged yet
     position: int = 0  # of the next token
 
     def kept_positions(self) -> list[list[int]]:
         """Positions of all that each layer holds, ascending."""
         held = []
-        for length, kept, judged in zip(self.lengths, self.kept, self.judged, strict=True):
-            known = kept.tolist() + judged
+        for length, kept, survived in zip(self.lengths, self.kept, self.survived, strict=True):
+            known = kept.tolist() + survived
             held.append(known + list(range(self.position - (length - len(known)), self.position)))
         return held
 
@@ -87,7 +87,7 @@ class KVCache:
         return self.keys[layer][row, :, :end], self.values[layer][row, :, :end]
 
     def lengths(self) -> Tensor:
-        """Of all layers at once, for a copy to the device for each would stall it as often.  [L, B]"""
+        """Tokens held, of all layers in one copy to the device.  [L, B]"""
         return torch.tensor([row.lengths for row in self.rows], device=self.keys[0].device).T.contiguous()
 
     def append_one_each(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,8 +117,8 @@ class KVCache:
         for i, row in enumerate(self.rows):
             row.lengths = [length + 1 for length in row.lengths]
             row.position += 1
-            unjudged = row.gathering.unjudged if row.gathering else 0
-            if row.gathering and row.gathering.due():
+            unjudged = row.gathering.unjudged if row.gathering else 0  # before the oldest count as judged
+            if row.gathering and row.gathering.judge_if_due():
                 survivors = row.gathering.config.survivors(len(row.lengths))
                 self._compact(i, unjudged, row.gathering.config.exceed_length_to_compress, survivors)
 
@@ -136,7 +136,7 @@ class KVCache:
                 slab[index, :, start:end] = torch.cat((waiting[:, best], waiting[:, gathered:]), dim=1)
             votes.copy_(torch.cat((votes[gathered:], votes.new_zeros(gathered))))
             row.lengths[layer] = end
-            row.judged[layer] += [oldest + i for i in best.tolist()]
+            row.survived[layer] += [oldest + i for i in best.tolist()]
 
     def retire(self, finished: list[int]) -> list[int]:
         """Free rows; the last rows move into their places, so that those in use stay the first.
@@ -154,7 +154,7 @@ class KVCache:
         return order
 
     def adopt(self, row: int, source: "KVCache", held: Row) -> None:
-        """Begin a new row with all that `held`, once the first row of another cache, has; nothing of it is judged."""
+        """Copy into a new row all that `held`, row 0 of `source`, has; none of it is judged again."""
         for layer, (n, kept) in enumerate(zip(held.lengths, held.kept_positions(), strict=True)):
             k, v = (slabs[layer][0, :, :n].transpose(0, 1) for slabs in (source.keys, source.values))
             self.append(layer, row, k, v, torch.tensor(kept, device=k.device))

@@ -30,7 +30,7 @@ def load(
     """
     with ExitStack() as stack:
         tensors = _open(directory, stack)
-        sources = _sources(config)
+        sources = parameter_sources(config)
         # transformers ties where the head is absent or equal, and keeps a head that differs.
         if config.tie_word_embeddings and "lm_head.weight" not in tensors:
             del sources["lm_head.weight"]
@@ -55,7 +55,7 @@ Shape = tuple[int, ...]
 SINGLE = "model.safetensors"
 
 
-def _sources(config: ModelConfig) -> dict[str, list[tuple[str, Shape]]]:
+def parameter_sources(config: ModelConfig) -> dict[str, list[tuple[str, Shape]]]:
     """For each parameter of ours the tensors that it joins, with the shapes they must have."""
     hidden, ffn, vocab, D = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     q, kv = config.num_attention_heads * D, config.num_key_value_heads * D

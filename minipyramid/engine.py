@@ -2,7 +2,7 @@
 
 A request becomes a `Sequence` that knows from its plan how much cache it will need. The scheduler starts as many as
 fit, their prompts are computed, and then every step takes one token of each running sequence. A sequence that has
-ended leaves its row, is computed no further, and makes room for the next that waits.
+ended leaves its row and is computed no further (its last token still is, into the cache).
 """
 
 import time
@@ -39,11 +39,11 @@ class LLM:
 
     Args:
         model: a checkpoint's directory in the Hugging Face layout, or a hub repository id.
-        pyramid: "off", "auto" (the `pyramid.json` beside the checkpoint, else the preset for so many layers), a
+        pyramid: "off", "auto" (the `pyramid.json` beside the checkpoint, else the preset nearest in depth), a
             preset's name, the path of a JSON file, or a configuration.
-        kv_budget: hold at most this share of the full cache's keys and values at the end of each generation, by
-            settings solved from `pyramid`'s for every request's length (see `PyramidConfig.for_budget`); None for
-            `pyramid` as it is.
+        kv_budget: hold at most this share of the full cache's keys and values once all `max_new_tokens` are
+            generated, by settings solved from `pyramid`'s for every request's length (`minipyramid/budget.py`). A text
+            that ends earlier may hold a larger share of its own. None for `pyramid` as it is.
         kv_memory: bytes for the keys, values and votes of everything in flight, a number or as in "2GiB"; None for
             half of what is free.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as bf16, and
@@ -125,6 +125,7 @@ class LLM:
         """
         ids = self._ids(continuation, "the continuation", continues=True)
         (sequence,) = self._sequences([prompt], SamplingParams(max_new_tokens=len(ids)))
+        # Room for the whole continuation, since nothing of it is dropped.
         sequence.need = sequence.need.beside([len(ids)] * self.config.num_hidden_layers)
         sequence.start(self._allot(sequence.need, 1))
         logits = self._extend([sequence])
@@ -161,6 +162,7 @@ class LLM:
             ended = scheduler.retire()
             left = list(chain(*scheduler.running))
             if left:
+                # Retiring has moved rows, and so the order.
                 place = {sequence.index: i for i, sequence in enumerate(running)}
                 self._choose(self.model.logits(x[[place[sequence.index] for sequence in left]]), left)
             for sequence in running:
@@ -177,8 +179,9 @@ class LLM:
             ends = accumulate(len(sequence.prompt) for sequence in admitted)
             count = max(1, sum(end <= PREFILL_TOKENS for end in ends))
             self._choose(self._extend(admitted[:count]), admitted[:count])
-            for sequence in admitted[:count]:  # behind the transfer of the tokens, for a device runs asynchronously
-                sequence.completion.prefill_s = time.perf_counter() - began
+            seconds = time.perf_counter() - began  # behind the transfer of tokens, for a device runs asynchronously
+            for sequence in admitted[:count]:
+                sequence.completion.prefill_s = seconds
             admitted = admitted[count:]
 
     def _extend(self, started: list[Sequence]) -> Tensor:
@@ -204,7 +207,7 @@ class LLM:
     def _sequences(
         self, prompts: list[Any], params: Params, new: int | None = None, conversation: Conversation | None = None
     ) -> list[Sequence]:
-        """Check a call's prompts and parameters, tokenise, and plan."""
+        """Check a call's prompts and parameters, tokenise, and plan; for `new` tokens if not for `max_new_tokens`."""
         each = params if isinstance(params, list) else [SamplingParams() if params is None else params] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or as many")

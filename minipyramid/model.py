@@ -1,6 +1,6 @@
 """The Llama decoder: a packed list of tokens in, their last hidden states out, keys and values into the cache.
 
-Sequences are never padded. The tokens of all of them lie one after the other in one axis `T`, which is all that
+No padding is ever computed. The tokens of all sequences lie one after the other in one axis `T`, which is all that
 norms, projections and feed-forward need to know; only attention takes them apart again. It does so in two ways:
 `extend` runs many tokens of some sequences, prompts above all, and prunes between layers; `step` runs one token of
 every sequence of some caches.

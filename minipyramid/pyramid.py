@@ -8,11 +8,16 @@ hidden states, so no deeper layer computes anything of it: a prompt gets cheaper
 For a prompt of N tokens the last 1 + R are protected and vote, R = int(N * recent_ratio). A layer that received n
 tokens has c = n - 1 - R of context, and the next layer receives the tail and the k = int(c * s) highest-voted of it:
 
-    vote[k] = mean over voters q of  w[q] * mean over heads h of A[h, q, k]        w from 1 (oldest) to distance_weight
+    vote[j] = mean over voters q of  w[q] * mean over heads h of A[h, q, j]        w from 1 (oldest) to distance_weight
     s(i)    = p + (1 - p) * (1 + cos(pi * i / L)) / 2                              cosine, from 1 towards p
 
-Generated tokens are gathered and judged `exceed_length_to_compress` at a time, by the same kind of vote. Every
-length is a function of N, L and the configuration, so memory is known before the first token is computed.
+with A the attention probabilities, j a token of the context, i the layer of L, and p the decay ratio. Ratios multiply
+up with depth; a layer that would keep `min_context_length` or less drops nothing, only every so many-th layer drops,
+and the first tokens (sinks) always win.
+
+Generated tokens pass all layers. Once `exceed_length_to_compress` of them are older than the protected tail, those in
+the tail vote on them, and each layer drops its own; the prompt is not judged again. Every length is a function of N,
+the tokens generated, L and the configuration, so memory is known before the first token is computed.
 """
 
 import math
@@ -47,14 +52,12 @@ class PyramidConfig(PublishedSettings):
     def prompt_lengths(self, prompt_tokens: int, layers: int) -> list[int]:
         """Tokens of a prompt that each layer receives, computes and holds."""
         tail = 1 + self.recent(prompt_tokens)
-        least = min(self.min_context_length, prompt_tokens - tail)  # m
         schedule = STRATEGIES[self.prefill_decay_strategy]
         lengths, n = [], prompt_tokens
         for i in range(layers):
             lengths.append(n)
-            context, ratio = n - tail, schedule(self.prefill_decay_ratio, i / layers)
-            kept = int(context * ratio)
-            if i % self.layerwise_downsample_interval == 0 and context > least and ratio < 1 and kept > least:
+            kept = int((n - tail) * schedule(self.prefill_decay_ratio, i / layers))
+            if i % self.layerwise_downsample_interval == 0 and kept > self.min_context_length:
                 n = kept + tail
         return lengths
 
@@ -65,7 +68,7 @@ class PyramidConfig(PublishedSettings):
         return [max(1, int(gathered * self.gen_compress_ratio * ratio)) for ratio in ratios]
 
     def compactions(self, prompt_tokens: int, new_tokens: int) -> "Iterator[Compaction]":
-        """It happens when so many generated tokens have left the protected tail and wait to be judged."""
+        """One happens when `exceed_length_to_compress` tokens that are not judged yet have left the protected tail."""
         judged = 0
         for generated in range(1, new_tokens + 1):
             older = generated - 1 - self.recent(prompt_tokens + generated)
@@ -95,10 +98,10 @@ class PyramidConfig(PublishedSettings):
     def for_budget(cls, share: float, *, prompt_tokens: int, new_tokens: int, layers: int) -> "PyramidConfig":
         """Settings that hold at most `share` of the full cache at the end of generation, and hardly less.
 
-        Starting from the preset for so many layers, the first of these that is enough is taken, each on top of those
-        before it: the decay ratio is lowered (or, where generated tokens are most of it, they are pruned less than
-        published); the schedule becomes `constant`, which falls from the first layer on, where cosine hardly does;
-        `recent_ratio` falls to 0.05; fewer generated tokens stay; the first layers drop more, down to
+        Starting from the preset nearest in depth, the first of these that comes close is taken: the decay ratio is
+        lowered (or, where generated tokens are most of it, they are pruned less than published); the schedule becomes
+        `constant` with a ratio of its own, which drops from the first layer on, where cosine hardly does; on top of
+        that `recent_ratio` falls to 0.05; fewer generated tokens stay; the first layers drop more, down to
         `min_context_length`; that falls; `recent_ratio` falls to 0, last because the recent tokens are the voters.
 
         Args:
@@ -148,10 +151,10 @@ class Gathering:
     def unjudged(self) -> int:
         return self.generated - self.done * self.config.exceed_length_to_compress
 
-    def weights(self) -> list[float]:
-        """Count one more generated token; returns its weight in each judgement of a token that waits.
+    def count_one(self) -> list[float]:
+        """What one more generated token counts in the judgements of those that wait, the oldest first.
 
-        A judgement is of `exceed_length_to_compress` tokens; what generation ends before has no weight.
+        A judgement is of `exceed_length_to_compress` tokens; in one that generation ends before, nothing counts.
         """
         self.generated += 1
         begun = math.ceil(self.generated / self.config.exceed_length_to_compress)
@@ -159,8 +162,8 @@ class Gathering:
         weights = [compaction.weight(self.generated - 1, self.config) for compaction in coming]
         return weights + [0.0] * (begun - self.done - len(weights))
 
-    def due(self) -> bool:
-        """Whether the oldest are judged now; if so they count as judged."""
+    def judge_if_due(self) -> bool:
+        """Whether the oldest are judged now; from here on they count as judged."""
         now = any(c.generated == self.generated for c in self.compactions[self.done : self.done + 1])
         self.done += now
         return now
@@ -170,7 +173,7 @@ def voting(gatherings: Sequence[Gathering], device: torch.device) -> Voting | No
     """The votes of one more generated token of every sequence; all gather equally many tokens at a time."""
     if not gatherings:
         return None
-    rows = [gathering.weights() for gathering in gatherings]
+    rows = [gathering.count_one() for gathering in gatherings]
     unjudged = [gathering.unjudged for gathering in gatherings]
     padded = [row + [0.0] * (max(map(len, rows)) - len(row)) for row in rows]
     each = torch.tensor(padded, device=device).repeat_interleave(gatherings[0].config.exceed_length_to_compress, 1)
@@ -185,8 +188,8 @@ def voter_weights(count: int, config: PyramidConfig) -> Tensor:
 def votes(q: Tensor, keys: Tensor, weights: Tensor, logsumexp: Tensor | None) -> Tensor:
     """How much the newest tokens look at each token of the context before them.
 
-    q [V, H, D] are the voters' queries, keys [K, n, D] all that the layer received, the voters' last, and
-    logsumexp [H, V] what the voters' softmax divides by, where attention has told it  ->  [n - V]
+    q [V, H, D] are the voters' queries, keys [K, n, D] all that the layer holds, the voters' last, and
+    logsumexp [H, V] the log of what the voters' softmax divides by, where attention has told it  ->  [n - V]
     The voters' probabilities are computed a block at a time, so no n x n matrix is ever held.
     """
     (V, H, D), (K, n, _) = q.shape, keys.shape
@@ -222,7 +225,8 @@ def keep(
 ) -> Tensor:
     """What the next layer receives of a prompt, as indices into the tokens that this one received.  [length]
 
-    q [n, H, D] of these tokens, keys [K, n, D] of the cache so far, with theirs last; `length` is what was planned
+    q [n, H, D] of these tokens, keys [K, m, D] of all that the layer holds, with theirs last (those of former turns
+    before them are voted on too, and the votes cut off); `length` is what was planned
     """
     n, tail = len(q), 1 + config.recent(prompt)
     known = logsumexp[:, n - tail :] if logsumexp is not None else None

@@ -1,8 +1,9 @@
-"""Which requests run: as many as their planned bytes leave room for, the next as soon as one has ended.
+"""Which requests run: as many as their planned bytes leave room for, in their order.
 
 Nothing is guessed: what a request will need at its longest is known before it starts, so none that runs is ever
-swapped out or started over, and the memory is never exceeded. Requests of one size share the slabs of one cache and
-are computed in one product; those of other sizes have their own, so that short ones do not pay for long ones.
+swapped out or started over, and the memory is never exceeded. Requests of one size that start together share the slabs
+of one cache and attend in one product; those of other sizes have their own. The next starts when a row is free that is
+large enough for it, or when a cache whose rows have all ended has given back its bytes.
 """
 
 from collections import deque
@@ -49,11 +50,7 @@ class Scheduler:
         fresh: dict[Need, list[Sequence]] = {}  # caches to be allotted: a row's need, and who shares it
         while self.waiting:
             sequence = self.waiting[0]
-            free = [
-                i
-                for i, c in enumerate(self.caches)
-                if len(c.rows) < c.capacity and c.need.join(sequence.need) == c.need
-            ]
+            free = [i for i, cache in enumerate(self.caches) if cache.takes(sequence.need)]
             if free:
                 tightest = min(free, key=lambda i: self.caches[i].need.bytes(self.per_token))
                 admitted.append(self._start(sequence, tightest))
@@ -70,7 +67,7 @@ class Scheduler:
         return admitted
 
     def retire(self) -> list[Sequence]:
-        """Take out those that have ended; a cache of which all have is given back."""
+        """Take out those that have ended; a cache whose rows have all ended is given back."""
         ended = []
         for i, (cache, running) in enumerate(zip(self.caches, self.running, strict=True)):
             rows = [row for row, sequence in enumerate(running) if sequence.completion.finish_reason]
@@ -90,7 +87,7 @@ class Scheduler:
 
 
 def default_memory(device: torch.device) -> int:
-    """Half of the bytes that are free where the cache will be; the rest is for activations and for others."""
+    """Half of the bytes that are free where the cache will be (activations need some); 4 GiB where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     meminfo = Path("/proc/meminfo")

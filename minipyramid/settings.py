@@ -43,16 +43,16 @@ class PublishedSettings:
     """The defaults are those of 7B and 8B models.
 
     Attributes:
-        recent_ratio: share of the tokens so far that is protected and votes.
+        recent_ratio: share of the tokens so far (of a turn: its own) that is protected and votes.
         prefill_decay_ratio: the lowest ratio of the prompt's schedule.
         prefill_decay_strategy: cosine, linear or constant.
         min_context_length: a layer's context is never cut to this or below.
         layerwise_downsample_interval: prune after every so many layers.
-        streamingllm_sink_len: first tokens that always stay.
+        streamingllm_sink_len: first tokens of a prompt that always stay.
         distance_weight: weight of the newest voter, the oldest one's being 1.
         gen_decay_ratio, gen_decay_strategy: the schedule of generated tokens.
         exceed_length_to_compress: generated tokens that are judged together.
-        gen_compress_ratio: share of them that the schedule multiplies.
+        gen_compress_ratio: share of them that stays where the schedule is 1, in the first layer.
 
     Raises:
         ConfigError: a strategy is not known or a value out of range.

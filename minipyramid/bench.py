@@ -1,0 +1,464 @@
+"""`python -m minipyramid.bench`: prompt and generation timed, against this machine's ceilings and against others.
+
+Every method runs in a process of its own, which holds its weights and waits; the processes take turns, run by run, so
+that what disturbs the machine disturbs all alike, and each one's peak of memory is its own. Only generated tokens
+count, all prompts differ, and all lengths are equal (the end of text is ignored), so methods do equal work.
+
+The floor of a phase is the time that its arithmetic, or its reading of memory, takes at the rates measured in the same
+run: of a prompt, the products of the tokens that each layer really computes; of a decode step, the weights and the
+live keys and values read once, or its products, whichever takes longer.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipyramid import LLM, MiniPyramidError, RequestError, SamplingParams
+from minipyramid.checkpoint import parameter_sources
+from minipyramid.config import ModelConfig
+from minipyramid.device import pick_device, pick_dtype
+from minipyramid.generate import DEFAULT_MODEL, Parser, print_error
+from minipyramid.model import Model
+from minipyramid.plan import Policy, pick_pyramid
+from minipyramid.plan_table import readable
+from minipyramid.request import parse_bytes
+from minipyramid.shapes import PREFIX, shape_config, shape_dict
+
+COLUMNS = (
+    "method batch prompt_tokens new_tokens prefill_s decode_s total_s tokens_per_s kv_bytes kv_bytes_aux kv_share "
+    "peak_rss_mb prefill_floor_share decode_floor_share"
+).split()
+SPREAD = 0.02  # of random weights
+
+
+# --- The work ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all methods are given."""
+
+    prompts: list[list[int]]
+    new_tokens: list[int]
+
+    @property
+    def generated(self) -> int:
+        return sum(self.new_tokens)
+
+
+def make_work(args: argparse.Namespace, config: ModelConfig) -> Work:
+    """Random ids, different in every prompt, of one length, or with `--ragged` of lengths from 20 and 16 upwards."""
+    rng = random.Random(args.seed)
+    lengths, new = [args.prompt_tokens] * args.batch_size, [args.max_new_tokens] * args.batch_size
+    if args.ragged:
+        lengths = [rng.randint(min(20, n), n) for n in lengths]
+        new = [rng.randint(min(16, n), n) for n in new]
+    for i, (prompt, n) in enumerate(zip(lengths, new, strict=True)):
+        config.check_length(prompt, n, f"prompt {i}")
+    return Work([[rng.randrange(3, config.vocab_size) for _ in range(n)] for n in lengths], new)
+
+
+def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A weight that depends on its name alone, so every method has the same."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(sum(ord(c) * 31**i for i, c in enumerate(name[-24:])) % 2**31)
+    return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, SPREAD, generator=generator)
+
+
+class RandomLLM(LLM):
+    """An engine at a known shape, with random weights made where they are used."""
+
+    def __init__(self, name: str, policy: Policy, args: argparse.Namespace) -> None:
+        self.config, self.policy, self.tokenizer = shape_config(name), policy, None
+        self.kv_memory = parse_bytes(args.kv_memory) if args.kv_memory else None
+        self.device = pick_device(args.device)
+        self.dtype = pick_dtype(args.dtype, self.config.dtype, self.device)
+        with torch.device("meta"):
+            self.model = Model(self.config)
+        state = {
+            name: torch.cat([random_tensor(part, shape, self.dtype, self.device) for part, shape in parts])
+            for name, parts in parameter_sources(self.config).items()
+        }
+        self.model.load_state_dict(state, assign=True)
+        self.model.inv_freq = self.model.inv_freq.to(self.device)
+        self.model.requires_grad_(False).pack()
+
+
+# --- The methods -------------------------------------------------------------------------------------------------
+
+Run = Callable[[], dict[str, Any]]
+
+
+def our_method(name: str, args: argparse.Namespace) -> Run:
+    """`full`, `budget`, a preset or a file: this engine under those settings."""
+    settings = {"full": "off", "budget": "auto"}.get(name.removeprefix("fixed "), name.removeprefix("fixed "))
+    budget = args.kv_budget if name.endswith("budget") else None
+    if args.model.startswith(PREFIX):
+        shape = args.model.removeprefix(PREFIX)
+        pyramid = pick_pyramid(settings, Path(), shape_config(shape).num_hidden_layers)
+        llm: LLM = RandomLLM(shape, Policy(pyramid, budget), args)
+    else:
+        where = {"dtype": args.dtype, "device": args.device}
+        llm = LLM(args.model, pyramid=settings, kv_budget=budget, kv_memory=args.kv_memory, **where)
+    work = make_work(args, llm.config)
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in work.new_tokens]
+    size = args.fixed if name.startswith("fixed ") else len(work.prompts)
+
+    def run() -> dict[str, Any]:
+        began, done, prefill = time.perf_counter(), [], 0.0
+        for i in range(0, len(params), size):
+            completions = llm.generate(work.prompts[i : i + size], params[i : i + size])
+            done += completions
+            # Those that started together share their time.
+            prefill += sum({completion.prefill_s for completion in completions})
+        total = time.perf_counter() - began
+        plans = [llm.plan([len(prompt)], new) for prompt, new in zip(work.prompts, work.new_tokens, strict=True)]
+        return {
+            "prefill_s": prefill,
+            "decode_s": total - prefill,
+            "kv_bytes": sum(completion.kv_bytes for completion in done),
+            "kv_bytes_aux": sum(plan.votes_bytes + plan.slack_bytes for plan in plans),
+            "kv_share": sum(c.kv_bytes for c in done) / sum(c.kv_bytes_full for c in done),
+        }
+
+    return run
+
+
+def transformers_method(args: argparse.Namespace) -> Run:
+    """The library, as it comes: its own attention (sdpa), cache and loop, the same weights, batches padded left."""
+    # Not a dependency, so it is looked for where it is asked for, and untyped.
+    library: Any = importlib.import_module("transformers")
+    device = pick_device(args.device)
+    if args.model.startswith(PREFIX):
+        raw = shape_dict(args.model.removeprefix(PREFIX))
+        dtype = pick_dtype(args.dtype, raw.pop("torch_dtype"), device)
+        config = shape_config(args.model.removeprefix(PREFIX))
+        with torch.device("meta"):
+            model = library.LlamaForCausalLM(library.LlamaConfig(**raw, attn_implementation="sdpa", eos_token_id=None))
+        parts = [part for sources in parameter_sources(config).values() for part in sources]
+        state = {name: random_tensor(name, shape, dtype, device) for name, shape in parts}
+        model.load_state_dict(state, assign=True)
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    else:
+        config = ModelConfig.load(Path(args.model))
+        dtype = pick_dtype(args.dtype, config.dtype, device)
+        model = library.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
+    model.eval()
+    model.generation_config.eos_token_id = None
+    work = make_work(args, config)
+    size = args.fixed or len(work.prompts)
+
+    class FirstToken(library.LogitsProcessor):  # type: ignore[misc]
+        """Notes when the scores of the first new token are there."""
+
+        def __init__(self) -> None:
+            self.at = 0.0
+
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            if not self.at:
+                scores[0, 0].item()  # a device has computed them now
+                self.at = time.perf_counter()
+            return scores
+
+    @torch.inference_mode()
+    def run() -> dict[str, Any]:
+        prefill = decode = 0.0
+        held = 0
+        for i in range(0, len(work.prompts), size):
+            prompts, new = work.prompts[i : i + size], max(work.new_tokens[i : i + size])
+            longest = max(map(len, prompts))
+            ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+            first, began = FirstToken(), time.perf_counter()
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+                logits_processor=library.LogitsProcessorList([first]),
+            )  # fmt: skip
+            prefill += first.at - began
+            decode += time.perf_counter() - first.at
+            held = max(held, len(prompts) * (longest + new))
+        per_token = config.num_hidden_layers * config.kv_bytes_per_token(dtype.itemsize)
+        return {
+            "prefill_s": prefill,
+            "decode_s": decode,
+            "kv_bytes": held * per_token,
+            "kv_bytes_aux": 0,
+            "kv_share": 1.0,
+        }
+
+    return run
+
+
+# --- One process per method, and its memory ----------------------------------------------------------------------
+
+
+def serve(name: str, args: argparse.Namespace) -> None:
+    """Load, then answer each line of stdin with one run's figures as a line of JSON."""
+    run = transformers_method(args) if name == "transformers" else our_method(name, args)
+    cuda = pick_device(args.device).type == "cuda"
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        reset_peak(cuda)
+        figures = run()
+        print(json.dumps({**figures, "peak_rss_mb": peak_mb(cuda)}), flush=True)
+
+
+def reset_peak(cuda: bool) -> None:
+    """Forget the highest use of memory so far, where the system allows it."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb(cuda: bool) -> float:
+    """Highest use since then: of the device, or resident."""
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    high = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")]
+    return high[0] if high else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Worker:
+    """A method in its own process."""
+
+    def __init__(self, name: str, argv: list[str]) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "minipyramid.bench", *argv, "--serve", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RequestError(f"the method {self.name} has ended (exit status {self.process.wait()})")
+        figures: dict[str, Any] = json.loads(line)
+        return figures
+
+    def run(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+# --- Ceilings and floors -----------------------------------------------------------------------------------------
+
+
+def ceilings(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Rates of this machine, measured now: products (FLOP/s) and reading (bytes/s); the best of several."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, size, device=device).to(dtype) for n in (size // 2, size))
+    held = torch.ones((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
+    rates = {"flops": 2.0 * (size // 2) * size * size / best(lambda: a @ b, device)}
+    return {**rates, "bytes_per_s": held.numel() * 4 / best(held.sum, device)}
+
+
+def best(run: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def floors(
+    config: ModelConfig, policy: Policy, work: Work, itemsize: int, rates: dict[str, float]
+) -> tuple[float, float]:
+    """Seconds that the two phases take at least; see the module's docstring."""
+    layers, hidden, D = config.num_hidden_layers, config.hidden_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    received = hidden * (H + 2 * K) * D  # weights that a layer's received tokens pass, and those that its kept ones do
+    kept = hidden * H * D + 3 * hidden * config.intermediate_size
+    head = hidden * config.vocab_size
+    pairs = list(zip(work.prompts, work.new_tokens, strict=True))
+    settings = [policy.settings(len(prompt), new, layers) for prompt, new in pairs]
+    flops = 0.0
+    for (prompt, _), pyramid in zip(pairs, settings, strict=True):
+        lengths = pyramid.prompt_lengths(len(prompt), layers) if pyramid else [len(prompt)] * layers
+        for n, after in zip(lengths, [*lengths[1:], 1], strict=True):
+            flops += 2 * n * received + 2 * after * kept + (2 * n * n if after > 1 else 4 * n) * H * D
+        flops += 2 * head
+    weights = itemsize * (layers * (received + kept) + head)
+    decode = 0.0
+    for step in range(max(work.new_tokens)):
+        running = [(len(p), pyramid) for (p, new), pyramid in zip(pairs, settings, strict=True) if new > step]
+        held = sum(sum(c.kv_lengths(n, step + 1, layers)) if c else layers * (n + step + 1) for n, c in running)
+        read = weights + held * config.kv_bytes_per_token(itemsize)
+        products = 2 * len(running) * weights / itemsize + 4 * held * H * D
+        decode += max(read / rates["bytes_per_s"], products / rates["flops"])
+    return flops / rates["flops"], decode
+
+
+# --- The command -------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="minipyramid.bench", allow_abbrev=False, description="Time prompt and generation phases.")
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), metavar="DIR_OR_SHAPE", help="or shape:llama2-7b ...")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N")
+    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="with --ragged: at most")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="with --ragged: at most")
+    parser.add_argument("--ragged", action="store_true", help="prompts and generations of different lengths")
+    parser.add_argument(
+        "--pyramid", default="auto", metavar="NAME,NAME", help="settings to compare with the full cache"
+    )
+    parser.add_argument("--kv-budget", type=float, metavar="SHARE", help="compare settings solved for this share, too")
+    parser.add_argument("--kv-memory", metavar="SIZE", help="bound of the keys and values in flight")
+    parser.add_argument("--fixed", type=int, default=0, metavar="N", help="compare with fixed batches of N, in order")
+    parser.add_argument("--versus", choices=["transformers"], help="compare with this library, if it is installed")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, metavar="N")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="medians of so many (default 3)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="a last line with everything as JSON")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    return parser
+
+
+def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """All methods in turn, `--runs` times after one that does not count; rows of medians, and the machine."""
+    for name in ("batch_size", "prompt_tokens", "max_new_tokens", "runs"):
+        if getattr(args, name) < 1:
+            raise RequestError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    shape = args.model.startswith(PREFIX)
+    config = shape_config(args.model.removeprefix(PREFIX)) if shape else ModelConfig.load(Path(args.model))
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, config.dtype, device)
+    work = make_work(args, config)
+    ours = ["full", *(name for name in args.pyramid.split(",") if name and name != "off")]
+    ours += ["budget"] if args.kv_budget is not None else []
+    ours += [f"fixed {ours[-1]}"] if args.fixed else []
+    directory = Path() if shape else Path(args.model)
+    policies = {}
+    for name in ours:
+        settings = {"full": "off", "budget": "auto"}.get(name.removeprefix("fixed "), name.removeprefix("fixed "))
+        pyramid = pick_pyramid(settings, directory, config.num_hidden_layers)
+        policies[name] = Policy(pyramid, args.kv_budget if name.endswith("budget") else None)
+        for prompt, new in zip(work.prompts, work.new_tokens, strict=True):
+            policies[name].settings(len(prompt), new, config.num_hidden_layers)  # refused here, before anything loads
+    names = [*ours, *([args.versus] if args.versus else [])]
+    rates = ceilings(dtype, device)
+    workers: list[Worker] = []
+    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    try:
+        workers += [Worker(name, argv) for name in names]
+        for worker in workers:
+            worker.answer()  # loaded; from here on one works at a time
+        for turn in range(args.runs + 1):
+            for worker in workers:
+                got = worker.run()
+                if turn:
+                    figures[worker.name].append(got)
+    finally:
+        for worker in workers:
+            worker.close()
+    rows = []
+    for name in names:
+        middle = {key: statistics.median(run[key] for run in figures[name]) for key in figures[name][0]}
+        total = middle["prefill_s"] + middle["decode_s"]
+        low = floors(config, policies.get(name, Policy(None)), work, dtype.itemsize, rates)
+        rows.append(
+            {
+                "method": f"budget {args.kv_budget}" if name == "budget" else name,
+                "batch": len(work.prompts),
+                "prompt_tokens": max(map(len, work.prompts)),
+                "new_tokens": max(work.new_tokens),
+                **middle,
+                "total_s": total,
+                "tokens_per_s": work.generated / total,
+                "prefill_floor_share": low[0] / middle["prefill_s"],
+                "decode_floor_share": low[1] / middle["decode_s"],
+            }
+        )
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "gflops": rates["flops"] / 1e9,
+        "read_gb_s": rates["bytes_per_s"] / 1e9,
+    }
+    return {"rows": [{column: row[column] for column in COLUMNS} for row in rows], "machine": machine}
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def table(result: dict[str, Any]) -> str:
+    """For people."""
+    machine = result["machine"]
+    lines = [
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['dtype']}: "
+        f"{machine['gflops']:.0f} GFLOP/s, reading {machine['read_gb_s']:.0f} GB/s",
+        f"{'method':24} {'prompt s':>9} {'decode s':>9} {'tokens/s':>9} {'KV held':>10} {'share':>6} {'peak MB':>8} "
+        f"{'floor: prompt':>13} {'decode':>7}",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"{row['method']:24} {row['prefill_s']:9.2f} {row['decode_s']:9.2f} {row['tokens_per_s']:9.1f} "
+            f"{readable(row['kv_bytes']):>10} {row['kv_share']:6.1%} {row['peak_rss_mb']:8.0f} "
+            f"{row['prefill_floor_share']:13.2f} {row['decode_floor_share']:7.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv)
+    if args.threads is not None and args.threads > 0:
+        torch.set_num_threads(args.threads)
+    try:
+        if args.serve:
+            serve(args.serve, args)
+        else:
+            result = measure(args, argv)
+            print(table(result))
+            if args.json:
+                print(json.dumps(result))
+    except MiniPyramidError as error:
+        print_error(error)
+        return 2
+    except ImportError as error:
+        print_error(f"--versus {args.versus} cannot be run: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
