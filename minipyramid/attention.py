@@ -19,6 +19,8 @@ from torch import Tensor
 # The fused kernel of the CPU by its own name, for it also tells how large the sum under each softmax was, which
 # makes the votes twice as fast. Private, so it may be missing.
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"
+# Queries at a time of tokens that are appended to a cache, so that their mask [BLOCK, n] stays small.
+BLOCK = 256
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -32,11 +34,14 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | No
     if n == T and q.device.type == "cpu" and hasattr(torch.ops.aten, FUSED):
         out, logsumexp = getattr(torch.ops.aten, FUSED)(*heads, 0.0, True)
         return out[0].transpose(0, 1).flatten(1), logsumexp[0]
+    if BLOCK < T < n:
+        # A mask is needed below, so the queries come some at a time, each block seeing the keys up to its end.
+        ends = [min(start + BLOCK, T) for start in range(0, T, BLOCK)]
+        seen = [(keys[:, : n - T + end], values[:, : n - T + end]) for end in ends]
+        return torch.cat([attend(part, *kv)[0] for part, kv in zip(torch.split(q, BLOCK), seen, strict=True)]), None
     # `is_causal` aligns the triangle with the first key; tokens appended to a cache need it at the last one.
     mask = None if T in (1, n) else torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
-    out = F.scaled_dot_product_attention(
-        *heads, attn_mask=mask, is_causal=n == T and T > 1, enable_gqa=q.shape[1] != keys.shape[0]
-    )
+    out = F.scaled_dot_product_attention(*heads, mask, is_causal=n == T > 1, enable_gqa=q.shape[1] != len(keys))
     return out[0].transpose(0, 1).flatten(1), None  # [T, H * D]
 
 

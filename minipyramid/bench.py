@@ -34,6 +34,7 @@ from minipyramid.checkpoint import parameter_sources
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.generate import DEFAULT_MODEL, Parser, print_error
+from minipyramid.linear import pack
 from minipyramid.model import Model
 from minipyramid.plan import Policy, pick_pyramid
 from minipyramid.plan_table import readable
@@ -98,7 +99,7 @@ class RandomLLM(LLM):
         }
         self.model.load_state_dict(state, assign=True)
         self.model.inv_freq = self.model.inv_freq.to(self.device)
-        self.model.requires_grad_(False).pack()
+        self.model.requires_grad_(False).apply(pack)
 
 
 # --- The methods -------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def our_method(name: str, args: argparse.Namespace) -> Run:
     budget = args.kv_budget if name.endswith("budget") else None
     if args.model.startswith(PREFIX):
         shape = args.model.removeprefix(PREFIX)
-        pyramid = pick_pyramid(settings, Path(), shape_config(shape).num_hidden_layers)
+        pyramid = pick_pyramid(settings, Path(args.model), shape_config(shape).num_hidden_layers)
         llm: LLM = RandomLLM(shape, Policy(pyramid, budget), args)
     else:
         where = {"dtype": args.dtype, "device": args.device}
@@ -357,7 +358,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     ours = ["full", *(name for name in args.pyramid.split(",") if name and name != "off")]
     ours += ["budget"] if args.kv_budget is not None else []
     ours += [f"fixed {ours[-1]}"] if args.fixed else []
-    directory = Path() if shape else Path(args.model)
+    directory = Path(args.model)
     policies = {}
     for name in ours:
         settings = {"full": "off", "budget": "auto"}.get(name.removeprefix("fixed "), name.removeprefix("fixed "))

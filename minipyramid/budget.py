@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minipyramid.errors import BudgetError, ConfigError, check_number
 
@@ -59,13 +59,15 @@ def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int
         least = math.ceil(1e4 * min(tried, key=itemgetter(0))[0] / full) / 1e4  # rounded up, for it must be taken
         told = f"a budget of {share} cannot be held with {prompt_tokens} + {new_tokens} tokens in {layers} layers"
         raise BudgetError(told, least)
-    # A compaction drops a batch of tokens in every layer at once: what it left unused goes to the prompt.
-    return best_of(replace(best[1], prefill_decay_ratio=1.0), best[1])[1]
+    # A compaction drops a batch of tokens in every layer at once: what it left unused goes to the prompt, then back.
+    best = best_of(replace(best[1], prefill_decay_ratio=1.0), best[1])
+    return best_of(replace(best[1], gen_decay_ratio=1.0, gen_compress_ratio=1.0), best[1])[1]
 
 
 def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tuple[PyramidConfig, PyramidConfig]]:
     """What is given up, in this order; a stage is a line between two configurations."""
-    context = max(1, prompt_tokens - 1 - base.recent(prompt_tokens))
+    few = min(base.recent_ratio, FEW_VOTERS)
+    context = max(1, prompt_tokens - 1 - int(prompt_tokens * few))
     least = min(base.min_context_length, context - 1)
     # The ratios of `constant` that leave just more than `least` after one layer, and after all of them.
     steepest, even = ((1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in (1, max(1, layers - 1)))
@@ -79,10 +81,9 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
     sloping = replace(base, prefill_decay_strategy="constant", prefill_decay_ratio=min(1.0, even))
     yield replace(sloping, prefill_decay_ratio=1.0), sloping
     # Fewer of the recent, fewer generated tokens, a cliff instead of a slope.
-    few = replace(sloping, recent_ratio=min(base.recent_ratio, FEW_VOTERS))
-    yield sloping, few
-    forgetful = replace(few, gen_decay_ratio=0.0, gen_compress_ratio=0.0)
-    yield few, forgetful
+    yield sloping, replace(sloping, recent_ratio=few)
+    forgetful = replace(sloping, recent_ratio=few, gen_decay_ratio=0.0, gen_compress_ratio=0.0)
+    yield replace(sloping, recent_ratio=few), forgetful
     cliff = replace(forgetful, prefill_decay_ratio=min(1.0, steepest), min_context_length=least)
     yield replace(forgetful, min_context_length=least), cliff
     # What else can be: no least context, no voter but the newest token.
@@ -92,7 +93,7 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
 
 
 def between(start: PyramidConfig, end: PyramidConfig, t: float) -> PyramidConfig:
-    """The configuration at `t` of the way, 0 to 1."""
+    """The configuration at `t` of the way, 0 to 1; a file may have a whole number where a ratio is meant."""
     pairs = {field.name: (getattr(start, field.name), getattr(end, field.name)) for field in fields(end)}
-    mixed = {name: type(b)(a + (b - a) * t) for name, (a, b) in pairs.items() if a != b and t < 1}
-    return replace(end, **mixed)
+    kinds: dict[str, Any] = {"min_context_length": int}
+    return replace(end, **{n: kinds.get(n, float)(a + (b - a) * t) for n, (a, b) in pairs.items() if a != b and t < 1})

@@ -20,17 +20,16 @@ class Row:
     """What is held of one sequence."""
 
     lengths: list[int]  # [layer] tokens held
-    kept: list[Tensor]  # [layer] positions of the tokens that stay: a prompt's, and all of former turns  [n] int32
-    survived: list[list[int]]  # [layer] positions of the generated tokens that were voted to stay
+    kept: list[Tensor]  # [layer] positions of all that stay: a prompt's, those voted to, former turns'  [n] int32
     gathering: Gathering | None = None  # the generated tokens that are not judged yet
     position: int = 0  # of the next token
 
     def kept_positions(self) -> list[list[int]]:
         """Positions of all that each layer holds, ascending."""
         held = []
-        for length, kept, survived in zip(self.lengths, self.kept, self.survived, strict=True):
-            known = kept.tolist() + survived
-            held.append(known + list(range(self.position - (length - len(known)), self.position)))
+        for length, kept in zip(self.lengths, self.kept, strict=True):
+            first = self.position - (length - len(kept))  # of the generated tokens that are not judged yet
+            held.append(kept.tolist() + list(range(first, self.position)))
         return held
 
 
@@ -72,7 +71,7 @@ class KVCache:
             votes[len(self.rows)] = 0
         layers = range(len(self.keys))
         nothing = torch.zeros(0, dtype=torch.int32, device=self.keys[0].device)
-        self.rows.append(Row([0 for _ in layers], [nothing for _ in layers], [[] for _ in layers], gathering))
+        self.rows.append(Row([0 for _ in layers], [nothing for _ in layers], gathering))
         return len(self.rows) - 1
 
     def append(self, layer: int, row: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +135,7 @@ class KVCache:
                 slab[index, :, start:end] = torch.cat((waiting[:, best], waiting[:, gathered:]), dim=1)
             votes.copy_(torch.cat((votes[gathered:], votes.new_zeros(gathered))))
             row.lengths[layer] = end
-            row.survived[layer] += [oldest + i for i in best.tolist()]
+            row.kept[layer] = torch.cat((row.kept[layer], oldest + best.int()))
 
     def retire(self, finished: list[int]) -> list[int]:
         """Free rows; the last rows move into their places, so that those in use stay the first.

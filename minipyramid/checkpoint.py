@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minipyramid.config import ModelConfig, read_json
 from minipyramid.errors import CheckpointError
+from minipyramid.linear import pack
 from minipyramid.model import Model
 
 Progress = Callable[[int, int], None]  # parameters assigned, of how many
@@ -48,7 +49,7 @@ def load(
         model = Model(config)
     model.load_state_dict(state, strict=True, assign=True)
     model.inv_freq = model.inv_freq.to(device)
-    return model.requires_grad_(False).pack()
+    return model.requires_grad_(False).apply(pack)
 
 
 Shape = tuple[int, ...]

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from minipyramid.errors import CheckpointError, ConfigError, RequestError, check_number
 
@@ -29,8 +29,6 @@ ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_fr
 ROPE_DEFAULTS = {"rope_theta": 10000.0, "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
 MOST = {"num_hidden_layers": 4096}  # so that a damaged file does not build a model for hours
-
-Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -144,14 +142,11 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     return value
 
 
-def _positive(
-    raw: Mapping[str, Any], name: str, source: str, kind: type[Number], default: Number | None = None
-) -> Number:
+def _positive(raw: Mapping[str, Any], name: str, source: str, kind: type, default: float | None = None) -> Any:
     """A field that must be a positive number, and one that arithmetic survives; null means absent."""
     value = default if raw.get(name) is None else raw[name]
     limits = (kind, 1e-20 if kind is float else 1, MOST.get(name, 2**40))
-    number: Number = check_number(f"{source}: {name}", value, limits, ConfigError, ConfigError)
-    return number
+    return check_number(f"{source}: {name}", value, limits, ConfigError, ConfigError)
 
 
 def _first(*values: Any) -> Any:

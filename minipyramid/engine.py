@@ -112,7 +112,7 @@ class LLM:
         """Compute prompts and tell what the cache holds of each, and the scores of the token that comes next."""
         done = []
         for sequence in self._sequences(request.as_list(prompts), SamplingParams(max_new_tokens=1), new=0):
-            sequence.start(self._allot(sequence.need, 1))
+            self._scheduler([sequence]).admit()
             logits, held = self._extend([sequence])[0], sequence.span.cache.rows[0]
             done.append(Prefill(logits, held.kept_positions(), held.lengths))
         return done
@@ -125,9 +125,10 @@ class LLM:
         """
         ids = self._ids(continuation, "the continuation", continues=True)
         (sequence,) = self._sequences([prompt], SamplingParams(max_new_tokens=len(ids)))
+        layers = self.config.num_hidden_layers
         # Room for the whole continuation, since nothing of it is dropped.
-        sequence.need = sequence.need.beside([len(ids)] * self.config.num_hidden_layers)
-        sequence.start(self._allot(sequence.need, 1))
+        sequence.need = need(sequence.pyramid, len(sequence.prompt), 0, layers).beside([len(ids)] * layers)
+        self._scheduler([sequence]).admit()
         logits = self._extend([sequence])
         x = self.model.extend(self._tensor(ids), [Span(sequence.span.cache, 0, len(ids))], every=True)
         logits = torch.cat((logits, self.model.logits(x[:-1])))  # [T, vocab_size]
@@ -147,9 +148,7 @@ class LLM:
     @torch.inference_mode()
     def _run(self, sequences: list[Sequence], progress: OnStep = None) -> Iterator[tuple[Sequence, str | None]]:
         """The decode loop. Yields a sequence with each piece of its text, and with None when it is complete."""
-        per_token = self.config.kv_bytes_per_token(self.dtype.itemsize)
-        memory = default_memory(self.device) if self.kv_memory is None else self.kv_memory
-        scheduler = Scheduler(self._allot, per_token, memory, sequences)
+        scheduler = self._scheduler(sequences)
         while scheduler.waiting or scheduler.caches:
             self._start(scheduler.admit())
             running = list(chain(*scheduler.running))
@@ -188,6 +187,11 @@ class LLM:
         """Compute prompts into the cache; returns the scores of each one's next token.  [B, vocab_size]"""
         ids = self._tensor([token for sequence in started for token in sequence.prompt])
         return self.model.logits(self.model.extend(ids, [sequence.span for sequence in started]))
+
+    def _scheduler(self, sequences: list[Sequence]) -> Scheduler:
+        per_token = self.config.kv_bytes_per_token(self.dtype.itemsize)
+        memory = default_memory(self.device) if self.kv_memory is None else self.kv_memory
+        return Scheduler(self._allot, per_token, memory, sequences)
 
     def _allot(self, need: Need, rows: int) -> KVCache:
         return KVCache.allot(self.config, need, rows, self.dtype, self.device)

@@ -13,7 +13,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from minipyramid.errors import CheckpointError
 
 # `model*`, since a repository may hold the same weights again under other names and in other layouts.
-WANTED = "*config.json added_tokens.json tokenizer.model model*.safetensors*"
+WANTED = "*config.json pyramid.json added_tokens.json tokenizer.model model*.safetensors*"
 
 # What the hub library raises, and what to tell; the first that fits (a gated repository is also one not found).
 FAILURES: tuple[tuple[type[Exception], str], ...] = (

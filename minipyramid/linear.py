@@ -25,16 +25,17 @@ class Linear(nn.Module):
         self.weight: Tensor = nn.Parameter(torch.empty(out_features, in_features))
         self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
 
-    def pack(self) -> None:
-        """Replace the weight by its packed form, where there is one."""
-        weight = self.weight.detach()
-        # Both operators are private, so a build of torch may lack them.
-        there = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-        quick = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and quick_bf16())
-        if there and quick and weight.device.type == "cpu":
-            del self.weight
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-            self.product = lambda x, packed: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
     def __call__(self, x: Tensor) -> Tensor:  # in place of forward, whose caller nn.Module leaves untyped
         return self.product(x, self.weight)
+
+
+def pack(module: nn.Module) -> None:
+    """Replace the weight of a linear layer by its packed form, where there is one; for `nn.Module.apply`."""
+    # Both operators are private, so a build of torch may lack them.
+    there = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    if there and isinstance(module, Linear) and module.weight.device.type == "cpu":
+        weight = module.weight.detach()
+        if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and quick_bf16()):
+            del module.weight
+            module.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+            module.product = lambda x, packed: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

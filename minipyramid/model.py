@@ -78,13 +78,6 @@ class Model(nn.Module):
         self.lm_head = Linear(config.vocab_size, config.hidden_size)
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
-    def pack(self) -> "Model":
-        """Bring the weights into the form that is multiplied fastest, after loading."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
-        return self
-
     def extend(self, ids: Tensor, spans: Sequence[Span], *, every: bool = False) -> Tensor:
         """Append tokens of some sequences to what their caches hold.
 

@@ -82,7 +82,7 @@ class Plan:
 
     def at(self, generated: int) -> list[list[int]]:
         """Tokens that each layer holds of each sequence after so many generated tokens.  [sequence][layer]"""
-        cut = [(pyramid, prompt, min(generated, new)) for pyramid, prompt, new in self.requests]
+        cut = [(pyramid, prompt, max(0, min(generated, new))) for pyramid, prompt, new in self.requests]
         return [c.kv_lengths(p, n, self.layers) if c else [p + n] * self.layers for c, p, n in cut]
 
     @property
@@ -122,7 +122,7 @@ class Plan:
 
     def max_batch(self, memory: int) -> int:
         """How many sequences like the largest of these fit into `memory` bytes."""
-        return memory // max(need.bytes(self.bytes_per_token) for need in self.needs)
+        return max(0, memory) // max(need.bytes(self.bytes_per_token) for need in self.needs)
 
 
 def make_plan(

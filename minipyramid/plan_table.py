@@ -23,7 +23,7 @@ def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -
     Raises what loading would, and `RequestError` where neither texts nor `--prompt-tokens` are given.
     """
     if args.model.startswith(PREFIX):
-        directory, config = Path(), shape_config(args.model.removeprefix(PREFIX))
+        directory, config = Path(args.model), shape_config(args.model.removeprefix(PREFIX))
     else:
         directory = locate(args.model, args.revision, wanted=CONFIGURATION)
         config = ModelConfig.load(directory)

@@ -33,11 +33,11 @@ from minipyramid.settings import PublishedSettings
 # Voters whose probabilities are held at a time.  [K, G, VOTERS, n] float32
 VOTERS = 64
 
-STRATEGIES: dict[str, Callable[[float, float], float]] = {
-    # (lowest ratio p, depth i / L) -> ratio of the context that the next layer receives
-    "cosine": lambda p, depth: p + (1 - p) * (1 + math.cos(math.pi * depth)) / 2,
-    "linear": lambda p, depth: 1 - (1 - p) * depth,
-    "constant": lambda p, depth: p,
+STRATEGIES: dict[str, Callable[[float, int, int], float]] = {
+    # (lowest ratio p, layer i, L) -> s(i), the ratio of the context that the next layer receives
+    "cosine": lambda p, i, L: p + (1 - p) * (1 + math.cos(math.pi * i / L)) / 2,
+    "linear": lambda p, i, L: 1 - (1 - p) * i / L,
+    "constant": lambda p, i, L: p,
 }
 
 
@@ -50,21 +50,28 @@ class PyramidConfig(PublishedSettings):
         return int(tokens * self.recent_ratio)
 
     def prompt_lengths(self, prompt_tokens: int, layers: int) -> list[int]:
-        """Tokens of a prompt that each layer receives, computes and holds."""
+        """Tokens of a prompt that each layer receives, computes and holds.
+
+        n(i + 1) = tail + int((n(i) - tail) * s(i))  where i % interval == 0 and that leaves > min_context_length,
+        else n(i); tail = 1 + R
+        """
         tail = 1 + self.recent(prompt_tokens)
         schedule = STRATEGIES[self.prefill_decay_strategy]
         lengths, n = [], prompt_tokens
         for i in range(layers):
             lengths.append(n)
-            kept = int((n - tail) * schedule(self.prefill_decay_ratio, i / layers))
+            kept = int((n - tail) * schedule(self.prefill_decay_ratio, i, layers))
             if i % self.layerwise_downsample_interval == 0 and kept > self.min_context_length:
                 n = kept + tail
         return lengths
 
     def survivors(self, layers: int) -> list[int]:
-        """Of each `exceed_length_to_compress` generated tokens, how many stay, per layer."""
+        """Of each E = `exceed_length_to_compress` generated tokens, how many stay, per layer.
+
+        k(i) = max(1, int(E * gen_compress_ratio * s_gen(i)))
+        """
         schedule, gathered = STRATEGIES[self.gen_decay_strategy], self.exceed_length_to_compress
-        ratios = [schedule(self.gen_decay_ratio, i / layers) for i in range(layers)]
+        ratios = [schedule(self.gen_decay_ratio, i, layers) for i in range(layers)]
         return [max(1, int(gathered * self.gen_compress_ratio * ratio)) for ratio in ratios]
 
     def compactions(self, prompt_tokens: int, new_tokens: int) -> "Iterator[Compaction]":
@@ -176,8 +183,8 @@ def voting(gatherings: Sequence[Gathering], device: torch.device) -> Voting | No
     rows = [gathering.count_one() for gathering in gatherings]
     unjudged = [gathering.unjudged for gathering in gatherings]
     padded = [row + [0.0] * (max(map(len, rows)) - len(row)) for row in rows]
-    each = torch.tensor(padded, device=device).repeat_interleave(gatherings[0].config.exceed_length_to_compress, 1)
-    return Voting(each[:, : max(unjudged)], torch.tensor(unjudged, device=device))
+    judgement = torch.arange(max(unjudged), device=device) // gatherings[0].config.exceed_length_to_compress  # [U]
+    return Voting(torch.tensor(padded, device=device)[:, judgement], torch.tensor(unjudged, device=device))
 
 
 def voter_weights(count: int, config: PyramidConfig) -> Tensor:

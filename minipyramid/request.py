@@ -53,6 +53,7 @@ class Conversation:
     """What former turns have left. Given to each turn's call, it goes on from turn to turn; a turn cut short is undone.
 
     A turn's prompt is pruned among itself and sees what was kept of the turns before it (of these nothing more goes).
+    What is held is copied once per turn, into the cache that the turn is allotted, and counts as in flight meanwhile.
     """
 
     held: tuple[KVCache, Row] | None = None  # a cache of one row

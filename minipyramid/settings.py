@@ -102,11 +102,14 @@ class PublishedSettings:
             if not isinstance(part, dict):
                 raise ConfigError(f"{path}: {stage} is {part!r:.60}, expected an object")
             flat |= part
-        known = [field.name for field in fields(cls)]
+        known = [*(field.name for field in fields(cls)), "prefill_stage", "generation_stage", "model", "size"]
         for name in flat:
             if name not in known:
                 raise ConfigError(f"{path}: {name!r} is no setting; {nearest(name, known)}")
-        return cls(**flat)
+        try:
+            return cls(**flat)
+        except (ConfigError, TypeError) as error:  # of a file, a wrong type is no mistake of the caller's
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

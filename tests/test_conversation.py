@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_pyramid import SlowPyramid
 from test_pyramid import STEEP, prompts_of, with_pyramid
 
 from minipyramid import LLM, Conversation, RequestError, SamplingParams
@@ -69,6 +71,21 @@ def test_a_turn_is_pruned_among_itself_and_sees_what_was_kept(tiny: LLM) -> None
         position += n + 25
         assert max(map(max, turn.kept_positions)) == position - 1
         assert turn.kv_bytes_full == position * 3 * llm.config.kv_bytes_per_token(4)
+
+
+def test_a_pruned_turn_equals_the_slow_version(tmp_path: Path) -> None:
+    """A second prompt onto a pruned cache, by the specification: logits and what every layer keeps of it."""
+    write_checkpoint(tmp_path)
+    first, second = prompts_of([50, 40])
+    slow, llm, conversation = SlowPyramid(tmp_path, STEEP), LLM(tmp_path, pyramid=STEEP), Conversation()
+    tokens, _ = slow.run(first, 30)
+    turn = say(llm, first, SamplingParams(max_new_tokens=30, ignore_eos=True), conversation)
+    assert turn.token_ids == tokens
+    logits = slow.forward(second, len(first) + 30, is_prompt=True)
+    after = say(llm, second, SamplingParams(max_new_tokens=1, ignore_eos=True, logprobs=True), conversation)
+    assert after.token_ids == [int(logits.argmax())]
+    assert after.logprobs == pytest.approx([float(logits.log_softmax(-1).max())], abs=1e-4)
+    assert [kept[:-1] for kept in after.kept_positions] == [cache.positions for cache in slow.layers]
 
 
 def test_a_later_turn_depends_on_the_earlier(tiny: LLM) -> None:

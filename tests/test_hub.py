@@ -193,6 +193,7 @@ def hub(tiny_dir: Path) -> Iterator[Hub]:
     """A hub with a whole checkpoint, the same in shards, and what can go wrong with either."""
     files = {path.name: path.read_bytes() for path in tiny_dir.iterdir()}
     files |= dict.fromkeys(UNWANTED, b"must not be fetched")
+    files["pyramid.json"] = b'{"recent_ratio": 0.2}'  # what `auto` takes if it is there
     names = sorted(tensors := random_tensors(TINY))
     halves = [names[::2], names[1::2]]
     weight_map = {name: shard for shard, half in zip(SHARDS, halves, strict=True) for name in half}
@@ -303,13 +304,13 @@ def test_a_repository_is_fetched_and_run(online: dict[str, Result], text: str) -
 
 def test_a_repository_in_shards_is_fetched_and_run(online: dict[str, Result], hub: Hub, text: str) -> None:
     assert online["acme/sharded"] == Result(0, text + "\n", "")
-    assert hub.files_asked("acme/sharded") == {"config.json", "tokenizer.model", INDEX, *SHARDS}
+    assert hub.files_asked("acme/sharded") == {"config.json", "pyramid.json", "tokenizer.model", INDEX, *SHARDS}
 
 
 def test_only_what_the_engine_reads_is_asked_for(online: dict[str, Result], hub: Hub) -> None:
     """The same weights in other layouts would double the download."""
     assert set(UNWANTED) < set(hub.repos["acme/tiny"].files)
-    assert hub.files_asked("acme/tiny") == {"config.json", "tokenizer.model", "model.safetensors"}
+    assert hub.files_asked("acme/tiny") == {"config.json", "pyramid.json", "tokenizer.model", "model.safetensors"}
 
 
 def test_a_token_from_the_environment_opens_a_private_repository(with_token: Result, hub: Hub, text: str) -> None:

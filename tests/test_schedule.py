@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pyramid import STEEP, prompts_of, with_pyramid
 
-from minipyramid import LLM, RequestError, SamplingParams
+from minipyramid import LLM, Conversation, RequestError, SamplingParams
 from minipyramid.generate import main
 from minipyramid.request import parse_bytes
 from minipyramid.schedule import Scheduler
@@ -81,6 +81,27 @@ def test_a_request_that_can_never_fit_is_refused_with_its_need(tiny: LLM) -> Non
     with pytest.raises(RequestError, match=f"prompt 1 needs {need} bytes .* kv_memory is {need - 1}"):
         limited(tiny, need - 1).generate(prompts, SamplingParams(max_new_tokens=20))
     assert len(limited(tiny, need).generate(prompts, SamplingParams(max_new_tokens=20))) == 2
+
+
+def test_prefill_and_score_keep_to_the_bound_too(tiny: LLM) -> None:
+    prompt, continuation = prompts_of([80, 30])
+    llm = limited(tiny, 100)
+    for call in (lambda: llm.prefill([prompt]), lambda: llm.score(prompt, continuation)):
+        with pytest.raises(RequestError, match="kv_memory is 100"):
+            call()
+
+
+def test_what_a_conversation_holds_is_in_flight_during_its_turn(tiny: LLM) -> None:
+    first, second = prompts_of([60, 20])
+    params, per_token = SamplingParams(max_new_tokens=10, ignore_eos=True), tiny.config.kv_bytes_per_token(4)
+    needs = [limited(tiny, None).plan([n], 10).needs[0].bytes(per_token) for n in (60, 20)]
+    llm, conversation = limited(tiny, needs[0]), Conversation()
+    list(llm.stream(first, params, conversation))
+    with pytest.raises(RequestError, match="kv_memory"):
+        list(llm.stream(second, params, conversation))
+    llm.kv_memory = 2 * needs[0] + needs[1]
+    list(llm.stream(second, params, conversation))
+    assert len(conversation.token_ids) == 100
 
 
 def test_sizes_are_read_and_nonsense_is_refused(tiny_dir: Path) -> None:
