@@ -19,7 +19,6 @@ from minipyramid.errors import BudgetError, ConfigError, check_number
 if TYPE_CHECKING:
     from minipyramid.pyramid import PyramidConfig
 
-SHARE = (float, 1e-9, 1.0)  # of the full cache
 POINTS = 16  # steps of a stage that are tried, then as many between the neighbours of the best one
 ROUNDS = 5  # each is 8 times finer: a step of the last is a 65,536th of the stage
 CLOSE = 0.99  # of the budget; a stage that comes no closer leaves it to the next
@@ -29,7 +28,6 @@ FEW_VOTERS = 0.05  # recent_ratio falls to this first, and to 0 only last
 @lru_cache(maxsize=4096)  # requests of one length are many
 def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> PyramidConfig:
     """Go along the `stages` until one comes close to the share without exceeding it."""
-    check_number("the budget", share, SHARE, ConfigError, TypeError)
     full = layers * (prompt_tokens + new_tokens)
     tried: list[tuple[int, PyramidConfig]] = []  # tokens held, and by which settings
 
@@ -58,10 +56,15 @@ def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int
     if best[0] < 0:
         least = math.ceil(1e4 * min(tried, key=itemgetter(0))[0] / full) / 1e4  # rounded up, for it must be taken
         told = f"a budget of {share} cannot be held with {prompt_tokens} + {new_tokens} tokens in {layers} layers"
-        raise BudgetError(told, least)
+        raise BudgetError(f"{told}; the smallest that can is {least:.4f}", least)
     # A compaction drops a batch of tokens in every layer at once: what it left unused goes to the prompt, then back.
     best = best_of(replace(best[1], prefill_decay_ratio=1.0), best[1])
     return best_of(replace(best[1], gen_decay_ratio=1.0, gen_compress_ratio=1.0), best[1])[1]
+
+
+def check_share(share: float) -> None:
+    """Of the full cache: above 0 and at most 1."""
+    check_number("kv_budget", share, (float, 1e-9, 1.0), ConfigError, TypeError)
 
 
 def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tuple[PyramidConfig, PyramidConfig]]:

@@ -44,6 +44,7 @@ class KVCache:
     keys: list[Tensor]  # per layer [B, K, S, D]
     values: list[Tensor]  # per layer [B, K, S, D]
     votes: list[Tensor]  # per layer [B, U] float32, for the generated tokens that are not judged yet
+    config: ModelConfig
     need: Need  # what a row has room for
     bytes_per_token: int  # of one token in one layer
     capacity: int  # rows allotted
@@ -59,7 +60,7 @@ class KVCache:
             return [torch.zeros(rows, K, S, D, dtype=dtype, device=device) for S in need.slots]
 
         votes = [torch.zeros(rows, need.unjudged, device=device) for _ in need.slots]
-        return cls(slabs(), slabs(), votes, need, config.kv_bytes_per_token(dtype.itemsize), rows)
+        return cls(slabs(), slabs(), votes, config, need, config.kv_bytes_per_token(dtype.itemsize), rows)
 
     def takes(self, need: Need) -> bool:
         """Whether a row is free and has the room."""

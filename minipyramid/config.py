@@ -149,14 +149,9 @@ def _positive(raw: Mapping[str, Any], name: str, source: str, kind: type, defaul
     return check_number(f"{source}: {name}", value, limits, ConfigError, ConfigError)
 
 
-def _first(*values: Any) -> Any:
-    """The first that is given: null means absent, but 0 or an empty text is a value, and maybe a wrong one."""
-    return next(value for value in values if value is not None)
-
-
 def _one_of(allowed: tuple[Any, ...], source: str, name: str, *given: Any) -> Any:
-    """The first that is given, if it is allowed."""
-    value = _first(*given)
+    """The first that is given, if it is allowed; null means absent, but 0 or an empty text is given."""
+    value = next(value for value in given if value is not None)
     if value not in allowed or type(value) is not type(allowed[0]):
         raise ConfigError(f"{source}: {name} is {value!r}, expected one of {', '.join(map(str, allowed))}")
     return value
@@ -171,7 +166,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
 
 
 def _rope(raw: Mapping[str, Any], source: str, context: int) -> RopeConfig:
-    scaling = _first(raw.get("rope_parameters"), raw.get("rope_scaling"), {})
+    scaling: Any = next((s for s in (raw.get("rope_parameters"), raw.get("rope_scaling")) if s is not None), {})
     if not isinstance(scaling, dict):
         raise ConfigError(f"{source}: the rope settings are {scaling!r}, expected an object")
     kind = _one_of(tuple(ROPE_NEEDS), source, "rope_type", scaling.get("rope_type"), scaling.get("type"), "default")

@@ -7,6 +7,7 @@ ended leaves its row and is computed no further (its last token still is, into t
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from itertools import accumulate, chain
 from operator import itemgetter
 from pathlib import Path
@@ -94,8 +95,8 @@ class LLM:
         self, prompts: Prompts, params: Params = None, progress: OnStep = None
     ) -> Iterator[tuple[int, Completion]]:
         """Like `generate`, but each as it is finished, with the index of its prompt; `progress` hears of every step."""
-        sequences = self._sequences(request.as_list(prompts), params)
-        return ((s.index, s.completion) for s, piece in self._run(sequences, progress) if piece is None)
+        scheduler = self._scheduler(self._sequences(request.as_list(prompts), params))
+        return ((s.index, s.completion) for s, piece in self._run(scheduler, progress) if piece is None)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, conversation: Conversation | None = None
@@ -105,7 +106,8 @@ class LLM:
         With a `conversation` the prompt is its next turn. The generator's return value is the `Completion`. Raises
         like `generate`.
         """
-        return self._pieces(*self._sequences([prompt], params, conversation=conversation))
+        (sequence,) = self._sequences([prompt], params, conversation=conversation)
+        return self._pieces(sequence, self._scheduler([sequence]))
 
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> list[Prefill]:
@@ -139,16 +141,15 @@ class LLM:
         """What prompts of these lengths (tokens) will hold; nothing is allotted."""
         return make_plan(self.config, self.policy, prompt_lengths, max_new_tokens, self.dtype)
 
-    def _pieces(self, sequence: Sequence) -> Generator[str, None, Completion]:
-        for _, piece in self._run([sequence]):
+    def _pieces(self, sequence: Sequence, scheduler: Scheduler) -> Generator[str, None, Completion]:
+        for _, piece in self._run(scheduler):
             if piece:
                 yield piece
         return sequence.completion
 
     @torch.inference_mode()
-    def _run(self, sequences: list[Sequence], progress: OnStep = None) -> Iterator[tuple[Sequence, str | None]]:
+    def _run(self, scheduler: Scheduler, progress: OnStep = None) -> Iterator[tuple[Sequence, str | None]]:
         """The decode loop. Yields a sequence with each piece of its text, and with None when it is complete."""
-        scheduler = self._scheduler(sequences)
         while scheduler.waiting or scheduler.caches:
             self._start(scheduler.admit())
             running = list(chain(*scheduler.running))
@@ -194,7 +195,10 @@ class LLM:
         return Scheduler(self._allot, per_token, memory, sequences)
 
     def _allot(self, need: Need, rows: int) -> KVCache:
-        return KVCache.allot(self.config, need, rows, self.dtype, self.device)
+        try:
+            return KVCache.allot(self.config, need, rows, self.dtype, self.device)
+        except RuntimeError as error:
+            raise RequestError("the keys and values do not fit into memory; give a smaller kv_memory") from error
 
     def _choose(self, logits: Tensor, running: list[Sequence]) -> None:
         """The next token of every running sequence, in one transfer from the device."""
@@ -215,41 +219,41 @@ class LLM:
         each = params if isinstance(params, list) else [SamplingParams() if params is None else params] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or as many")
-        before = conversation.token_ids if conversation else []
+        # As it stands now, so that a turn that is added meanwhile, or twice, cannot mix with this one.
+        before = Conversation() if conversation is None else replace(conversation)
+        if before.held and before.held[0].config is not self.config:
+            raise RequestError("the conversation was begun with another LLM, whose cache it holds; begin a new one")
         layers, made = self.config.num_hidden_layers, []
         for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
             if not isinstance(p, SamplingParams):
                 raise TypeError(f"params is {p!r}, expected SamplingParams or a list of them")
             name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
-            ids = self._ids(prompt, name, continues=bool(before))
+            ids = self._ids(prompt, name, continues=bool(before.token_ids))
             lengths = (len(ids), p.max_new_tokens if new is None else new)
-            self.config.check_length(len(before) + lengths[0], lengths[1], name)
+            self.config.check_length(len(before.token_ids) + lengths[0], lengths[1], name)
             if p.stop:
                 self._need_tokenizer()
             settings = self.policy.settings(*lengths, layers)
-            sequence = Sequence(i, name, ids, p, settings, need(settings, *lengths, layers), conversation)
-            if conversation and conversation.held:
-                sequence.need = sequence.need.beside(conversation.held[1].lengths)
+            done, needed = Completion(ids, [] if p.logprobs else None), need(settings, *lengths, layers)
+            sequence = Sequence(i, name, ids, p, settings, needed, done, before, conversation)
+            if before.held:
+                sequence.need = sequence.need.beside(before.held[1].lengths)
             # A space before the first word belongs to the text only if something stands before it.
-            at_start = self.tokenizer is not None and not self.tokenizer.decode(before + ids, continues=True)
+            at_start = self.tokenizer is not None and not self.tokenizer.decode(before.token_ids + ids, continues=True)
             sequence.stream = TextStream(self.tokenizer, p.stop, at_start=at_start)
             sequence.generator = make_generator(p, self.device)
             sequence.eos_ids = () if p.ignore_eos else self.config.eos_token_ids
             if p.repetition_penalty != 1:
                 sequence.seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
-                sequence.seen[self._tensor(before + ids)] = True
+                sequence.seen[self._tensor(before.token_ids + ids)] = True
             made.append(sequence)
         return made
 
     def _ids(self, given: Any, name: str, continues: bool = False) -> list[int]:
         """Token ids of a text or of ids; neither may be empty."""
-        try:
-            ids = (
-                self._need_tokenizer().encode(given, continues=continues) if given and isinstance(given, str) else given
-            )
-        except UnicodeEncodeError as error:
-            raise RequestError(f"{name} is not valid Unicode ({error.reason}); give UTF-8 text") from error
-        if ids in ("", []):
+        text = isinstance(given, str) and given
+        ids = self._need_tokenizer().encode(given, name, continues=continues) if text else given
+        if isinstance(ids, (str, list)) and not ids:
             raise RequestError(f"{name} is empty; give at least one token")
         return request.check_ids(ids, name, self.config)
 

@@ -5,7 +5,6 @@ Every message is one sentence that names the thing, what was expected and, where
 program can print it as it stands and a person can act on it. A value of the wrong Python type raises `TypeError`.
 """
 
-import math
 from typing import Any
 
 
@@ -32,23 +31,21 @@ class RequestError(MiniPyramidError):
 class BudgetError(MiniPyramidError):
     """A share of the full cache that no schedule can come down to; `smallest` is one that can."""
 
-    def __init__(self, message: str, smallest: float) -> None:
-        super().__init__(f"{message}; the smallest that can is {smallest:.4f}")
+    def __init__(self, message: str, smallest: float = 1.0) -> None:
+        super().__init__(message)
         self.smallest = smallest
 
 
-# Python's own rule, less bool as a number.
-ACCEPTED: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
 Limits = tuple[type, float, float]  # what kind of number, and the lowest and highest that it may be
 
 
 def check_number(name: str, value: Any, limits: Limits, error: type[Exception], wrong_type: type[Exception]) -> Any:
     """The value as that kind of number; raises `wrong_type` or `error`, naming it and what was expected."""
     kind, lowest, highest = limits
-    if type(value) not in ACCEPTED[kind]:
+    if type(value) not in ((int, float) if kind is float else (kind,)):  # Python's own rule, less bool as a number
         raise wrong_type(f"{name} is {value!r:.60}, expected {kind.__name__}")
     if not lowest <= value <= highest:
         lower = "above 0" if 0 < lowest < 1e-6 else f"{lowest}"
-        allowed = f"{lower} to {highest}" if highest < math.inf else f"at least {lowest}"
+        allowed = f"at least {lowest}" if highest > 1e6 and value < lowest else f"{lower} to {highest}"
         raise error(f"{name} is {value}, expected {allowed}")
     return kind(value)

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(encoding="utf-8")  # a text may hold what the terminal's own encoding lacks
     try:
         run(args)
-        sys.stdout.flush()  # here, where a failure can still be told
+        print(end="", flush=True)  # here, where a failure can still be told
     except MiniPyramidError as error:
         print_error(error)
         return 2

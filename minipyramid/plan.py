@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from minipyramid.budget import SHARE, solve
+from minipyramid.budget import check_share, solve
 from minipyramid.config import ModelConfig
-from minipyramid.errors import ConfigError, RequestError, check_number
+from minipyramid.errors import ConfigError, RequestError
 from minipyramid.pyramid import PyramidConfig
 from minipyramid.sampling import SamplingParams
 
@@ -63,7 +63,7 @@ class Policy:
         if self.kv_budget is not None and self.pyramid is None:
             raise ConfigError(f"kv_budget is {self.kv_budget}, but the pyramid is off; leave one of them out")
         if self.kv_budget is not None:
-            check_number("kv_budget", self.kv_budget, SHARE, ConfigError, TypeError)
+            check_share(self.kv_budget)
 
     def settings(self, prompt_tokens: int, new_tokens: int, layers: int) -> PyramidConfig | None:
         """Those of one request; raises `BudgetError`."""

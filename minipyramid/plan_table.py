@@ -31,6 +31,12 @@ def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -
     if prompts:
         if args.model.startswith(PREFIX):
             raise RequestError("a shape has no tokenizer to count a prompt with; give --prompt-tokens instead")
+        if not (directory / "tokenizer.model").is_file():
+            raise RequestError(
+                f"{directory} has no tokenizer.model to count a prompt with; give --prompt-tokens instead"
+            )
+        if "" in prompts:
+            raise RequestError("a prompt is empty; give at least one token")
         lengths += [len(Tokenizer(directory, config.vocab_size).encode(prompt)) for prompt in prompts]
     if not lengths:
         raise RequestError("nothing to plan for; give a prompt or --prompt-tokens N")

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minipyramid.budget import solve
+from minipyramid.budget import check_share, solve
 from minipyramid.settings import PublishedSettings
 
 # Voters whose probabilities are held at a time.  [K, G, VOTERS, n] float32
@@ -118,6 +118,7 @@ class PyramidConfig(PublishedSettings):
             BudgetError: with the smallest share that can be reached.
             ConfigError: the share is not above 0 and at most 1.
         """
+        check_share(share)
         return solve(cls.for_layers(layers), share, prompt_tokens, new_tokens, layers)
 
 

@@ -48,7 +48,7 @@ class Prefill:
     kv_lengths: list[int]  # [layer]
 
 
-@dataclass
+@dataclass(eq=False)
 class Conversation:
     """What former turns have left. Given to each turn's call, it goes on from turn to turn; a turn cut short is undone.
 
@@ -70,24 +70,22 @@ class Sequence:
     params: SamplingParams
     pyramid: PyramidConfig | None
     need: Need  # of the cache
-    conversation: Conversation | None = None  # of which it is the next turn
+    completion: Completion  # what has become of it so far
+    before: Conversation  # what former turns had left when it was planned
+    conversation: Conversation | None = None  # to which its turn is added at its end
     eos_ids: tuple[int, ...] = ()  # that end it
     stream: TextStream = field(init=False)
     generator: torch.Generator = field(init=False)
     seen: Tensor | None = None  # [vocab_size] bool, ids that the repetition penalty makes less likely
     span: Span = field(init=False)  # where its prompt goes, once it has started
     next_token: int = -1  # chosen, not yet accepted
-    completion: Completion = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.completion = Completion(self.prompt, [] if self.params.logprobs else None)
 
     def start(self, cache: KVCache) -> None:
         """Take a row of a cache, with what former turns left."""
         new = self.params.max_new_tokens
         row = cache.add_row(Gathering(self.pyramid, len(self.prompt), new) if self.pyramid else None)
-        if self.conversation and self.conversation.held:
-            cache.adopt(row, *self.conversation.held)
+        if self.before.held:
+            cache.adopt(row, *self.before.held)
         self.span = Span(cache, row, len(self.prompt), self.pyramid)
 
     def accept(self) -> str:
@@ -111,12 +109,12 @@ class Sequence:
     def finish(self, cache: KVCache, row: int) -> None:
         """Note what is held of it at the end, and leave it to the next turn, if it has one."""
         done, held = self.completion, cache.rows[row]
-        done.kept_positions, done.kv_lengths = held.kept_positions(), held.lengths
+        done.kept_positions, done.kv_lengths = held.kept_positions(), list(held.lengths)
         done.kv_bytes = cache.bytes_per_token * sum(held.lengths)
         done.kv_bytes_full = cache.bytes_per_token * len(held.lengths) * held.position
         if self.conversation is not None:
             self.conversation.held = (cache, held)
-            self.conversation.token_ids += self.prompt + done.token_ids
+            self.conversation.token_ids = self.before.token_ids + self.prompt + done.token_ids
 
 
 def as_list(prompts: Any) -> list[Any]:
@@ -141,7 +139,7 @@ def parse_bytes(size: int | str) -> int:
     """A number of bytes, or a text such as 500MiB or 2GB (units are powers of 1,024 either way)."""
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise TypeError(f"the size is {size!r}, expected bytes or a text such as 2GiB")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", str(size).strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) *([KMGT]?)(?:i?B)?", str(size).strip(), re.IGNORECASE)
     if not match or not (count := int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))):
         raise RequestError(f"the size is {size!r}, expected bytes or a text such as 2GiB")
     return count

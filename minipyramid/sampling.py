@@ -14,9 +14,9 @@ from torch import Tensor
 from minipyramid.errors import Limits, RequestError, check_number
 
 LIMITS: dict[str, Limits] = {
-    "max_new_tokens": (int, 1, math.inf),
+    "max_new_tokens": (int, 1, 10**9),
     "temperature": (float, 0, 1e30),
-    "top_k": (int, 0, math.inf),
+    "top_k": (int, 0, 10**9),
     "top_p": (float, math.ulp(0.0), 1),
     "min_p": (float, 0, 1),
     "repetition_penalty": (float, 0.01, 100),

@@ -38,7 +38,7 @@ class Scheduler:
         self.running: list[list[Sequence]] = []  # running[i][row] has that row of caches[i]
         self.finished = self.generated = 0  # requests, and tokens of all
         for sequence in waiting:
-            held = sequence.conversation.held if sequence.conversation else None  # in flight until it is copied
+            held = sequence.before.held  # in flight until it is copied
             needed = sequence.need.bytes(per_token) + (held[0].need.bytes(per_token) if held else 0)
             if needed > memory:
                 short = f"{sequence.name} needs {needed} bytes of keys and values, but kv_memory is {memory}"

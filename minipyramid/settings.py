@@ -6,7 +6,6 @@ ran a misspelt strategy as `constant`, without a word.
 """
 
 import difflib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,12 +26,12 @@ STRATEGY_NAMES = ("cosine", "linear", "constant")
 LIMITS: dict[str, Limits] = {
     "recent_ratio": (float, 0, 1),
     "prefill_decay_ratio": (float, 0, 1),
-    "min_context_length": (int, 0, math.inf),
-    "layerwise_downsample_interval": (int, 1, math.inf),
-    "streamingllm_sink_len": (int, 0, math.inf),
+    "min_context_length": (int, 0, 10**9),
+    "layerwise_downsample_interval": (int, 1, 10**9),
+    "streamingllm_sink_len": (int, 0, 10**9),
     "distance_weight": (float, 1e-3, 1e3),
     "gen_decay_ratio": (float, 0, 1),
-    "exceed_length_to_compress": (int, 1, math.inf),
+    "exceed_length_to_compress": (int, 1, 10**9),
     "gen_compress_ratio": (float, 0, 1),
 }
 Settings = TypeVar("Settings", bound="PublishedSettings")

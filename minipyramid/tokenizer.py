@@ -16,7 +16,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from minipyramid.config import read_json
-from minipyramid.errors import TokenizerError
+from minipyramid.errors import RequestError, TokenizerError
 
 
 class Tokenizer:
@@ -48,12 +48,15 @@ class Tokenizer:
             raise TokenizerError(f"{file} has {size} tokens, but the model has {vocab_size}; expected the model's own")
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
-    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+    def encode(self, text: str, name: str = "the text", *, continues: bool = False) -> list[int]:
         """Token ids of a text; one that `continues` another gets no beginning-of-text token and no space before it.
 
-        Raises `UnicodeEncodeError` for text that has no UTF-8 form.
+        Raises `RequestError`, calling it `name`, for text that has no UTF-8 form.
         """
-        text.encode()  # sentencepiece's own word for a lone surrogate is no help
+        try:
+            text.encode()  # sentencepiece's own word for a lone surrogate is no help
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{name} is not valid Unicode ({error.reason}); give UTF-8 text") from error
         ids = [self.bos_id] if self.add_bos and not continues else []
         parts = self._split.split(text) if self._split else [text]
         for i, part in enumerate(parts):
@@ -138,7 +141,7 @@ class TextStream:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
             return text
-        beginnings = {s[:n] for s in self.stop for n in range(1, len(s))}
-        keep = max((len(b) for b in beginnings if self._held.endswith(b)), default=0)
+        ends = ((s[:n], n) for s in self.stop for n in range(1, min(len(s), len(self._held) + 1)))
+        keep = max((n for beginning, n in ends if self._held.endswith(beginning)), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, random_tensors, write_checkpoint
@@ -290,3 +291,10 @@ def test_nothing_to_do_is_no_error(tiny: LLM) -> None:
 
 def test_all_errors_derive_from_one() -> None:
     assert all(issubclass(e, MiniPyramidError) for e in (CheckpointError, ConfigError, RequestError))
+
+
+def test_a_tensor_or_an_array_is_no_prompt(tiny: LLM) -> None:
+    for ids in (torch.tensor([5, 6, 7]), np.array([5, 6])):
+        for call in (lambda ids=ids: tiny.stream(ids), lambda ids=ids: tiny.generate([ids])):
+            with pytest.raises(TypeError, match="token ids"):
+                call()

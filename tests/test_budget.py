@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,9 @@ def test_a_plan_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--plan", "--prompt-tokens", "0"], "at least 1"),
         (["--plan", "--prompt-tokens", "9", "--kv-memory", "2 gigs", "--model", "shape:llama2-7b"], "2 gigs"),
         (["text", "--prompt-tokens", "9"], "--plan"),
+        (["--plan", ""], "empty"),
+        (["--plan", "\udcff"], "Unicode"),
+        (["text", "--kv-memory", "9" * 400], "2GiB"),
     ],
 )
 def test_a_plan_of_nonsense_is_refused(
@@ -158,3 +162,10 @@ def test_a_plan_counts_what_is_allotted(tiny: LLM) -> None:
     assert plan.max_batch(10 * (slabs + votes)) == 10
     assert plan.max_batch(slabs) == 0
     assert torch.tensor(plan.at(50)).sum() * plan.bytes_per_token == plan.kv_bytes
+
+
+def test_the_error_travels_between_processes() -> None:
+    with pytest.raises(BudgetError) as refusal:
+        PyramidConfig.for_budget(0.01, prompt_tokens=10, new_tokens=10, layers=4)
+    copied = pickle.loads(pickle.dumps(refusal.value))
+    assert (str(copied), copied.smallest) == (str(refusal.value), refusal.value.smallest)

@@ -128,3 +128,39 @@ def test_a_turn_of_text_begins_without_a_beginning(tiny_dir: Path) -> None:
     turn = say(llm, " and then", SamplingParams(max_new_tokens=3, ignore_eos=True), conversation)
     assert llm.tokenizer
     assert llm.tokenizer.bos_id not in turn.prompt_token_ids
+
+
+def test_streams_on_one_conversation_do_not_mix(tiny: LLM) -> None:
+    """Each turn goes on from what stood when it was planned; the last to finish is the one that is kept."""
+    llm, conversation = with_pyramid(tiny, STEEP), Conversation()
+    first, second, third = prompts_of([20, 30, 10])
+    streams = [llm.stream(prompt, EIGHT, conversation) for prompt in (first, second)]
+    for stream in streams:
+        next(stream)
+    for stream in streams:
+        list(stream)
+    assert conversation.held
+    assert conversation.held[1].position == len(conversation.token_ids) == len(second) + 8
+    assert conversation.token_ids[: len(second)] == second
+    say(llm, third, EIGHT, conversation)
+    assert conversation.held[1].position == len(conversation.token_ids) == len(second) + len(third) + 16
+
+
+def test_a_conversation_stays_with_its_engine(tiny: LLM, tmp_path: Path) -> None:
+    conversation = Conversation()
+    (prompt,) = prompts_of([20])
+    say(tiny, prompt, EIGHT, conversation)
+    other = LLM(write_checkpoint(tmp_path, num_hidden_layers=2), pyramid="off")
+    with pytest.raises(RequestError, match="another LLM"):
+        other.stream(prompt, EIGHT, conversation)
+    for wrong in ("x", 5, [], Conversation):
+        with pytest.raises(TypeError):
+            tiny.stream(prompt, EIGHT, wrong)  # type: ignore[arg-type]
+
+
+def test_a_completion_is_the_callers_own(tiny: LLM) -> None:
+    conversation = Conversation()
+    (prompt,) = prompts_of([20])
+    say(tiny, prompt, EIGHT, conversation).kv_lengths[0] = 1
+    assert conversation.held
+    assert conversation.held[1].lengths == [28, 28, 28]
