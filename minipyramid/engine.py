@@ -22,15 +22,13 @@ from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.errors import RequestError, TokenizerError
 from minipyramid.hub import locate
+from minipyramid.model import PIECE, PIECES
 from minipyramid.plan import Need, Plan, Policy, make_plan, need, pick_pyramid
 from minipyramid.pyramid import PyramidConfig
 from minipyramid.request import Completion, Conversation, Params, Prefill, Prompt, Prompts, Sequence
 from minipyramid.sampling import SamplingParams, choose, make_generator
 from minipyramid.schedule import Scheduler, default_memory
 from minipyramid.tokenizer import TextStream, Tokenizer
-
-# Prompts are computed together up to this many tokens, and a longer one alone.
-PREFILL_TOKENS = 4096
 
 OnStep = Callable[[Scheduler], None] | None  # hears of every step how many wait, run and are finished
 
@@ -173,11 +171,11 @@ class LLM:
                 progress(scheduler)
 
     def _start(self, admitted: list[Sequence]) -> None:
-        """Compute the prompts of those that start now, some at a time, and choose each one's first token."""
+        """Compute the prompts of those that start now, about a piece at a time, and choose each one's first token."""
         while admitted:
             began = time.perf_counter()
             ends = accumulate(len(sequence.prompt) for sequence in admitted)
-            count = max(1, sum(end <= PREFILL_TOKENS for end in ends))
+            count = max(1, sum(end <= PIECES.get(self.device.type, PIECE) for end in ends))
             self._choose(self._extend(admitted[:count]), admitted[:count])
             seconds = time.perf_counter() - began  # behind the transfer of tokens, for a device runs asynchronously
             for sequence in admitted[:count]:

@@ -20,7 +20,10 @@ from minipyramid.linear import Linear
 from minipyramid.pyramid import keep, voting
 from minipyramid.rope import inverse_frequencies, rotate_, rotations
 
-# Tokens that the feed-forward runs over at a time, for its activation (2 * intermediate_size) is the widest.
+# Tokens that the feed-forward runs over at a time, by device, for its activation (2 * intermediate_size) is the widest
+# and is quickest where it stays near the processor: 8 prompts of 512 tokens took 7.4 s in pieces of 4,096 tokens on two
+# CPU cores, and 6.4 s in pieces of 512 (12 layers, hidden size 768, float32).
+PIECES = {"cpu": 512}
 PIECE = 4096
 
 
@@ -57,7 +60,7 @@ class Layer(nn.Module):
     def residual(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Add to the tokens what attention found, and SwiGLU of that.  [T, hidden_size], [T, H * D] -> like x"""
         x = x + self.o_proj(mixed)
-        for piece in torch.split(x, PIECE):
+        for piece in torch.split(x, PIECES.get(x.device.type, PIECE)):
             normed = rms_norm(piece, self.post_attention_layernorm, self.config)
             gate, up = self.gate_up_proj(normed).chunk(2, dim=-1)
             piece.add_(self.down_proj(F.silu(gate).mul_(up)))
