@@ -6,12 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import save_file
 
 from minipyramid import LLM
+
+# The same examples every time, so that a run says something about the change and not about its luck;
+# `--hypothesis-profile=default` draws others.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "storyteller"
 
