@@ -33,7 +33,7 @@ from minipyramid import LLM, MiniPyramidError, RequestError, SamplingParams
 from minipyramid.checkpoint import parameter_sources
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
-from minipyramid.generate import DEFAULT_MODEL, Parser, print_error
+from minipyramid.generate import DEFAULT_MODEL, Parser, print_error, set_threads
 from minipyramid.linear import pack
 from minipyramid.model import Model
 from minipyramid.plan import Policy, pick_pyramid
@@ -83,11 +83,24 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device:
     return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, SPREAD, generator=generator)
 
 
+def config_of(args: argparse.Namespace) -> ModelConfig:
+    """Of a shape or of a checkpoint's directory."""
+    shape = args.model.startswith(PREFIX)
+    return shape_config(args.model.removeprefix(PREFIX)) if shape else ModelConfig.load(Path(args.model))
+
+
+def policy_of(method: str, args: argparse.Namespace, layers: int) -> Policy:
+    """What a method keeps: `full`, `budget`, a preset or a file, each also in `fixed` batches."""
+    name = method.removeprefix("fixed ")
+    pyramid = pick_pyramid({"full": "off", "budget": "auto"}.get(name, name), Path(args.model), layers)
+    return Policy(pyramid, args.kv_budget if name == "budget" else None)
+
+
 class RandomLLM(LLM):
     """An engine at a known shape, with random weights made where they are used."""
 
-    def __init__(self, name: str, policy: Policy, args: argparse.Namespace) -> None:
-        self.config, self.policy, self.tokenizer = shape_config(name), policy, None
+    def __init__(self, shape: str, policy: Policy, args: argparse.Namespace) -> None:
+        self.config, self.policy, self.tokenizer = shape_config(shape), policy, None
         self.kv_memory = parse_bytes(args.kv_memory) if args.kv_memory else None
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.config.dtype, self.device)
@@ -109,15 +122,12 @@ Run = Callable[[], dict[str, Any]]
 
 def our_method(name: str, args: argparse.Namespace) -> Run:
     """`full`, `budget`, a preset or a file: this engine under those settings."""
-    settings = {"full": "off", "budget": "auto"}.get(name.removeprefix("fixed "), name.removeprefix("fixed "))
-    budget = args.kv_budget if name.endswith("budget") else None
+    policy = policy_of(name, args, config_of(args).num_hidden_layers)
     if args.model.startswith(PREFIX):
-        shape = args.model.removeprefix(PREFIX)
-        pyramid = pick_pyramid(settings, Path(args.model), shape_config(shape).num_hidden_layers)
-        llm: LLM = RandomLLM(shape, Policy(pyramid, budget), args)
+        llm: LLM = RandomLLM(args.model.removeprefix(PREFIX), policy, args)
     else:
-        where = {"dtype": args.dtype, "device": args.device}
-        llm = LLM(args.model, pyramid=settings, kv_budget=budget, kv_memory=args.kv_memory, **where)
+        kept = {"pyramid": policy.pyramid or "off", "kv_budget": policy.kv_budget, "kv_memory": args.kv_memory}
+        llm = LLM(args.model, dtype=args.dtype, device=args.device, **kept)
     work = make_work(args, llm.config)
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in work.new_tokens]
     size = args.fixed if name.startswith("fixed ") else len(work.prompts)
@@ -146,11 +156,11 @@ def transformers_method(args: argparse.Namespace) -> Run:
     """The library, as it comes: its own attention (sdpa), cache and loop, the same weights, batches padded left."""
     # Not a dependency, so it is looked for where it is asked for, and untyped.
     library: Any = importlib.import_module("transformers")
-    device = pick_device(args.device)
+    config, device = config_of(args), pick_device(args.device)
+    dtype = pick_dtype(args.dtype, config.dtype, device)
     if args.model.startswith(PREFIX):
         raw = shape_dict(args.model.removeprefix(PREFIX))
-        dtype = pick_dtype(args.dtype, raw.pop("torch_dtype"), device)
-        config = shape_config(args.model.removeprefix(PREFIX))
+        del raw["torch_dtype"]  # the weights are made in `dtype`
         with torch.device("meta"):
             model = library.LlamaForCausalLM(library.LlamaConfig(**raw, attn_implementation="sdpa", eos_token_id=None))
         parts = [part for sources in parameter_sources(config).values() for part in sources]
@@ -158,8 +168,6 @@ def transformers_method(args: argparse.Namespace) -> Run:
         model.load_state_dict(state, assign=True)
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     else:
-        config = ModelConfig.load(Path(args.model))
-        dtype = pick_dtype(args.dtype, config.dtype, device)
         model = library.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
     model.eval()
     model.generation_config.eos_token_id = None
@@ -350,20 +358,16 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     for name in ("batch_size", "prompt_tokens", "max_new_tokens", "runs"):
         if getattr(args, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-    shape = args.model.startswith(PREFIX)
-    config = shape_config(args.model.removeprefix(PREFIX)) if shape else ModelConfig.load(Path(args.model))
+    config = config_of(args)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, config.dtype, device)
     work = make_work(args, config)
     ours = ["full", *(name for name in args.pyramid.split(",") if name and name != "off")]
     ours += ["budget"] if args.kv_budget is not None else []
     ours += [f"fixed {ours[-1]}"] if args.fixed else []
-    directory = Path(args.model)
     policies = {}
     for name in ours:
-        settings = {"full": "off", "budget": "auto"}.get(name.removeprefix("fixed "), name.removeprefix("fixed "))
-        pyramid = pick_pyramid(settings, directory, config.num_hidden_layers)
-        policies[name] = Policy(pyramid, args.kv_budget if name.endswith("budget") else None)
+        policies[name] = policy_of(name, args, config.num_hidden_layers)
         for prompt, new in zip(work.prompts, work.new_tokens, strict=True):
             policies[name].settings(len(prompt), new, config.num_hidden_layers)  # refused here, before anything loads
     names = [*ours, *([args.versus] if args.versus else [])]
@@ -440,9 +444,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
-    if args.threads is not None and args.threads > 0:
-        torch.set_num_threads(args.threads)
     try:
+        set_threads(args.threads)
         if args.serve:
             serve(args.serve, args)
         else:

@@ -70,9 +70,8 @@ class KVCache:
         """Take the next free row; returns its index."""
         for votes in self.votes:
             votes[len(self.rows)] = 0
-        layers = range(len(self.keys))
         nothing = torch.zeros(0, dtype=torch.int32, device=self.keys[0].device)
-        self.rows.append(Row([0 for _ in layers], [nothing for _ in layers], gathering))
+        self.rows.append(Row([0] * len(self.keys), [nothing] * len(self.keys), gathering))
         return len(self.rows) - 1
 
     def append(self, layer: int, row: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,10 +132,7 @@ def run(args: argparse.Namespace) -> None:
     if args.prompt_tokens is not None:
         raise RequestError("--prompt-tokens is for --plan; give a prompt to generate from")
     prompts = read_prompts(args)
-    if args.threads is not None:
-        if not 1 <= args.threads <= MOST_THREADS:
-            raise RequestError(f"--threads is {args.threads}, expected 1 to {MOST_THREADS}")
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     with LoadingLine(quiet=args.quiet) as line:
         llm = LLM(
             args.model,
@@ -159,6 +156,14 @@ def run(args: argparse.Namespace) -> None:
     if args.stats:
         for i in sorted(done):
             print_stats(done[i], args.pyramid)
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many CPU threads; None leaves torch's own number."""
+    if threads is not None:
+        if not 1 <= threads <= MOST_THREADS:
+            raise RequestError(f"--threads is {threads}, expected 1 to {MOST_THREADS}")
+        torch.set_num_threads(threads)
 
 
 def print_all(completions: list[Completion], args: argparse.Namespace, single: bool) -> None:

@@ -111,7 +111,8 @@ class Model(nn.Module):
                     mixed[-1], kept[-1] = out[best], start + best
                 start = end
             # Before the projection and feed-forward, which nobody would read of a dropped token.
-            x, positions, cos, sin = (t[torch.cat(kept)] for t in (x, positions, cos, sin))
+            if sum(map(len, kept)) < len(x):
+                x, positions, cos, sin = (t[torch.cat(kept)] for t in (x, positions, cos, sin))
             x = layer.residual(x, torch.cat(mixed))
         for span in spans:
             span.cache.rows[span.row].position += span.count
