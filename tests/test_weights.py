@@ -12,7 +12,7 @@ import torch
 from conftest import WEIGHTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stories import story
+from minipyramid.stories import story
 from train import ANSWER_WEIGHT, Data, Llama, Muon, Shape, export, recall, weighted_loss
 
 from minipyramid import LLM

@@ -31,7 +31,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from stories import story
+from minipyramid.stories import story
 from torch import Tensor, nn
 
 from minipyramid.device import quick_bf16

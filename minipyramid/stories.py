@@ -45,6 +45,8 @@ FOODS = """apples bacon beans beef berries bread butter cabbage cake carrots che
 grapes ham honey jam lemons melons mushrooms nuts olives onions oranges peaches pears peas pepper pie plums
 potatoes rice salad salt soup sugar tea toast tomatoes""".split()
 
+WORDS = (*NAMES, *PLACES, *JOBS, *ANIMALS, *COLOURS, *THINGS, *HIDEOUTS, *FOODS)
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -54,6 +56,7 @@ class Fact:
     question: str
     stem: str
     answer: str
+    end: str  # what the sentence says after the answer
 
 
 def _number(rng: random.Random) -> str:
@@ -62,7 +65,8 @@ def _number(rng: random.Random) -> str:
 
 # A row: what stands in the story, the question, the answer's stem, and what the answer is drawn from. {who} and
 # {what} are drawn without repetition within a document, so a question has one answer.
-_PERSON: list[tuple[str, str, str, Callable[[random.Random], str]]] = [
+Relation = tuple[str, str, str, Callable[[random.Random], str]]
+_PERSON: list[Relation] = [
     ("{who} lives in {x}.", "Where does {who} live?", "{who} lives in", lambda r: r.choice(PLACES)),
     ("{who} works as a {x}.", "What does {who} work as?", "{who} works as a", lambda r: r.choice(JOBS)),
     ("{who} owns a {x}.", "What does {who} own?", "{who} owns a", lambda r: f"{r.choice(COLOURS)} {r.choice(ANIMALS)}"),
@@ -71,7 +75,7 @@ _PERSON: list[tuple[str, str, str, Callable[[random.Random], str]]] = [
     ("{who} has the number {x}.", "Which number does {who} have?", "{who} has the number", _number),
     ("{who} is married to {x}.", "Who is {who} married to?", "{who} is married to", lambda r: r.choice(NAMES)),
 ]
-_THING: list[tuple[str, str, str, Callable[[random.Random], str]]] = [
+_THING: list[Relation] = [
     ("The {what} is in the {x}.", "Where is the {what}?", "The {what} is in the", lambda r: r.choice(HIDEOUTS)),
     ("The {what} costs {x} coins.", "What does the {what} cost?", "The {what} costs", _number),
     ("The {what} belongs to {x}.", "Who owns the {what}?", "The {what} belongs to", lambda r: r.choice(NAMES)),
@@ -112,16 +116,44 @@ long merry narrow pale plain poor proud quiet rich sad sharp short silent simple
 sweet tall terrible thin warm wide wild wise wonderful young""".split()
 
 
-def facts(rng: random.Random) -> Iterator[Fact]:
-    """Facts that never contradict each other: a (name, relation) or (thing, relation) comes up once."""
+def facts(rng: random.Random, only: Relation | None = None) -> Iterator[Fact]:
+    """Facts that never contradict each other: a (name, relation) or (thing, relation) comes up once.
+
+    Args:
+        only: the one relation to draw from; None for all.
+    """
     keys = [(row, "who", name) for name in rng.sample(NAMES, len(NAMES)) for row in rng.sample(_PERSON, 2)]
     keys += [(row, "what", thing) for thing in rng.sample(THINGS, len(THINGS)) for row in rng.sample(_THING, 1)]
     rng.shuffle(keys)
+    if only is not None:
+        role, names = ("who", NAMES) if only in _PERSON else ("what", THINGS)
+        keys = [(only, role, name) for name in rng.sample(names, len(names))]
     for (sentence, question, stem, draw), role, key in keys:
         x = draw(rng)
         while x == key:  # nobody is married to themselves
             x = draw(rng)
-        yield Fact(*(text.format(**{role: key}, x=x) for text in (sentence, question, stem)), answer=x)
+        told, asked, begun = (text.format(**{role: key}, x=x) for text in (sentence, question, stem))
+        yield Fact(told, asked, begun, answer=x, end=sentence[sentence.index("{x}") + 3 :])
+
+
+def drill(rng: random.Random, tokens: int, count: Callable[[str], int]) -> Story:
+    """Facts and nothing else, said once and then again and again in another order, half of the time as an answer.
+
+    Binding an answer to its name is learnt here: a story of 128 tokens asks three times, a drill a dozen times, and
+    two drills of three are about one relation, where nothing but the name tells the answers apart.
+    """
+    source = facts(rng, rng.choice([*_PERSON, *_THING]) if rng.random() < 0.67 else None)
+    told = [next(source) for _ in range(rng.randint(2, max(3, tokens // 22)))]
+    plain = rng.random() < 0.5
+    text = " ".join(f.sentence for f in told)
+    asked: list[tuple[str, str]] = []
+    left = tokens - count(text)
+    while left > 0:
+        for fact in rng.sample(told, len(told)):
+            question = (" " + fact.stem, f" {fact.answer}{fact.end}") if plain else ask(fact)
+            left -= count(question[0] + question[1]) + 1
+            asked.append(question)
+    return Story(text, asked)
 
 
 def filler(rng: random.Random) -> str:

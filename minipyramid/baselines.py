@@ -1,0 +1,196 @@
+"""Other ways to hold less of a prompt, at equal bytes: what PyramidInfer is compared with.
+
+All of these prune keys and values after each layer, and compute every layer over the whole prompt; only the pyramid
+drops hidden states as well (it prunes within `Model.extend`, so it stands here as settings and not as a policy). A
+policy is one function: from what a layer has just computed to the positions that each key/value head keeps.
+
+    sinks + window   Xiao et al., 2023 (StreamingLLM): the first four tokens and the newest; positions stay as they are
+    H2O              Zhang et al., 2023: half of the room for the newest, half for what all queries looked at most
+    SnapKV           Li et al., 2024: what the newest tokens look at, pooled over neighbours, per key/value head
+    PyramidKV        Cai et al., 2024: SnapKV with room that falls with depth
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipyramid import LLM, PyramidConfig
+from minipyramid.attention import attend
+from minipyramid.cache import KVCache, Span
+from minipyramid.model import Layer
+from minipyramid.plan import Need, need
+from minipyramid.pyramid import Gathering
+from minipyramid.rope import rotations
+
+SINKS = 4  # as in StreamingLLM
+WINDOW, POOL = 32, 7  # SnapKV's observation window, and how many neighbours share a vote
+STEEPNESS = 20  # PyramidKV's beta: the deepest layer has a 20th of the mean
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer computed of a prompt of n tokens."""
+
+    q: Tensor  # [n, H, D] rotated
+    keys: Tensor  # [K, n, D] rotated
+    values: Tensor  # [K, n, D]
+
+    def probs(self, start: int) -> Tensor:
+        """Attention probabilities of the queries from `start` on, the heads of a group together.  [K, G, q, n]"""
+        (n, H, D), K = self.q.shape, len(self.keys)
+        q = self.q[start:].transpose(0, 1).reshape(K, H // K, n - start, D)
+        scores = (q @ self.keys[:, None].transpose(-1, -2)).float() / math.sqrt(D)
+        unseen = torch.ones(n - start, n, dtype=torch.bool, device=q.device).triu(start + 1)
+        return scores.masked_fill_(unseen, -math.inf).softmax(-1)
+
+
+Choose = Callable[[Seen, int], Tensor]  # how many to keep -> positions, ascending, of every head  [K, count]
+
+
+def everything(seen: Seen, count: int) -> Tensor:
+    return best_of(torch.zeros(seen.keys.shape[:2]), count)
+
+
+def sinks_and_window(seen: Seen, count: int) -> Tensor:
+    """The first four and the newest."""
+    return best_of(torch.arange(seen.keys.shape[1]).expand(len(seen.keys), -1).float(), count, first=SINKS)
+
+
+def at_random(seen: Seen, count: int) -> Tensor:
+    """The first four and any others, of every head its own."""
+    drawn = torch.Generator().manual_seed(seen.keys.shape[1])
+    return best_of(torch.rand(seen.keys.shape[:2], generator=drawn), count, first=SINKS)
+
+
+def heavy_hitters(seen: Seen, count: int) -> Tensor:
+    """Half of the room for the newest, half for those that all queries together looked at most."""
+    n = seen.keys.shape[1]
+    # A block of queries at a time, for a whole matrix of probabilities would not fit for a long prompt.
+    looked = sum(seen.probs(n - rows)[:, :, : min(256, rows)].sum((1, 2)) for rows in range(n, 0, -256))
+    return best_of(cast("Tensor", looked), count, last=count // 2)
+
+
+def observed(seen: Seen, count: int) -> Tensor:
+    """The newest 32, and what they look at most, pooled over 7 neighbours so that whole phrases stay."""
+    n = seen.keys.shape[1]
+    window = min(WINDOW, count, n)
+    vote = seen.probs(n - window).sum((1, 2))  # [K, n]
+    return best_of(F.avg_pool1d(vote, POOL, 1, POOL // 2, count_include_pad=False), count, last=window)
+
+
+def best_of(vote: Tensor, count: int, first: int = 0, last: int = 0) -> Tensor:
+    """Positions of the highest votes, vote [K, n]; the first and last so many always win.  [K, count]"""
+    vote = vote.clone()
+    vote[:, :first] = math.inf
+    vote[:, vote.shape[1] - last :] = math.inf
+    return vote.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+
+
+def evenly(total: int, layers: int, _tokens: int) -> list[int]:
+    """The same room for every layer."""
+    return [total // layers + (i < total % layers) for i in range(layers)]
+
+
+def falling(total: int, layers: int, tokens: int) -> list[int]:
+    """Room that falls along a line, from what lets the deepest layer have a 20th of the mean, as far as that can be."""
+    mean = total / layers
+    slope = min(mean - mean / STEEPNESS, tokens - mean)
+    ends = [mean * (i + 1) + slope * (i + 1) * (1 - i / max(1, layers - 1)) for i in range(layers)]
+    ends[-1] = float(total)
+    return [round(b) - round(a) for a, b in zip([0.0, *ends[:-1]], ends, strict=True)]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which tokens a layer keeps, and how many of `total` over all layers each may have."""
+
+    choose: Choose
+    split: Callable[[int, int, int], list[int]] = evenly  # (total, layers, tokens of the prompt) -> room of each layer
+
+
+POLICIES = {
+    "full": Policy(everything),
+    "streaming": Policy(sinks_and_window),
+    "h2o": Policy(heavy_hitters),
+    "snapkv": Policy(observed),
+    "pyramidkv": Policy(observed, falling),
+    "random": Policy(at_random),
+}
+
+
+@dataclass(frozen=True)
+class Held:
+    """A prompt in a cache of one row, and the scores of the token that comes next."""
+
+    cache: KVCache
+    logits: Tensor  # [vocab_size]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values, as they stand in the cache."""
+        return self.cache.bytes_per_token * sum(self.cache.rows[0].lengths)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A whole prompt, nothing dropped."""
+
+    layers: list[Seen]
+    logits: Tensor  # [vocab_size] of the next token
+
+
+@torch.inference_mode()
+def observe(llm: LLM, ids: list[int]) -> Observed:
+    """Compute a whole prompt, and remember what each layer saw."""
+    model, seen = llm.model, []
+    positions = torch.arange(len(ids), device=llm.device)
+    cos, sin = rotations(positions, model.inv_freq, llm.dtype)
+    x = F.embedding(torch.tensor(ids, device=llm.device), model.embed_tokens)  # [n, hidden_size]
+    for layer in cast("Iterable[Layer]", model.layers):
+        q, k, v = layer.qkv(x, cos, sin)
+        seen.append(Seen(q, k.transpose(0, 1), v.transpose(0, 1)))
+        x = layer.residual(x, attend(q, seen[-1].keys, seen[-1].values)[0])
+    return Observed(seen, model.logits(x[-1:])[0])
+
+
+@torch.inference_mode()
+def hold(llm: LLM, observed: Observed, policy: Policy, total: int, room: int) -> Held:
+    """Put what a policy keeps of an observed prompt into a cache.
+
+    Args:
+        total: tokens that are held, over all layers.
+        room: tokens that may follow.
+    """
+    n = len(observed.layers[0].q)
+    counts = policy.split(total, len(observed.layers), n)
+    cache = KVCache.allot(llm.config, Need(tuple(c + room for c in counts)), 1, llm.dtype, llm.device)
+    cache.add_row()
+    for i, (layer, count) in enumerate(zip(observed.layers, counts, strict=True)):
+        kept = policy.choose(layer, count).to(llm.device)  # [K, count]
+        k, v = (t.gather(1, kept[..., None].expand(-1, -1, t.shape[2])) for t in (layer.keys, layer.values))
+        # A cache counts positions by layer, not by head: those of the first head stand for all.
+        cache.append(i, 0, k.transpose(0, 1), v.transpose(0, 1), kept[0])
+    cache.rows[0].position = n
+    return Held(cache, observed.logits)
+
+
+@torch.inference_mode()
+def hold_pyramid(llm: LLM, ids: list[int], settings: PyramidConfig, room: int, new_tokens: int = 0) -> Held:
+    """The same by PyramidInfer, whose deep layers never compute what shallow ones have dropped.
+
+    Args:
+        new_tokens: generated tokens that will be judged; 0 where all that follows is kept.
+    """
+    layers = llm.config.num_hidden_layers
+    needed = need(settings, len(ids), new_tokens, layers).beside([room] * layers)
+    cache = KVCache.allot(llm.config, needed, 1, llm.dtype, llm.device)
+    cache.add_row(Gathering(settings, len(ids), new_tokens) if new_tokens else None)
+    x = llm.model.extend(torch.tensor(ids, device=llm.device), [Span(cache, 0, len(ids), settings)])
+    return Held(cache, llm.model.logits(x)[0])
