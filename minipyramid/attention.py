@@ -45,16 +45,18 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | No
     return out[0].transpose(0, 1).flatten(1), None  # [T, H * D]
 
 
-def attend_one_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+def attend_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor]:
     """The newest token of every sequence looks at the slots that its row holds.
 
-    q [B, H, D], keys and values [B, K, S, D], held [B, S] bool  ->  [B, H * D], and the probabilities [B, K, G, S]
+    q [B, H, D], keys and values [B, K, S, D], held [B, S] bool, None where all are
+    ->  [B, H * D], and the probabilities [B, K, G, S]
     """
     B, H, D = q.shape
     K = keys.shape[1]
     grouped = q.view(B, K, H // K, D) * (1 / math.sqrt(D))  # [B, K, G, D]
     scores = grouped @ keys.transpose(-1, -2)  # [B, K, G, S]
-    scores = scores.masked_fill_(~held[:, None, None], float("-inf"))
+    if held is not None:
+        scores = scores.masked_fill_(~held[:, None, None], float("-inf"))
     # The sum over many slots loses digits in bf16.
     probs = scores.softmax(-1, dtype=torch.float32)
     return (probs.to(q.dtype) @ values).reshape(B, H * D), probs

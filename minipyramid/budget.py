@@ -28,6 +28,7 @@ FEW_VOTERS = 0.05  # recent_ratio falls to this first, and to 0 only last
 @lru_cache(maxsize=4096)  # requests of one length are many
 def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> PyramidConfig:
     """Go along the `stages` until one comes close to the share without exceeding it."""
+    check_share(share)
     full = layers * (prompt_tokens + new_tokens)
     tried: list[tuple[int, PyramidConfig]] = []  # tokens held, and by which settings
 
@@ -73,7 +74,9 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
     context = max(1, prompt_tokens - 1 - int(prompt_tokens * few))
     least = min(base.min_context_length, context - 1)
     # The ratios of `constant` that leave just more than `least` after one layer, and after all of them.
-    steepest, even = ((1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in (1, max(1, layers - 1)))
+    steepest, even = (
+        (1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in (1, max(1, layers - 1 - base.prefill_full_layers))
+    )
 
     kept = replace(base, prefill_decay_ratio=1.0)
     # Nothing is dropped; then generated tokens are, by the settings.
@@ -87,8 +90,9 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
     yield sloping, replace(sloping, recent_ratio=few)
     forgetful = replace(sloping, recent_ratio=few, gen_decay_ratio=0.0, gen_compress_ratio=0.0)
     yield replace(sloping, recent_ratio=few), forgetful
-    cliff = replace(forgetful, prefill_decay_ratio=min(1.0, steepest), min_context_length=least)
-    yield replace(forgetful, min_context_length=least), cliff
+    falling = replace(forgetful, min_context_length=least, prefill_full_layers=0)
+    cliff = replace(falling, prefill_decay_ratio=min(1.0, steepest))
+    yield falling, cliff
     # What else can be: no least context, no voter but the newest token.
     bare = replace(cliff, min_context_length=0, prefill_decay_ratio=min(1.0, (1 + 1e-6) / context))
     yield cliff, bare

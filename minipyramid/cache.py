@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minipyramid.config import ModelConfig
 from minipyramid.plan import Need
-from minipyramid.pyramid import Gathering, PyramidConfig, Voting, pivotal
+from minipyramid.pyramid import Gathering, PyramidConfig, pivotal
 
 
 @dataclass
@@ -26,11 +26,9 @@ class Row:
 
     def kept_positions(self) -> list[list[int]]:
         """Positions of all that each layer holds, ascending."""
-        held = []
-        for length, kept in zip(self.lengths, self.kept, strict=True):
-            first = self.position - (length - len(kept))  # of the generated tokens that are not judged yet
-            held.append(kept.tolist() + list(range(first, self.position)))
-        return held
+        end, held = self.position, zip(self.lengths, self.kept, strict=True)
+        # Behind what stays for good come the generated tokens that are not judged yet.
+        return [kept.tolist() + list(range(end - (length - len(kept)), end)) for length, kept in held]
 
 
 @dataclass
@@ -68,7 +66,8 @@ class KVCache:
 
     def takes(self, need: Need) -> bool:
         """Whether a row is free and has the room."""
-        return len(self.rows) < self.capacity and self.need.join(need) == self.need
+        fits = all(have >= asked for have, asked in zip(self.need.slots, need.slots, strict=True))
+        return fits and len(self.rows) < self.capacity and self.need.unjudged >= need.unjudged
 
     def add_row(self, gathering: Gathering | None = None) -> int:
         """Take the next free row; returns its index."""
@@ -91,31 +90,32 @@ class KVCache:
             return k.transpose(0, 1), v.transpose(0, 1)
         return self.keys[layer][row, :, :end], self.values[layer][row, :, :end]
 
-    def lengths(self) -> Tensor:
-        """Tokens held, of all layers in one copy to the device.  [L, B]"""
-        return torch.tensor([row.lengths for row in self.rows], device=self.keys[0].device).T.contiguous()
-
-    def append_one_each(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def append_each(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Write one token of every row, k and v [B, K, D], behind the `lengths` [B] that the layer holds.
 
-        Returns the whole slabs [B, K, S, D], since a slice of the live slots would not be contiguous and the
-        products would copy it, and which slots are held [B, S]. The rows' own counts follow in `advance`.
+        Returns the slabs [B, K, S, D] and which slots are held [B, S]; where all rows hold equally many in float32 on a
+        CPU only those slots, and no mask. (In bf16 the products would copy such a slice.) The rows' own counts follow
+        in `advance`.
         """
         keys, values = (slabs[layer][: len(k)] for slabs in (self.keys, self.values))
+        held = self.rows[0].lengths[layer]
+        if keys.stride(-1) > 1 and all(row.lengths[layer] == held for row in self.rows):
+            keys[:, :, held], values[:, :, held] = k, v
+            return keys[:, :, : held + 1], values[:, :, : held + 1], None
         rows = torch.arange(len(k), device=k.device)
         keys[rows, :, lengths] = k
         values[rows, :, lengths] = v
-        held = torch.arange(keys.shape[2], device=k.device) <= lengths[:, None]  # [B, S]
-        return keys, values, held
+        return keys, values, torch.arange(keys.shape[2], device=k.device) <= lengths[:, None]
 
-    def vote(self, layer: int, probs: Tensor, voting: Voting, lengths: Tensor) -> None:
+    def vote(self, layer: int, probs: Tensor, weights: Tensor, unjudged: Tensor, lengths: Tensor) -> None:
         """Count the newest token's vote for every row's unjudged tokens, the last of its slots.
 
-        probs [B, S], the heads' mean; lengths [B], the layer's before this token
+        probs [B, S], the heads' mean; weights [B, U] and unjudged [B] as `voting` tells them; lengths [B], the
+        layer's before this token
         """
-        B, U = voting.weights.shape
-        slots = (lengths + 1 - voting.unjudged)[:, None] + torch.arange(U, device=probs.device)  # [B, U]
-        self.votes[layer][:B, :U] += voting.weights * probs.gather(1, slots.clamp(max=probs.shape[1] - 1))
+        B, U = weights.shape
+        slots = (lengths + 1 - unjudged)[:, None] + torch.arange(U, device=probs.device)  # [B, U]
+        self.votes[layer][:B, :U] += weights * probs.gather(1, slots.clamp(max=probs.shape[1] - 1))
 
     def advance(self) -> None:
         """One token more in every layer of every row; those whose time has come are judged."""
@@ -177,8 +177,7 @@ class Span:
 
     def positions(self) -> Tensor:
         """They follow what the sequence has computed.  [count]"""
-        start = self.cache.rows[self.row].position
-        return torch.arange(start, start + self.count)
+        return self.cache.rows[self.row].position + torch.arange(self.count)
 
     def lengths(self, layers: int) -> list[int]:
         """How many of them each layer receives."""

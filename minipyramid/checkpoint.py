@@ -38,8 +38,7 @@ def load(
         _check_shapes(tensors, sources, directory)
         state: dict[str, Tensor] = {}
         for name, parts in sources.items():
-            joined = torch.cat([_read(tensors, directory, part, dtype) for part, _ in parts])
-            state[name] = joined.to(device)
+            state[name] = torch.cat([_read(tensors, directory, part, dtype) for part, _ in parts]).to(device)
             if progress:
                 progress(len(state), len(sources))
     embedding = state["embed_tokens"]

@@ -31,6 +31,7 @@ from minipyramid import LLM, MiniPyramidError, RequestError
 from minipyramid.baselines import POLICIES, Held, Policy, hold, hold_pyramid, observe
 from minipyramid.cache import Span
 from minipyramid.generate import DEFAULT_MODEL, Parser, ProgressLine, print_error, set_threads
+from minipyramid.picture import load_matplotlib
 from minipyramid.plan_table import readable
 from minipyramid.stories import Story, story
 
@@ -198,6 +199,10 @@ def openings(llm: LLM, tokens: list[int], context: int, new_tokens: int, rng: ra
 Figures = dict[tuple[str, float], dict[str, list[float]]]  # by policy and budget: a figure's name -> one per sample
 
 
+def no_figures() -> Figures:
+    return defaultdict(lambda: defaultdict(list))
+
+
 def compare(llm: LLM, task: Task, policies: list[str], budgets: list[float], figures: Figures) -> None:
     """Ask one task of every policy at every budget, and note what came back and what was held."""
     layers, n, new = llm.config.num_hidden_layers, len(task.context), task.new_tokens
@@ -285,10 +290,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Quality against bytes: a line per policy, a panel per figure, the intervals as bars."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  an extra, and slow to import
-
     wanted = [key for key in ("perplexity", "kl", "inside", "after") if any(key in row for row in rows)]
-    figure = Figure(figsize=(4.5 * len(wanted), 4), layout="constrained")
+    figure = load_matplotlib().Figure(figsize=(4.5 * len(wanted), 4), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
         lines: dict[tuple[str, int], list[tuple[float, list[float]]]] = defaultdict(list)
         for row in rows:
@@ -356,17 +359,10 @@ def check(args: argparse.Namespace) -> None:
         if name not in NAMES:
             raise RequestError(f"--policies has {name!r}, expected some of {', '.join(NAMES)}")
     if args.plot:
-        check_plot(Path(args.plot))
-
-
-def check_plot(file: Path) -> None:
-    """A plot can be written there."""
-    try:
-        import matplotlib  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise RequestError('--plot needs matplotlib; install it with pip install "minipyramid[plot]"') from error
-    if not file.parent.is_dir() or file.suffix not in (".png", ".svg", ".pdf"):
-        raise RequestError(f"--plot is {file}, expected a .png, .svg or .pdf in a folder that exists")
+        load_matplotlib()
+        file = Path(args.plot)
+        if not file.parent.is_dir() or file.suffix not in (".png", ".svg", ".pdf"):
+            raise RequestError(f"--plot is {file}, expected a .png, .svg or .pdf in a folder that exists")
 
 
 def read_tokens(llm: LLM, args: argparse.Namespace) -> list[int]:
@@ -395,7 +391,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with EvalLine(len(args.context) * args.samples, quiet=args.quiet) as line:
         for context in args.context:
-            figures: Figures = defaultdict(lambda: defaultdict(list))
+            figures = no_figures()
             rng = random.Random(args.seed)
             streams = [texts(llm, tokens, context, args.continuation, rng)]
             streams += [planted(llm, context, rng)] if args.recall else []

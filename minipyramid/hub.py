@@ -18,16 +18,10 @@ WANTED = "*config.json pyramid.json added_tokens.json tokenizer.model model*.saf
 # What the hub library raises, and what to tell; the first that fits (a gated repository is also one not found).
 FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (errors.GatedRepoError, "is gated; accept its terms on the hub and log in, or set HF_TOKEN"),
-    (
-        errors.RepositoryNotFoundError,
-        "is neither a directory nor a repository; check the name, log in, or set HF_TOKEN",
-    ),
+    (errors.RepositoryNotFoundError, "is neither a directory nor a repository; check the name or set HF_TOKEN"),
     (errors.RevisionNotFoundError, "is not on the hub; expected a branch, tag or commit of the repository"),
     (errors.HFValidationError, "is neither a directory nor a repository id of the form owner/name"),
-    (
-        errors.LocalEntryNotFoundError,
-        "is neither a directory nor complete in the hub's cache, and the hub cannot be reached or is set offline",
-    ),
+    (errors.LocalEntryNotFoundError, "is not complete in the hub's cache, and the hub cannot be reached or is offline"),
 )
 
 

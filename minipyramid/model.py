@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipyramid.attention import attend, attend_one_each
+from minipyramid.attention import attend, attend_each
 from minipyramid.cache import KVCache, Span
 from minipyramid.config import ModelConfig
 from minipyramid.linear import Linear
@@ -126,17 +126,18 @@ class Model(nn.Module):
         positions = torch.tensor([row.position for cache in caches for row in cache.rows], device=ids.device)
         cos, sin = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # [B, 1, D / 2]
         sizes = [len(cache.rows) for cache in caches]
-        lengths = [cache.lengths() for cache in caches]
+        # Tokens held, of all layers in one copy to the device.  [L, B] of every cache
+        lengths = [torch.tensor([row.lengths for row in cache.rows], device=ids.device).T for cache in caches]
         votings = [voting([row.gathering for row in cache.rows if row.gathering], ids.device) for cache in caches]
         x = F.embedding(ids, self.embed_tokens)  # [B, hidden_size]
         for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
             mixed = []
             qkv = [torch.split(t, sizes) for t in layer.qkv(x, cos, sin)]
-            for cache, weights, before, q, k, v in zip(caches, votings, lengths, *qkv, strict=True):
-                out, probs = attend_one_each(q, *cache.append_one_each(i, k, v, before[i]))  # [B, H * D]
+            for cache, vote, before, q, k, v in zip(caches, votings, lengths, *qkv, strict=True):
+                out, probs = attend_each(q, *cache.append_each(i, k, v, before[i]))  # [B, H * D]
                 mixed.append(out)
-                if weights is not None:
-                    cache.vote(i, probs.mean((1, 2)), weights, before[i])
+                if vote is not None:
+                    cache.vote(i, probs.mean((1, 2)), *vote, before[i])
             x = layer.residual(x, torch.cat(mixed))
         for cache in caches:
             cache.advance()

@@ -34,11 +34,6 @@ class Need:
         """Room for what former turns left as well."""
         return Need(tuple(map(add, self.slots, held)), self.unjudged)
 
-    def join(self, other: "Need") -> "Need":
-        """Room for either."""
-        slots = tuple(max(pair) for pair in zip(self.slots, other.slots, strict=True))
-        return Need(slots, max(self.unjudged, other.unjudged))
-
 
 def need(pyramid: PyramidConfig | None, prompt_tokens: int, new_tokens: int, layers: int) -> "Need":
     """Of one sequence."""

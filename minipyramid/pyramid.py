@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from minipyramid.budget import check_share, solve
+from minipyramid.budget import solve
 from minipyramid.settings import PublishedSettings
 
 # Voters whose probabilities are held at a time.  [K, G, VOTERS, n] float32
@@ -61,7 +62,8 @@ class PyramidConfig(PublishedSettings):
         for i in range(layers):
             lengths.append(n)
             kept = int((n - tail) * schedule(self.prefill_decay_ratio, i, layers))
-            if i % self.layerwise_downsample_interval == 0 and kept > self.min_context_length:
+            drops = i >= self.prefill_full_layers and i % self.layerwise_downsample_interval == 0
+            if drops and kept > self.min_context_length:
                 n = kept + tail
         return lengths
 
@@ -118,7 +120,6 @@ class PyramidConfig(PublishedSettings):
             BudgetError: with the smallest share that can be reached.
             ConfigError: the share is not above 0 and at most 1.
         """
-        check_share(share)
         return solve(cls.for_layers(layers), share, prompt_tokens, new_tokens, layers)
 
 
@@ -134,18 +135,6 @@ class Compaction:
         voters, youth = self.generated - self.oldest_voter, voter - self.oldest_voter
         weight = 1 + (config.distance_weight - 1) * youth / max(1, voters - 1)
         return weight / voters if youth >= 0 else 0.0
-
-
-@dataclass(frozen=True)
-class Voting:
-    """What the newest token of every sequence counts in the judgement of those before it.
-
-    A token's judgement and its voters are known when it is generated, so one running sum per token is all that is
-    remembered: 4 bytes, where its key and value take hundreds.
-    """
-
-    weights: Tensor  # [B, U] by unjudged token, the oldest first
-    unjudged: Tensor  # [B]
 
 
 class Gathering:
@@ -177,23 +166,24 @@ class Gathering:
         return now
 
 
-def voting(gatherings: Sequence[Gathering], device: torch.device) -> Voting | None:
-    """The votes of one more generated token of every sequence; all gather equally many tokens at a time."""
+def voting(gatherings: Sequence[Gathering], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """What one more generated token of every sequence counts in the judgement of those before it.
+
+    A token's judgement and its voters are known when it is generated, so one running sum per token is all that is
+    remembered: 4 bytes, where its key and value take hundreds. All gather equally many tokens at a time.
+
+    Returns what it counts for each unjudged token [B, U], the oldest first, and how many of these there are [B].
+    """
     if not gatherings:
         return None
     rows = [gathering.count_one() for gathering in gatherings]
     unjudged = [gathering.unjudged for gathering in gatherings]
     padded = [row + [0.0] * (max(map(len, rows)) - len(row)) for row in rows]
     judgement = torch.arange(max(unjudged), device=device) // gatherings[0].config.exceed_length_to_compress  # [U]
-    return Voting(torch.tensor(padded, device=device)[:, judgement], torch.tensor(unjudged, device=device))
+    return torch.tensor(padded, device=device)[:, judgement], torch.tensor(unjudged, device=device)
 
 
-def voter_weights(count: int, config: PyramidConfig) -> Tensor:
-    """From 1 for the oldest voter to `distance_weight` for the newest.  [count]"""
-    return torch.linspace(1.0, config.distance_weight, count)
-
-
-def votes(q: Tensor, keys: Tensor, weights: Tensor, logsumexp: Tensor | None) -> Tensor:
+def votes(config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | None) -> Tensor:
     """How much the newest tokens look at each token of the context before them.
 
     q [V, H, D] are the voters' queries, keys [K, n, D] all that the layer holds, the voters' last, and
@@ -201,12 +191,12 @@ def votes(q: Tensor, keys: Tensor, weights: Tensor, logsumexp: Tensor | None) ->
     The voters' probabilities are computed a block at a time, so no n x n matrix is ever held.
     """
     (V, H, D), (K, n, _) = q.shape, keys.shape
-    total = torch.zeros(n - V, device=q.device)
+    weights = torch.linspace(1.0, config.distance_weight, V, device=q.device)
+    total = torch.zeros(K, H // K, n - V, device=q.device)
     for start in range(0, V, VOTERS):
         block = q[start : start + VOTERS]
         b = len(block)
         grouped = block.view(b, K, H // K, D).permute(1, 2, 0, 3).flatten(1, 2)  # [K, G * b, D]
-        w = weights[start : start + b].to(q.device)
         if logsumexp is None:
             scores = (grouped @ keys.transpose(1, 2)).float().view(K, H // K, b, n) / math.sqrt(D)
             unseen = torch.ones(b, n, dtype=torch.bool, device=q.device).triu(n - V + start + 1)
@@ -214,8 +204,8 @@ def votes(q: Tensor, keys: Tensor, weights: Tensor, logsumexp: Tensor | None) ->
         else:  # all voters see all of the context, so nothing is masked and their own keys are not needed
             scores = (grouped @ keys[:, : n - V].transpose(1, 2)).float().view(K, H // K, b, n - V)
             probs = (scores.div_(math.sqrt(D)) - logsumexp[:, start : start + b].view(K, H // K, b, 1)).exp_()
-        total += w @ probs.sum((0, 1))
-    return total / (H * V)
+        total += weights[start : start + b] @ probs
+    return (total.amax((0, 1)) if config.prefill_max_over_heads else total.mean((0, 1))) / V
 
 
 def pivotal(vote: Tensor, count: int, sinks: int) -> Tensor:
@@ -238,6 +228,8 @@ def keep(
     """
     n, tail = len(q), 1 + config.recent(prompt)
     known = logsumexp[:, n - tail :] if logsumexp is not None else None
-    vote = votes(q[n - tail :], keys, voter_weights(tail, config), known)[-(n - tail) :]
+    vote = votes(config, q[n - tail :], keys, known)[-(n - tail) :]
+    near = config.prefill_vote_neighbours
+    vote = F.avg_pool1d(vote[None], 2 * near + 1, 1, near, count_include_pad=False)[0]
     context = pivotal(vote, length - tail, config.streamingllm_sink_len)
     return torch.cat((context, torch.arange(n - tail, n, device=q.device)))

@@ -33,6 +33,9 @@ LIMITS: dict[str, Limits] = {
     "gen_decay_ratio": (float, 0, 1),
     "exceed_length_to_compress": (int, 1, 10**9),
     "gen_compress_ratio": (float, 0, 1),
+    "prefill_max_over_heads": (bool, False, True),
+    "prefill_vote_neighbours": (int, 0, 10**4),
+    "prefill_full_layers": (int, 0, 10**9),
 }
 Settings = TypeVar("Settings", bound="PublishedSettings")
 
@@ -53,6 +56,11 @@ class PublishedSettings:
         exceed_length_to_compress: generated tokens that are judged together.
         gen_compress_ratio: share of them that stays where the schedule is 1, in the first layer.
 
+    Of our own, and by default without effect (docs/settings.md tells what they give):
+        prefill_max_over_heads: a token's vote is the highest of the query heads' and not their mean.
+        prefill_vote_neighbours: a token's vote is the mean of its own and those of so many tokens on either side.
+        prefill_full_layers: after so many layers, the first ones, nothing is dropped.
+
     Raises:
         ConfigError: a strategy is not known or a value out of range.
         TypeError: a value has the wrong type.
@@ -69,6 +77,9 @@ class PublishedSettings:
     gen_decay_strategy: str = "cosine"
     exceed_length_to_compress: int = 16
     gen_compress_ratio: float = 0.9
+    prefill_max_over_heads: bool = False
+    prefill_vote_neighbours: int = 0
+    prefill_full_layers: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -22,7 +22,7 @@ class LayerCache:
     positions: list[int] = field(default_factory=list)
     keys: dict[int, Tensor] = field(default_factory=dict)  # [K, D] by position
     values: dict[int, Tensor] = field(default_factory=dict)
-    probs: dict[tuple[int, int], float] = field(default_factory=dict)  # (voter, key): the heads' mean
+    probs: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (voter, key): of every query head
 
 
 def ratio(strategy: str, p: float, i: int, layers: int) -> float:
@@ -74,7 +74,7 @@ class SlowPyramid(Oracle):
                 values = torch.stack([cache.values[s] for s in seen]).repeat_interleave(group, 1)
                 probs = (torch.einsum("hd,nhd->hn", q[t], keys) / math.sqrt(D)).softmax(-1)
                 out.append(torch.einsum("hn,nhd->hd", probs, values).flatten())
-                for s, prob in zip(seen, probs.mean(0).tolist(), strict=True):
+                for s, prob in zip(seen, probs.T, strict=True):
                     cache.probs[position, s] = prob
             x = x + torch.stack(out) @ w[p + "self_attn.o_proj.weight"].T
             h = self.norm(x, w[p + "post_attention_layernorm.weight"])
@@ -83,9 +83,12 @@ class SlowPyramid(Oracle):
             s = ratio(cfg.prefill_decay_strategy, cfg.prefill_decay_ratio, i, layers)
             context, tail = positions[: len(positions) - 1 - R], positions[len(positions) - 1 - R :]
             count = int(len(context) * s)
-            due = i % cfg.layerwise_downsample_interval == 0
+            due = i >= cfg.prefill_full_layers and i % cfg.layerwise_downsample_interval == 0
             if is_prompt and due and len(context) > m and s < 1 and count > m:
-                votes = {key: self.vote(cache, tail, key) for key in context}
+                alone = [self.vote(cache, tail, key, max_over_heads=cfg.prefill_max_over_heads) for key in context]
+                near = cfg.prefill_vote_neighbours
+                pooled = [alone[max(0, j - near) : j + near + 1] for j in range(len(context))]
+                votes = {key: sum(some) / len(some) for key, some in zip(context, pooled, strict=True)}
                 votes |= dict.fromkeys(context[: cfg.streamingllm_sink_len], math.inf)
                 stay = sorted(sorted(context, key=lambda key: -votes[key])[:count]) + tail
                 x = x[[positions.index(position) for position in stay]]
@@ -108,9 +111,12 @@ class SlowPyramid(Oracle):
             cache.positions = [s for s in cache.positions if s not in pending or s in stay]
         return len(pending)
 
-    def vote(self, cache: LayerCache, voters: list[int], key: int) -> float:
+    def vote(self, cache: LayerCache, voters: list[int], key: int, *, max_over_heads: bool = False) -> float:
         weights = torch.linspace(1, self.pyramid.distance_weight, len(voters)).tolist()
-        return sum(w * cache.probs.get((v, key), 0.0) for w, v in zip(weights, voters, strict=True)) / len(voters)
+        none = torch.zeros(self.config["num_attention_heads"])
+        looked = [w * cache.probs.get((v, key), none) for w, v in zip(weights, voters, strict=True)]
+        heads = torch.stack(looked).sum(0) / len(voters)
+        return float(heads.max() if max_over_heads else heads.mean())
 
     @staticmethod
     def turn(x: Tensor, positions: list[int]) -> Tensor:

@@ -55,6 +55,32 @@ def test_golden_results(model: str, case: dict[str, Any], golden: dict[str, LLM]
     torch.testing.assert_close(prefill.logits, torch.tensor(case["last_logits"]), atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"prefill_max_over_heads": True},
+        {"prefill_vote_neighbours": 3},
+        {"prefill_full_layers": 3},
+        {"prefill_full_layers": 2, "prefill_vote_neighbours": 2, "prefill_max_over_heads": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_settings_of_our_own_equal_the_slow_version(own: dict[str, Any], kv_heads: int, tmp_path: Path) -> None:
+    """How heads and neighbours are joined, and where dropping begins; each changes what is kept."""
+    write_checkpoint(tmp_path, num_key_value_heads=kv_heads, num_hidden_layers=5)
+    kept = []
+    for pyramid in (STEEP, replace(STEEP, **own)):
+        slow = SlowPyramid(tmp_path, pyramid)
+        (prompt,) = prompts_of([120])
+        logits = slow.forward(prompt, 0, is_prompt=True)
+        (prefill,) = LLM(tmp_path, pyramid=pyramid).prefill([prompt])
+        assert prefill.kept_positions == [cache.positions for cache in slow.layers]
+        torch.testing.assert_close(prefill.logits, logits, atol=2e-4, rtol=2e-4)
+        kept.append(prefill.kept_positions)
+    assert kept[0] != kept[1]
+
+
 @pytest.mark.parametrize(("length", "kv_heads"), [(30, 2), (9, 4), (1, 1)])
 def test_generation_equals_the_slow_version_over_two_hundred_steps(length: int, kv_heads: int, tmp_path: Path) -> None:
     """The tokens that survive are those with the highest votes, in every layer, through many compactions."""

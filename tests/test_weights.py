@@ -12,10 +12,10 @@ import torch
 from conftest import WEIGHTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minipyramid.stories import story
 from train import ANSWER_WEIGHT, Data, Llama, Muon, Shape, export, recall, weighted_loss
 
 from minipyramid import LLM
+from minipyramid.stories import story
 
 
 def words(text: str) -> int:

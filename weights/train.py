@@ -31,10 +31,10 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from minipyramid.stories import story
 from torch import Tensor, nn
 
 from minipyramid.device import quick_bf16
+from minipyramid.stories import story
 
 BOS, EOS = 1, 2
 LENGTHS = (128, 256, 512, 1024, 2048)
