@@ -12,6 +12,7 @@ live keys and values read once, or its products, whichever takes longer.
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import random
@@ -30,13 +31,14 @@ import torch
 from torch import Tensor
 
 from minipyramid import LLM, MiniPyramidError, RequestError, SamplingParams
+from minipyramid.cache import KVCache
 from minipyramid.checkpoint import parameter_sources
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.generate import DEFAULT_MODEL, Parser, print_error, set_threads
 from minipyramid.linear import pack
 from minipyramid.model import Model
-from minipyramid.plan import Policy, pick_pyramid
+from minipyramid.plan import Need, Policy, pick_pyramid
 from minipyramid.plan_table import readable
 from minipyramid.request import parse_bytes
 from minipyramid.shapes import PREFIX, shape_config, shape_dict
@@ -46,6 +48,7 @@ COLUMNS = (
     "peak_rss_mb prefill_floor_share decode_floor_share"
 ).split()
 SPREAD = 0.02  # of random weights
+GROWTH, GROWTH_STEPS = (512, 1024, 2048, 4096, 8192), 12  # tokens held, and steps that the median is of
 
 
 # --- The work ----------------------------------------------------------------------------------------------------
@@ -120,14 +123,17 @@ class RandomLLM(LLM):
 Run = Callable[[], dict[str, Any]]
 
 
+def our_engine(policy: Policy, args: argparse.Namespace) -> LLM:
+    """Of a shape or of a checkpoint."""
+    if args.model.startswith(PREFIX):
+        return RandomLLM(args.model.removeprefix(PREFIX), policy, args)
+    kept = {"pyramid": policy.pyramid or "off", "kv_budget": policy.kv_budget, "kv_memory": args.kv_memory}
+    return LLM(args.model, dtype=args.dtype, device=args.device, **kept)
+
+
 def our_method(name: str, args: argparse.Namespace) -> Run:
     """`full`, `budget`, a preset or a file: this engine under those settings."""
-    policy = policy_of(name, args, config_of(args).num_hidden_layers)
-    if args.model.startswith(PREFIX):
-        llm: LLM = RandomLLM(args.model.removeprefix(PREFIX), policy, args)
-    else:
-        kept = {"pyramid": policy.pyramid or "off", "kv_budget": policy.kv_budget, "kv_memory": args.kv_memory}
-        llm = LLM(args.model, dtype=args.dtype, device=args.device, **kept)
+    llm = our_engine(policy_of(name, args, config_of(args).num_hidden_layers), args)
     work = make_work(args, llm.config)
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in work.new_tokens]
     size = args.fixed if name.startswith("fixed ") else len(work.prompts)
@@ -326,6 +332,57 @@ def floors(
     return flops / rates["flops"], decode
 
 
+# --- Growth ------------------------------------------------------------------------------------------------------
+
+
+def growth(args: argparse.Namespace) -> dict[str, Any]:
+    """A decode step's time by what the cache holds, to see whether it grows with the bytes that are read and no faster.
+
+    The slabs hold zeros, for which a step takes as long; the prompts that they stand for are not computed.
+    """
+    llm = our_engine(Policy(None), args)
+    rates, layers = ceilings(llm.dtype, llm.device), llm.config.num_hidden_layers
+    tokens = torch.full((args.batch_size,), 3, device=llm.device)
+    weights = sum(math.prod(shape) for parts in parameter_sources(llm.config).values() for _, shape in parts)
+    weights -= llm.config.vocab_size * llm.config.hidden_size  # of the embedding only a few rows are read
+    rows = []
+    for held in GROWTH:
+        room = Need((held + GROWTH_STEPS,) * layers)
+        cache = KVCache.allot(llm.config, room, args.batch_size, llm.dtype, llm.device)
+        for _ in range(args.batch_size):
+            cache.add_row()
+            cache.rows[-1].lengths, cache.rows[-1].position = [held] * layers, held
+        times = []
+        for _ in range(GROWTH_STEPS):
+            began = time.perf_counter()
+            with torch.inference_mode():
+                llm.model.logits(llm.model.step(tokens, [cache])).argmax(-1).tolist()
+            times.append(time.perf_counter() - began)
+        read = weights * llm.dtype.itemsize + cache.bytes_per_token * layers * args.batch_size * held
+        rows.append(
+            {
+                "held_tokens": held,
+                "batch": args.batch_size,
+                "step_s": statistics.median(times),
+                "read_bytes": read,
+                "floor_share": read / rates["bytes_per_s"] / statistics.median(times),
+            }
+        )
+    return {"rows": rows, "machine": machine_of(llm.dtype, llm.device, rates)}
+
+
+def growth_table(result: dict[str, Any]) -> str:
+    lines = [machine_line(result["machine"])]
+    lines.append(f"{'tokens held':>11} {'batch':>5} {'step ms':>8} {'read':>10} {'ms per GiB':>10} {'floor':>6}")
+    for row in result["rows"]:
+        per_gib = 1e3 * row["step_s"] / (row["read_bytes"] / 2**30)
+        lines.append(
+            f"{row['held_tokens']:11} {row['batch']:5} {1e3 * row['step_s']:8.1f} {readable(row['read_bytes']):>10} "
+            f"{per_gib:10.1f} {row['floor_share']:6.2f}"
+        )
+    return "\n".join(lines)
+
+
 # --- The command -------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +399,7 @@ def build_parser() -> Parser:
     parser.add_argument("--kv-budget", type=float, metavar="SHARE", help="compare settings solved for this share, too")
     parser.add_argument("--kv-memory", metavar="SIZE", help="bound of the keys and values in flight")
     parser.add_argument("--fixed", type=int, default=0, metavar="N", help="compare with fixed batches of N, in order")
+    parser.add_argument("--growth", action="store_true", help="only a decode step's time by the number of tokens held")
     parser.add_argument("--versus", choices=["transformers"], help="compare with this library, if it is installed")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
@@ -353,11 +411,15 @@ def build_parser() -> Parser:
     return parser
 
 
+def check(args: argparse.Namespace) -> None:
+    least = {"batch_size": 1, "prompt_tokens": 1, "max_new_tokens": 1, "runs": 1, "fixed": 0}
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise RequestError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
+
+
 def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """All methods in turn, `--runs` times after one that does not count; rows of medians, and the machine."""
-    for name in ("batch_size", "prompt_tokens", "max_new_tokens", "runs"):
-        if getattr(args, name) < 1:
-            raise RequestError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     config = config_of(args)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, config.dtype, device)
@@ -404,7 +466,12 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
                 "decode_floor_share": low[1] / middle["decode_s"],
             }
         )
-    machine = {
+    machine = machine_of(dtype, device, rates)
+    return {"rows": [{column: row[column] for column in COLUMNS} for row in rows], "machine": machine}
+
+
+def machine_of(dtype: torch.dtype, device: torch.device, rates: dict[str, float]) -> dict[str, Any]:
+    return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -412,7 +479,13 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "gflops": rates["flops"] / 1e9,
         "read_gb_s": rates["bytes_per_s"] / 1e9,
     }
-    return {"rows": [{column: row[column] for column in COLUMNS} for row in rows], "machine": machine}
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['dtype']}: "
+        f"{machine['gflops']:.0f} GFLOP/s, reading {machine['read_gb_s']:.0f} GB/s"
+    )
 
 
 def cpu_name() -> str:
@@ -424,10 +497,8 @@ def cpu_name() -> str:
 
 def table(result: dict[str, Any]) -> str:
     """For people."""
-    machine = result["machine"]
     lines = [
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['dtype']}: "
-        f"{machine['gflops']:.0f} GFLOP/s, reading {machine['read_gb_s']:.0f} GB/s",
+        machine_line(result["machine"]),
         f"{'method':24} {'prompt s':>9} {'decode s':>9} {'tokens/s':>9} {'KV held':>10} {'share':>6} {'peak MB':>8} "
         f"{'floor: prompt':>13} {'decode':>7}",
     ]
@@ -445,12 +516,13 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     try:
+        check(args)
         set_threads(args.threads)
         if args.serve:
             serve(args.serve, args)
         else:
-            result = measure(args, argv)
-            print(table(result))
+            result = growth(args) if args.growth else measure(args, argv)
+            print(growth_table(result) if args.growth else table(result))
             if args.json:
                 print(json.dumps(result))
     except MiniPyramidError as error:

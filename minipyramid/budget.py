@@ -73,10 +73,9 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
     few = min(base.recent_ratio, FEW_VOTERS)
     context = max(1, prompt_tokens - 1 - int(prompt_tokens * few))
     least = min(base.min_context_length, context - 1)
-    # The ratios of `constant` that leave just more than `least` after one layer, and after all of them.
-    steepest, even = (
-        (1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in (1, max(1, layers - 1 - base.prefill_full_layers))
-    )
+    # The ratios of `constant` that leave just more than `least` after one layer, and after all that drop.
+    drops = (1, max(1, layers - base.prefill_full_layers))
+    steepest, even = ((1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in drops)
 
     kept = replace(base, prefill_decay_ratio=1.0)
     # Nothing is dropped; then generated tokens are, by the settings.
@@ -90,7 +89,7 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
     yield sloping, replace(sloping, recent_ratio=few)
     forgetful = replace(sloping, recent_ratio=few, gen_decay_ratio=0.0, gen_compress_ratio=0.0)
     yield replace(sloping, recent_ratio=few), forgetful
-    falling = replace(forgetful, min_context_length=least, prefill_full_layers=0)
+    falling = replace(forgetful, min_context_length=least, prefill_full_layers=1)
     cliff = replace(falling, prefill_decay_ratio=min(1.0, steepest))
     yield falling, cliff
     # What else can be: no least context, no voter but the newest token.

@@ -62,7 +62,7 @@ class PyramidConfig(PublishedSettings):
         for i in range(layers):
             lengths.append(n)
             kept = int((n - tail) * schedule(self.prefill_decay_ratio, i, layers))
-            drops = i >= self.prefill_full_layers and i % self.layerwise_downsample_interval == 0
+            drops = i + 1 >= self.prefill_full_layers and i % self.layerwise_downsample_interval == 0
             if drops and kept > self.min_context_length:
                 n = kept + tail
         return lengths

@@ -35,7 +35,7 @@ LIMITS: dict[str, Limits] = {
     "gen_compress_ratio": (float, 0, 1),
     "prefill_max_over_heads": (bool, False, True),
     "prefill_vote_neighbours": (int, 0, 10**4),
-    "prefill_full_layers": (int, 0, 10**9),
+    "prefill_full_layers": (int, 1, 10**9),
 }
 Settings = TypeVar("Settings", bound="PublishedSettings")
 
@@ -59,7 +59,7 @@ class PublishedSettings:
     Of our own, and by default without effect (docs/settings.md tells what they give):
         prefill_max_over_heads: a token's vote is the highest of the query heads' and not their mean.
         prefill_vote_neighbours: a token's vote is the mean of its own and those of so many tokens on either side.
-        prefill_full_layers: after so many layers, the first ones, nothing is dropped.
+        prefill_full_layers: so many layers, the first ones, hold the whole prompt.
 
     Raises:
         ConfigError: a strategy is not known or a value out of range.
@@ -79,7 +79,7 @@ class PublishedSettings:
     gen_compress_ratio: float = 0.9
     prefill_max_over_heads: bool = False
     prefill_vote_neighbours: int = 0
-    prefill_full_layers: int = 0
+    prefill_full_layers: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):

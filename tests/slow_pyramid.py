@@ -83,7 +83,7 @@ class SlowPyramid(Oracle):
             s = ratio(cfg.prefill_decay_strategy, cfg.prefill_decay_ratio, i, layers)
             context, tail = positions[: len(positions) - 1 - R], positions[len(positions) - 1 - R :]
             count = int(len(context) * s)
-            due = i >= cfg.prefill_full_layers and i % cfg.layerwise_downsample_interval == 0
+            due = i + 1 >= cfg.prefill_full_layers and i % cfg.layerwise_downsample_interval == 0
             if is_prompt and due and len(context) > m and s < 1 and count > m:
                 alone = [self.vote(cache, tail, key, max_over_heads=cfg.prefill_max_over_heads) for key in context]
                 near = cfg.prefill_vote_neighbours

@@ -68,11 +68,27 @@ def test_floors_of_a_model_that_can_be_counted_by_hand() -> None:
     assert less[1] < decode
 
 
+def test_growth_counts_the_bytes_of_a_step(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All weights but the embedding's, once, and the keys and values of every sequence."""
+    assert main(["--model", str(tiny_dir), "--growth", "--batch-size", "2", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = json.loads(lines[-1])["rows"]
+    assert [row["held_tokens"] for row in rows] == [512, 1024, 2048, 4096, 8192]
+    assert len(lines) == 2 + len(rows) + 1
+    vectors, head = 7 * 32, 320 * 32
+    weights = 4 * (3 * (32 * (4 + 2 * 2) * 8 + 32 * 32 + 3 * 32 * 48) + vectors + head)
+    for row in rows:
+        assert row["read_bytes"] == weights + 2 * 3 * row["held_tokens"] * CONFIG.kv_bytes_per_token(4)
+        assert row["step_s"] > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--model", "shape:llama-9b"], "no shape"),
         (["--batch-size", "0"], "--batch-size is 0"),
+        (["--fixed", "-1"], "--fixed is -1"),
+        (["--growth", "--batch-size", "0"], "--batch-size is 0"),
         (["--pyramid", "llama2-7", "--prompt-tokens", "9"], "'llama2-7b'"),
         (["--model", "shape:llama2-7b", "--prompt-tokens", "4096"], "context"),
         (["--model", "shape:llama-125m", "--kv-budget", "0.01"], "smallest"),
