@@ -2,12 +2,14 @@
 
 All of these prune keys and values after each layer, and compute every layer over the whole prompt; only the pyramid
 drops hidden states as well (it prunes within `Model.extend`, so it stands here as settings and not as a policy). A
-policy is one function: from what a layer has just computed to the positions that each key/value head keeps.
+policy is one function: from what a layer has just computed to the positions that each key/value head keeps. The votes
+of query heads that share a key/value head are added up. What follows the prompt is kept by all of these policies: the
+window of StreamingLLM does not roll on here, and H2O does not evict while it generates.
 
     sinks + window   Xiao et al., 2023 (StreamingLLM): the first four tokens and the newest; positions stay as they are
     H2O              Zhang et al., 2023: half of the room for the newest, half for what all queries looked at most
-    SnapKV           Li et al., 2024: what the newest tokens look at, pooled over neighbours, per key/value head
-    PyramidKV        Cai et al., 2024: SnapKV with room that falls with depth
+    SnapKV           Li et al., 2024: the newest, and what they look at, pooled over neighbours, per key/value head
+    PyramidKV        Cai et al., 2024: SnapKV; the room beside the newest falls with depth
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from minipyramid.pyramid import Gathering
 from minipyramid.rope import rotations
 
 SINKS = 4  # as in StreamingLLM
-WINDOW, POOL = 32, 7  # SnapKV's observation window, and how many neighbours share a vote
+WINDOW, POOL = 32, 5  # SnapKV's observation window, and how many neighbours share a vote by its public code: their mean
 STEEPNESS = 20  # PyramidKV's beta: the deepest layer has a 20th of the mean
+BLOCK = 256  # queries whose probabilities are held at a time
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,15 @@ class Seen:
     q: Tensor  # [n, H, D] rotated
     keys: Tensor  # [K, n, D] rotated
     values: Tensor  # [K, n, D]
+    draw: int = 0  # for what is drawn: of each layer and prompt its own
 
-    def probs(self, start: int) -> Tensor:
+    def probs(self, start: int, end: int | None = None) -> Tensor:
         """Attention probabilities of the queries from `start` on, the heads of a group together.  [K, G, q, n]"""
         (n, H, D), K = self.q.shape, len(self.keys)
-        q = self.q[start:].transpose(0, 1).reshape(K, H // K, n - start, D)
+        some = self.q[start:end]
+        q = some.transpose(0, 1).reshape(K, H // K, len(some), D)
         scores = (q @ self.keys[:, None].transpose(-1, -2)).float() / math.sqrt(D)
-        unseen = torch.ones(n - start, n, dtype=torch.bool, device=q.device).triu(start + 1)
+        unseen = torch.ones(len(some), n, dtype=torch.bool, device=q.device).triu(start + 1)
         return scores.masked_fill_(unseen, -math.inf).softmax(-1)
 
 
@@ -64,8 +69,8 @@ def sinks_and_window(seen: Seen, count: int) -> Tensor:
 
 
 def at_random(seen: Seen, count: int) -> Tensor:
-    """The first four and any others, of every head its own."""
-    drawn = torch.Generator().manual_seed(seen.keys.shape[1])
+    """The first four and any others, of every layer and head its own."""
+    drawn = torch.Generator().manual_seed(seen.draw)
     return best_of(torch.rand(seen.keys.shape[:2], generator=drawn), count, first=SINKS)
 
 
@@ -73,16 +78,19 @@ def heavy_hitters(seen: Seen, count: int) -> Tensor:
     """Half of the room for the newest, half for those that all queries together looked at most."""
     n = seen.keys.shape[1]
     # A block of queries at a time, for a whole matrix of probabilities would not fit for a long prompt.
-    looked = sum(seen.probs(n - rows)[:, :, : min(256, rows)].sum((1, 2)) for rows in range(n, 0, -256))
+    looked = sum(seen.probs(start, start + BLOCK).sum((1, 2)) for start in range(0, n, BLOCK))
     return best_of(cast("Tensor", looked), count, last=count // 2)
 
 
 def observed(seen: Seen, count: int) -> Tensor:
-    """The newest 32, and what they look at most, pooled over 7 neighbours so that whole phrases stay."""
+    """The newest 32 (of little room at most half), and what they look at most, by phrases of 5 tokens."""
     n = seen.keys.shape[1]
-    window = min(WINDOW, count, n)
+    window = min(WINDOW, (count + 1) // 2)
     vote = seen.probs(n - window).sum((1, 2))  # [K, n]
-    return best_of(F.avg_pool1d(vote, POOL, 1, POOL // 2, count_include_pad=False), count, last=window)
+    if window < n:
+        before = vote[:, : n - window]
+        vote[:, : n - window] = F.avg_pool1d(before, POOL, 1, POOL // 2, count_include_pad=False)
+    return best_of(vote, count, last=window)
 
 
 def best_of(vote: Tensor, count: int, first: int = 0, last: int = 0) -> Tensor:
@@ -99,12 +107,15 @@ def evenly(total: int, layers: int, _tokens: int) -> list[int]:
 
 
 def falling(total: int, layers: int, tokens: int) -> list[int]:
-    """Room that falls along a line, from what lets the deepest layer have a 20th of the mean, as far as that can be."""
-    mean = total / layers
-    slope = min(mean - mean / STEEPNESS, tokens - mean)
+    """A window for every layer, and beside it room that falls along a line: the deepest layer has a 20th of the mean,
+    unless the first would have more than there is.
+    """
+    window = min(WINDOW, total // (2 * layers))
+    mean = total / layers - window
+    slope = min(mean - mean / STEEPNESS, tokens - window - mean)
     ends = [mean * (i + 1) + slope * (i + 1) * (1 - i / max(1, layers - 1)) for i in range(layers)]
-    ends[-1] = float(total)
-    return [round(b) - round(a) for a, b in zip([0.0, *ends[:-1]], ends, strict=True)]
+    ends[-1] = float(total - layers * window)
+    return [window + round(b) - round(a) for a, b in zip([0.0, *ends[:-1]], ends, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -125,72 +136,56 @@ POLICIES = {
 }
 
 
-@dataclass(frozen=True)
-class Held:
-    """A prompt in a cache of one row, and the scores of the token that comes next."""
-
-    cache: KVCache
-    logits: Tensor  # [vocab_size]
-
-    @property
-    def kv_bytes(self) -> int:
-        """Keys and values, as they stand in the cache."""
-        return self.cache.bytes_per_token * sum(self.cache.rows[0].lengths)
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A whole prompt, nothing dropped."""
-
-    layers: list[Seen]
-    logits: Tensor  # [vocab_size] of the next token
+def kv_bytes(cache: KVCache) -> int:
+    """Keys and values of the first row, as they stand in the cache."""
+    return cache.bytes_per_token * sum(cache.rows[0].lengths)
 
 
 @torch.inference_mode()
-def observe(llm: LLM, ids: list[int]) -> Observed:
-    """Compute a whole prompt, and remember what each layer saw."""
+def observe(llm: LLM, ids: list[int], draw: int = 0) -> list[Seen]:
+    """Compute a whole prompt, nothing dropped; what each layer saw."""
     model, seen = llm.model, []
     positions = torch.arange(len(ids), device=llm.device)
     cos, sin = rotations(positions, model.inv_freq, llm.dtype)
     x = F.embedding(torch.tensor(ids, device=llm.device), model.embed_tokens)  # [n, hidden_size]
-    for layer in cast("Iterable[Layer]", model.layers):
+    for i, layer in enumerate(cast("Iterable[Layer]", model.layers)):
         q, k, v = layer.qkv(x, cos, sin)
-        seen.append(Seen(q, k.transpose(0, 1), v.transpose(0, 1)))
+        seen.append(Seen(q, k.transpose(0, 1), v.transpose(0, 1), draw * len(model.layers) + i))
         x = layer.residual(x, attend(q, seen[-1].keys, seen[-1].values)[0])
-    return Observed(seen, model.logits(x[-1:])[0])
+    return seen
 
 
 @torch.inference_mode()
-def hold(llm: LLM, observed: Observed, policy: Policy, total: int, room: int) -> Held:
-    """Put what a policy keeps of an observed prompt into a cache.
+def hold(llm: LLM, seen: list[Seen], policy: Policy, total: int, room: int) -> KVCache:
+    """Put what a policy keeps of an observed prompt into a cache of one row.
 
     Args:
         total: tokens that are held, over all layers.
         room: tokens that may follow.
     """
-    n = len(observed.layers[0].q)
-    counts = policy.split(total, len(observed.layers), n)
+    n = len(seen[0].q)
+    counts = policy.split(total, len(seen), n)
     cache = KVCache.allot(llm.config, Need(tuple(c + room for c in counts)), 1, llm.dtype, llm.device)
     cache.add_row()
-    for i, (layer, count) in enumerate(zip(observed.layers, counts, strict=True)):
+    for i, (layer, count) in enumerate(zip(seen, counts, strict=True)):
         kept = policy.choose(layer, count).to(llm.device)  # [K, count]
         k, v = (t.gather(1, kept[..., None].expand(-1, -1, t.shape[2])) for t in (layer.keys, layer.values))
         # A cache counts positions by layer, not by head: those of the first head stand for all.
         cache.append(i, 0, k.transpose(0, 1), v.transpose(0, 1), kept[0])
     cache.rows[0].position = n
-    return Held(cache, observed.logits)
+    return cache
 
 
 @torch.inference_mode()
-def hold_pyramid(llm: LLM, ids: list[int], settings: PyramidConfig, room: int, new_tokens: int = 0) -> Held:
+def hold_pyramid(llm: LLM, ids: list[int], settings: PyramidConfig, room: int, new_tokens: int = 0) -> KVCache:
     """The same by PyramidInfer, whose deep layers never compute what shallow ones have dropped.
 
     Args:
-        new_tokens: generated tokens that will be judged; 0 where all that follows is kept.
+        new_tokens: tokens that will be generated, and judged; 0 where all that follows is kept.
     """
     layers = llm.config.num_hidden_layers
     needed = need(settings, len(ids), new_tokens, layers).beside([room] * layers)
     cache = KVCache.allot(llm.config, needed, 1, llm.dtype, llm.device)
     cache.add_row(Gathering(settings, len(ids), new_tokens) if new_tokens else None)
-    x = llm.model.extend(torch.tensor(ids, device=llm.device), [Span(cache, 0, len(ids), settings)])
-    return Held(cache, llm.model.logits(x)[0])
+    llm.model.extend(torch.tensor(ids, device=llm.device), [Span(cache, 0, len(ids), settings)])
+    return cache

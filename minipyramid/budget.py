@@ -89,11 +89,11 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
     yield sloping, replace(sloping, recent_ratio=few)
     forgetful = replace(sloping, recent_ratio=few, gen_decay_ratio=0.0, gen_compress_ratio=0.0)
     yield replace(sloping, recent_ratio=few), forgetful
-    falling = replace(forgetful, min_context_length=least, prefill_full_layers=1)
-    cliff = replace(falling, prefill_decay_ratio=min(1.0, steepest))
-    yield falling, cliff
-    # What else can be: no least context, no voter but the newest token.
-    bare = replace(cliff, min_context_length=0, prefill_decay_ratio=min(1.0, (1 + 1e-6) / context))
+    cliff = replace(forgetful, prefill_decay_ratio=min(1.0, steepest), min_context_length=least)
+    yield replace(forgetful, min_context_length=least), cliff
+    # What else can be: no full layers but the first, no least context, no voter but the newest token.
+    one = min(1.0, (1 + 1e-6) / context)  # the ratio that leaves a single token
+    bare = replace(cliff, prefill_full_layers=1, min_context_length=0, prefill_decay_ratio=one)
     yield cliff, bare
     yield bare, replace(bare, recent_ratio=0.0)
 
@@ -101,5 +101,5 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
 def between(start: PyramidConfig, end: PyramidConfig, t: float) -> PyramidConfig:
     """The configuration at `t` of the way, 0 to 1; a file may have a whole number where a ratio is meant."""
     pairs = {field.name: (getattr(start, field.name), getattr(end, field.name)) for field in fields(end)}
-    kinds: dict[str, Any] = {"min_context_length": int}
+    kinds: dict[str, Any] = {"min_context_length": int, "prefill_full_layers": int}
     return replace(end, **{n: kinds.get(n, float)(a + (b - a) * t) for n, (a, b) in pairs.items() if a != b and t < 1})

@@ -1,13 +1,14 @@
 """`python -m minipyramid.eval`: what pruning costs, against the full cache and against other policies at equal bytes.
 
-A context is put into the cache once by every policy and budget, and then asked in three ways. *Text*: the perplexity of
-what follows it in a book, and how far each next token's probabilities are from the full cache's (KL divergence, and
-how often both would choose the same). *Recall*: facts planted in a story and asked for, the question in the pruned
-prompt (where it votes) and after it (where nothing knows of it yet). *Generation*: where a greedy text first differs
-from the full cache's, and by how much its length does.
+Every policy and budget puts the same context into a cache and is then asked about it, in three tasks. *Text*: the
+perplexity of what follows in a book, and how far each next token's probabilities are from the full cache's (KL
+divergence, and how often both would choose the same). *Recall*: facts planted in a story and asked for, the question in
+the pruned prompt (where it votes) and after it (where nothing knows of it yet). *Generation*: where a greedy text first
+differs from the full cache's, and by how much its length does.
 
-A budget is a share of the full cache's bytes: the pyramid's settings are solved for it, and the others are given as
-many tokens as it holds. Intervals are 95 % by bootstrap over windows, questions and openings.
+The last token before what is scored is never part of the context, so that every figure went through the pruned cache. A
+budget is a share of the full cache's bytes of the context: the pyramid's settings are solved for it, and the others are
+given as many tokens as it holds. Intervals are 95 % by bootstrap over windows, stories and openings.
 """
 
 import argparse
@@ -22,15 +23,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from minipyramid import LLM, MiniPyramidError, RequestError
-from minipyramid.baselines import POLICIES, Held, Policy, hold, hold_pyramid, observe
-from minipyramid.cache import Span
-from minipyramid.generate import DEFAULT_MODEL, Parser, ProgressLine, print_error, set_threads
+from minipyramid import LLM, MiniPyramidError, PyramidConfig, RequestError
+from minipyramid.baselines import POLICIES, Seen, hold, hold_pyramid, kv_bytes, observe
+from minipyramid.budget import check_share
+from minipyramid.cache import KVCache, Span
+from minipyramid.demo import check_writable
+from minipyramid.generate import DEFAULT_MODEL, Parser, ProgressLine, discard_output, print_error, set_threads
 from minipyramid.picture import load_matplotlib
 from minipyramid.plan_table import readable
 from minipyramid.stories import Story, story
@@ -40,13 +43,14 @@ NAMES = ("full", "pyramid", *(name for name in POLICIES if name != "full"))
 RESAMPLES = 1000
 QUESTIONS = 4  # of a story, at most; each in the prompt costs a prompt of its own
 PARTS = 3  # of a story, for recall by depth
+QUESTION = 40  # tokens that a question and its answer take at most
 
 
 # --- What is measured --------------------------------------------------------------------------------------------
 
 
-# (a policy's cache, the full cache) -> figures by name, one of each or several
-Ask = Callable[[Held, Held], dict[str, list[float]]]
+Figures = dict[str, float]
+Ask = Callable[[KVCache, KVCache], Figures]  # (a policy's cache, the full cache) -> figures by name
 
 
 @dataclass(frozen=True)
@@ -60,74 +64,119 @@ class Task:
 
 
 @torch.inference_mode()
-def follow(llm: LLM, held: Held, ids: list[int]) -> Tensor:
-    """Log-probabilities of what each token of `ids` could be, given the cache; leaves it as it was.  [n, vocab_size]"""
-    row = held.cache.rows[0]
-    held.cache.rows[0] = replace(row, lengths=list(row.lengths), kept=list(row.kept))
-    x = llm.model.extend(torch.tensor(ids, device=llm.device), [Span(held.cache, 0, len(ids))], every=True)
-    held.cache.rows[0] = row
-    return torch.cat((held.logits[None], llm.model.logits(x[:-1]))).log_softmax(-1)
+def follow(llm: LLM, cache: KVCache, ids: list[int]) -> Tensor:
+    """Log-probabilities of what may follow each of `ids` behind a context; leaves its cache as it was.
+
+    [n] -> [n, vocab_size]
+    """
+    row = cache.rows[0]
+    cache.rows[0] = replace(row, lengths=list(row.lengths), kept=list(row.kept))
+    x = llm.model.extend(torch.tensor(ids, device=llm.device), [Span(cache, 0, len(ids))], every=True)
+    cache.rows[0] = row
+    return llm.model.logits(x).log_softmax(-1)
 
 
-def read_on(llm: LLM, continuation: list[int]) -> Ask:
-    """Text: loss, KL divergence from the full cache and agreement with it, in nats and shares per token."""
+def read_on(llm: LLM, ids: list[int]) -> Ask:
+    """Text: of all `ids` but the first the loss, KL divergence from the full cache (nats) and agreement with it.
 
-    def ask(held: Held, full: Held) -> dict[str, list[float]]:
-        ours, theirs = follow(llm, held, continuation), follow(llm, full, continuation)
-        target = torch.tensor(continuation, device=llm.device)[:, None]
+    Also what is held, so that a row tells the bytes of contexts of one length.
+    """
+
+    def ask(cache: KVCache, full: KVCache) -> Figures:
+        ours, theirs = follow(llm, cache, ids[:-1]), follow(llm, full, ids[:-1])
+        target = torch.tensor(ids[1:], device=llm.device)[:, None]
         return {
-            "loss": [-float(ours.gather(1, target).mean())],
-            "kl": [float((theirs.exp() * (theirs - ours)).sum(-1).mean())],
-            "agreement": [float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())],
+            "loss": -float(ours.gather(1, target).mean()),
+            "kl": float((theirs.exp() * (theirs - ours)).sum(-1).mean()),
+            "agreement": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+            "kv_bytes": kv_bytes(cache),
+            "kv_share": kv_bytes(cache) / kv_bytes(full),
         }
 
     return ask
 
 
-def answers(llm: LLM, held: Held, question: list[int], answer: list[int]) -> float:
-    """1 if every token of the answer is the first choice, given those before it."""
-    said = follow(llm, held, question + answer)[len(question) :].argmax(-1).tolist()
-    return float(said == answer)
-
-
-def generate(llm: LLM, held: Held, new_tokens: int) -> list[int]:
-    """Greedy tokens, up to the end of text."""
-    ids, logits = [], held.logits
+def generate(llm: LLM, cache: KVCache, last: int, new_tokens: int) -> list[int]:
+    """Greedy tokens after `last`, up to the end of text."""
+    ids = [last]
     with torch.inference_mode():
-        while True:
-            ids.append(int(logits.argmax()))
-            if len(ids) == new_tokens or ids[-1] in llm.config.eos_token_ids:
-                return ids
-            logits = llm.model.logits(llm.model.step(torch.tensor(ids[-1:], device=llm.device), [held.cache]))[0]
+        while len(ids) <= new_tokens and (len(ids) == 1 or ids[-1] not in llm.config.eos_token_ids):
+            x = llm.model.step(torch.tensor(ids[-1:], device=llm.device), [cache])
+            ids.append(int(llm.model.logits(x)[0].argmax()))
+    return ids[1:]
 
 
-def write_on(llm: LLM, new_tokens: int) -> Ask:
-    """Generation: tokens until the first difference from the full cache's text, and by how many it is longer."""
+def write_on(llm: LLM, last: int, new_tokens: int) -> Ask:
+    """Generation: how many tokens are the full cache's (of an equal text all), and by how many it is longer."""
     full_text: list[int] = []
 
-    def ask(held: Held, full: Held) -> dict[str, list[float]]:
+    def ask(cache: KVCache, full: KVCache) -> Figures:
         if not full_text:
-            full_text.extend(generate(llm, full, new_tokens))
-        ours = full_text if held is full else generate(llm, held, new_tokens)
+            full_text.extend(generate(llm, full, last, new_tokens))
+        ours = full_text if cache is full else generate(llm, cache, last, new_tokens)
         same = [a == b for a, b in zip(ours, full_text, strict=False)]
         return {
-            "first_difference": [float((*same, False).index(False))],
-            "length_drift": [float(len(ours) - len(full_text))],
+            "first_difference": new_tokens if ours == full_text else (*same, False).index(False),
+            "identical": float(ours == full_text),
+            "length_drift": len(ours) - len(full_text),
         }
 
     return ask
 
 
-# --- The tasks ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Asked:
+    """A question, its answer, and in which part of the planted stretch the fact stands."""
+
+    question: list[int]
+    answer: list[int]
+    part: int
+
+    def hit(self, llm: LLM, cache: KVCache, question: list[int]) -> float:
+        """1 if every token of the answer is the first choice, given those before it."""
+        said = follow(llm, cache, question + self.answer[:-1])[len(question) - 1 :].argmax(-1).tolist()
+        return float(said == self.answer)
+
+
+def after(llm: LLM, asked: list[Asked]) -> Ask:
+    """All questions of a story, each behind its pruned cache."""
+
+    def ask(cache: KVCache, _: KVCache) -> Figures:
+        hits = [(a.hit(llm, cache, a.question), a.part) for a in asked]
+        parts = {part: [hit for hit, p in hits if p == part] for _, part in hits}
+        by_part = {f"after_part_{part + 1}": statistics.fmean(some) for part, some in parts.items()}
+        return {"after": statistics.fmean(hit for hit, _ in hits), **by_part}
+
+    return ask
+
+
+def inside(llm: LLM, a: Asked) -> Ask:
+    """One question, whose last token alone is behind the pruned cache."""
+
+    def ask(cache: KVCache, _: KVCache) -> Figures:
+        hit = a.hit(llm, cache, a.question[-1:])
+        return {"inside": hit, f"inside_part_{a.part + 1}": hit}
+
+    return ask
+
+
+# --- The tasks, each without end; what is yielded together is one sample -----------------------------------------
 
 
 def texts(llm: LLM, tokens: list[int], context: int, continuation: int, rng: random.Random) -> Iterator[list[Task]]:
-    """Windows of the text, without end; each begins like a prompt."""
+    """Windows of the text; each begins like a prompt."""
     begin = llm.tokenizer.encode("") if llm.tokenizer else []
     while True:
         start = rng.randrange(len(tokens) - context - continuation + len(begin) + 1)
         ids = begin + tokens[start : start + context + continuation - len(begin)]
-        yield [Task(ids[:context], read_on(llm, ids[context:]), continuation)]
+        yield [Task(ids[: context - 1], read_on(llm, ids[context - 1 :]), continuation)]
+
+
+def openings(llm: LLM, tokens: list[int], context: int, new_tokens: int, rng: random.Random) -> Iterator[list[Task]]:
+    """Windows of the text that are written on."""
+    for (window,) in texts(llm, tokens, context + 1, 0, rng):
+        *ids, last = window.context
+        yield [Task(ids, write_on(llm, last, new_tokens), 1, new_tokens)]
 
 
 def planted(llm: LLM, context: int, rng: random.Random) -> Iterator[list[Task]]:
@@ -140,7 +189,7 @@ def planted(llm: LLM, context: int, rng: random.Random) -> Iterator[list[Task]]:
         return tokenizer.encode(text, continues=True)
 
     while True:
-        tale = story(rng, context, lambda text: len(pieces(text)))
+        tale = story(rng, context - QUESTION, lambda text: len(pieces(" " + text)), asked_within=False)
         asked = []
         for question, answer in tale.asked[:QUESTIONS]:
             # As one text, for their pieces are those of the whole.
@@ -148,91 +197,62 @@ def planted(llm: LLM, context: int, rng: random.Random) -> Iterator[list[Task]]:
             asked.append(Asked(both[:q], both[q:], depth(tale, question, answer)))
         text = tokenizer.encode(tale.text)
         room = max(len(a.question) + len(a.answer) for a in asked)
-        yield [Task(text, after(llm, asked), room)] + [
-            Task(text + a.question, inside(llm, a), len(a.answer)) for a in asked
-        ]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question, its answer, and in which part of the story the fact stands."""
-
-    question: list[int]
-    answer: list[int]
-    part: int
-
-
-def after(llm: LLM, asked: list[Asked]) -> Ask:
-    def ask(held: Held, _: Held) -> dict[str, list[float]]:
-        figures: dict[str, list[float]] = defaultdict(list)
-        for a in asked:
-            hit = answers(llm, held, a.question, a.answer)
-            figures["after"].append(hit)
-            figures[f"after_part_{a.part + 1}"].append(hit)
-        return figures
-
-    return ask
-
-
-def inside(llm: LLM, a: Asked) -> Ask:
-    def ask(held: Held, _: Held) -> dict[str, list[float]]:
-        hit = [answers(llm, held, [], a.answer)]
-        return {"inside": hit, f"inside_part_{a.part + 1}": hit}
-
-    return ask
+        each = [Task(text + a.question[:-1], inside(llm, a), len(a.answer)) for a in asked]
+        yield [Task(text, after(llm, asked), room), *each]
 
 
 def depth(tale: Story, question: str, answer: str) -> int:
-    """In which part of the story the fact stands."""
+    """In which part the fact stands, of the three quarters in which facts are planted."""
     sentence = question.rpartition("Answer: ")[2] + answer.removesuffix(".")
-    return PARTS * tale.text.index(sentence) // len(tale.text)
-
-
-def openings(llm: LLM, tokens: list[int], context: int, new_tokens: int, rng: random.Random) -> Iterator[list[Task]]:
-    """Windows of the text that are written on."""
-    for (window,) in texts(llm, tokens, context, 0, rng):
-        yield [replace(window, ask=write_on(llm, new_tokens), room=new_tokens, new_tokens=new_tokens)]
+    return min(PARTS - 1, int(PARTS * tale.text.index(sentence) / (0.75 * len(tale.text))))
 
 
 # --- The comparison ----------------------------------------------------------------------------------------------
 
-Figures = dict[tuple[str, float], dict[str, list[float]]]  # by policy and budget: a figure's name -> one per sample
+Samples = dict[tuple[str, float], dict[str, list[float]]]  # by policy and budget: a figure's name -> one per sample
 
 
-def no_figures() -> Figures:
+def no_samples() -> Samples:
     return defaultdict(lambda: defaultdict(list))
 
 
-def compare(llm: LLM, task: Task, policies: list[str], budgets: list[float], figures: Figures) -> None:
-    """Ask one task of every policy at every budget, and note what came back and what was held."""
-    layers, n, new = llm.config.num_hidden_layers, len(task.context), task.new_tokens
-    observed = observe(llm, task.context)
+def compare(llm: LLM, tasks: list[Task], policies: list[str], budgets: list[float], samples: Samples) -> None:
+    """Ask one sample's tasks of every policy at every budget; a figure of several tasks counts once, by its mean."""
+    got = no_samples()
+    for task in tasks:
+        seen = observe(llm, task.context, draw=sum(task.context))
+        everything, room = len(seen) * len(task.context), task.room + task.new_tokens
+        full = hold(llm, seen, POLICIES["full"], everything, room)
+        for name, budget, cache in caches(llm, task, seen, policies, budgets):
+            for key, value in task.ask(cache or full, full).items():
+                got[name, budget][key].append(value)
+    for method, figures in got.items():
+        for key, values in figures.items():
+            samples[method][key].append(statistics.fmean(values))
 
-    def held_by(policy: Policy, total: int) -> Held:
-        return hold(llm, observed, policy, total, task.room)
 
-    def note(name: str, budget: float, held: Held) -> None:
-        got = figures[name, budget]
-        got["kv_bytes"].append(held.kv_bytes)
-        got["kv_share"].append(held.kv_bytes / full_bytes)
-        for key, values in task.ask(held, full).items():
-            got[key] += values
+def solved(llm: LLM, budget: float, tokens: int) -> PyramidConfig:
+    """The settings that hold such a share of a context; raises `BudgetError`, or `ConfigError` where there are none."""
+    policy = replace(llm.policy, kv_budget=budget)  # refused where the pyramid is off
+    return cast("PyramidConfig", policy.settings(tokens, 0, llm.config.num_hidden_layers))
 
-    full = held_by(POLICIES["full"], n * layers)
-    full_bytes = full.kv_bytes
+
+def caches(
+    llm: LLM, task: Task, seen: list[Seen], policies: list[str], budgets: list[float]
+) -> Iterator[tuple[str, float, KVCache | None]]:
+    """Every policy's cache of a task's context, with its name and budget; None for the full one."""
+    layers, n, room = len(seen), len(task.context), task.room + task.new_tokens
     if "full" in policies:
-        note("full", 1.0, full)
+        yield "full", 1.0, None
     for budget in budgets:
-        settings = replace(llm.policy, kv_budget=budget).settings(n, new, layers)
-        if settings is None:
-            raise RequestError("the pyramid is off, and there is nothing to solve a budget with; give --pyramid")
-        # What follows is kept by the others, so at the end all hold the same.
-        total = sum(settings.kv_lengths(n, new, layers)) - new * layers
+        total = int(budget * n * layers)
+        if "pyramid" in policies:
+            settings = solved(llm, budget, n)
+            total = sum(settings.prompt_lengths(n, layers))
+            yield "pyramid", budget, hold_pyramid(llm, task.context, settings, task.room, task.new_tokens)
         for name in policies:
-            if name == "pyramid":
-                note(name, budget, hold_pyramid(llm, task.context, settings, task.room, new))
-            elif name != "full" and total >= layers:
-                note(name, budget, held_by(POLICIES[name], total))
+            if name not in ("full", "pyramid"):
+                yield name, budget, hold(llm, seen, POLICIES[name], total, room)
 
 
 def interval(values: list[float], seed: int, of: Callable[[float], float] = float) -> list[float]:
@@ -242,21 +262,20 @@ def interval(values: list[float], seed: int, of: Callable[[float], float] = floa
     return [of(m) for m in (statistics.fmean(values), means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)])]
 
 
-def rows_of(figures: Figures, context: int, seed: int) -> list[dict[str, Any]]:
-    """A row per policy and budget; every figure with its interval as [mean, low, high]."""
+def rows_of(samples: Samples, context: int, seed: int) -> list[dict[str, Any]]:
+    """A row per policy and budget; every figure with its interval as [mean, low, high], and how many it is of."""
     rows = []
-    full = figures.get(("full", 1.0), {})
-    for (name, budget), got in figures.items():
+    full = samples.get(("full", 1.0), {})
+    for (name, budget), got in samples.items():
         row: dict[str, Any] = {"policy": name, "budget": budget, "context": context}
         row |= {key: statistics.fmean(got[key]) for key in ("kv_bytes", "kv_share")}
-        if "loss" in got:
-            row["perplexity"] = interval(got["loss"], seed, math.exp)
-            if full:  # of the same windows, so their spread cancels out
-                pairs = zip(got["loss"], full["loss"], strict=True)
-                row["perplexity_ratio"] = interval([ours - theirs for ours, theirs in pairs], seed, math.exp)
-        for key, values in got.items():
-            if key not in ("kv_bytes", "kv_share", "loss"):
-                row[key] = interval(values, seed)
+        row["perplexity"] = interval(got["loss"], seed, math.exp)
+        if full:  # of the same windows, so their spread cancels out
+            pairs = zip(got["loss"], full["loss"], strict=True)
+            row["perplexity_ratio"] = interval([ours - theirs for ours, theirs in pairs], seed, math.exp)
+        measured = {key: values for key, values in got.items() if key not in ("kv_bytes", "kv_share", "loss")}
+        row |= {key: interval(values, seed) for key, values in measured.items()}
+        row["samples"] = {key: len(values) for key, values in measured.items()}
         rows.append(row)
     return rows
 
@@ -269,13 +288,21 @@ COLUMNS = {  # a row's figure -> the table's heading, and how it is shown
     "inside": ("asked inside", "{:.3f}"),
     "after": ("asked after", "{:.3f}"),
     "first_difference": ("differs at", "{:.1f}"),
+    "identical": ("identical", "{:.2f}"),
     "length_drift": ("longer by", "{:.1f}"),
 }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+DEPTHS = {  # the same for recall by where in the story the fact stands
+    f"{when}_part_{part + 1}": (f"{when}, {where}", "{:.3f}")
+    for when in ("inside", "after")
+    for part, where in enumerate(("early", "middle", "late"))
+}
+
+
+def table(rows: list[dict[str, Any]], wanted: dict[str, tuple[str, str]]) -> str:
     """For people: every figure as mean [low, high]."""
-    columns = {key: how for key, how in COLUMNS.items() if any(key in row for row in rows)}
+    columns = {key: how for key, how in wanted.items() if any(key in row for row in rows)}
     head = f"{'context':>7} {'policy':10} {'budget':>6} {'held':>10} {'share':>6}"
     lines = [head + "".join(f" {heading:>22}" for heading, _ in columns.values())]
     for row in rows:
@@ -298,7 +325,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             if key in row:
                 lines[row["policy"], row["context"]].append((row["kv_share"], row[key]))
         several = len({context for _, context in lines}) > 1
-        for (name, context), points in lines.items():
+        for (name, context), unordered in lines.items():
+            points = sorted(unordered)
             shares = [share for share, _ in points]
             means, lows, highs = zip(*(values for _, values in points), strict=True)
             spread = [[m - low for m, low in zip(means, lows, strict=True)]]
@@ -353,16 +381,18 @@ def check(args: argparse.Namespace) -> None:
             raise RequestError(f"--{name} is {vars(args)[name]}, expected {low} or more")
     if min(args.context) < 16:
         raise RequestError(f"--context is {min(args.context)}, expected 16 tokens or more")
-    if args.recall and min(args.context) < 64:
-        raise RequestError(f"--context is {min(args.context)}, expected 64 tokens or more for a story's facts")
+    if args.recall and min(args.context) < 128:
+        raise RequestError(f"--context is {min(args.context)}, expected 128 tokens or more for a story's facts")
     for name in args.policies:
         if name not in NAMES:
             raise RequestError(f"--policies has {name!r}, expected some of {', '.join(NAMES)}")
+    for budget in args.budgets:
+        check_share(budget)
     if args.plot:
         load_matplotlib()
-        file = Path(args.plot)
-        if not file.parent.is_dir() or file.suffix not in (".png", ".svg", ".pdf"):
-            raise RequestError(f"--plot is {file}, expected a .png, .svg or .pdf in a folder that exists")
+        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+            raise RequestError(f"--plot is {args.plot}, expected a name that ends with .png, .svg or .pdf")
+        check_writable("--plot", Path(args.plot))
 
 
 def read_tokens(llm: LLM, args: argparse.Namespace) -> list[int]:
@@ -388,19 +418,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     tokens = read_tokens(llm, args)
     llm.config.check_length(max(args.context), max(args.continuation, args.generate), "the longest context")
+    args.policies, args.budgets = list(dict.fromkeys(args.policies)), list(dict.fromkeys(args.budgets))
+    for context, budget in itertools.product(args.context, args.budgets if "pyramid" in args.policies else []):
+        solved(llm, budget, context)  # refused here, before anything is computed
     rows: list[dict[str, Any]] = []
     with EvalLine(len(args.context) * args.samples, quiet=args.quiet) as line:
-        for context in args.context:
-            figures = no_figures()
-            rng = random.Random(args.seed)
-            streams = [texts(llm, tokens, context, args.continuation, rng)]
-            streams += [planted(llm, context, rng)] if args.recall else []
-            streams += [openings(llm, tokens, context, args.generate, rng)] if args.generate else []
+        for context in dict.fromkeys(args.context):
+            samples = no_samples()
+            # Each task draws from its own source, so that it draws the same whatever else is asked for.
+            reading, telling, writing = (random.Random(f"{args.seed} {task}") for task in range(3))
+            streams = [texts(llm, tokens, context, args.continuation, reading)]
+            streams += [planted(llm, context, telling)] if args.recall else []
+            streams += [openings(llm, tokens, context, args.generate, writing)] if args.generate else []
             for _ in range(args.samples):
-                for task in itertools.chain(*map(next, streams)):
-                    compare(llm, task, args.policies, args.budgets, figures)
+                for tasks in map(next, streams):
+                    compare(llm, tasks, args.policies, args.budgets, samples)
                 line.update()
-            rows += rows_of(figures, context, args.seed)
+            rows += rows_of(samples, context, args.seed)
     return {"rows": rows, "settings": {name: value for name, value in vars(args).items() if name != "json"}}
 
 
@@ -423,11 +457,24 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         result = run(args)
+        if args.json:
+            print(json.dumps(result))
+        else:
+            print(table(result["rows"], COLUMNS))
+            if args.recall:
+                print("\nThe same recall by where the fact stands:")
+                print(table(result["rows"], DEPTHS))
+        print(end="", flush=True)  # here, where a failure can still be told
         if args.plot:
             plot(result["rows"], Path(args.plot))
-        print(json.dumps(result) if args.json else table(result["rows"]))
     except MiniPyramidError as error:
         print_error(error)
+        return 2
+    except BrokenPipeError:  # the reader has seen enough
+        discard_output()
+    except OSError as error:
+        discard_output()
+        print_error(f"the output cannot be written ({error})")
         return 2
     except KeyboardInterrupt:
         print("\nminipyramid: interrupted", file=sys.stderr)

@@ -110,8 +110,9 @@ class PyramidConfig(PublishedSettings):
         Starting from the preset nearest in depth, the first of these that comes close is taken: the decay ratio is
         lowered (or, where generated tokens are most of it, they are pruned less than published); the schedule becomes
         `constant` with a ratio of its own, which drops from the first layer on, where cosine hardly does; on top of
-        that `recent_ratio` falls to 0.05; fewer generated tokens stay; the first layers drop more, down to
-        `min_context_length`; that falls; `recent_ratio` falls to 0, last because the recent tokens are the voters.
+        that `recent_ratio` falls to 0.05; fewer generated tokens stay; the first layers that drop drop more, down to
+        `min_context_length`; that falls, and `prefill_full_layers` to 1; `recent_ratio` falls to 0, last because the
+        recent tokens are the voters.
 
         Args:
             share: keys and values held, as a share of layers * (prompt_tokens + new_tokens).

@@ -177,7 +177,7 @@ def ask(fact: Fact) -> tuple[str, str]:
     return f"\nQuestion: {fact.question} Answer: {fact.stem}", f" {fact.answer}."
 
 
-def story(rng: random.Random, tokens: int, count: Callable[[str], int]) -> Story:
+def story(rng: random.Random, tokens: int, count: Callable[[str], int], *, asked_within: bool = True) -> Story:
     """Write a document of about `tokens` tokens, never more.
 
     Facts are planted in the first three quarters, in random places among the filler; as many of them are asked,
@@ -186,6 +186,7 @@ def story(rng: random.Random, tokens: int, count: Callable[[str], int]) -> Story
     Args:
         tokens: length to fill, in tokens as `count` counts them.
         count: tokens of a text.
+        asked_within: the questions are counted in; otherwise the text alone fills `tokens`.
     """
     source = facts(rng)
     wanted = rng.randint(2, max(3, min(24, tokens // 36)))
@@ -202,7 +203,7 @@ def story(rng: random.Random, tokens: int, count: Callable[[str], int]) -> Story
         if asked and (cost > left or sum(count(q + a) for q, a in asked) + cost > max(tokens // 2.5, 24)):
             break
         asked.append(question)
-        left -= cost
+        left -= cost if asked_within else 0
     filling: list[str] = []
     while True:
         sentence = filler(rng)

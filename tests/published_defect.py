@@ -3,28 +3,31 @@
     python tests/published_defect.py --samples 20
 
 In generation that code compares a layer's pruned length with the count of all tokens ever seen. So a layer that pruned
-its prompt always seems to have 16 tokens waiting, and drops its 16 oldest at every step, until only the protected tail
-is left: prompt and sinks are gone. Here a story is pruned, sentences of filler are generated behind it (they are given,
-so that both sides read the same), and then a fact of the story is asked for. Nothing but this file has the switch.
+its prompt always seems to have 16 tokens waiting, and drops up to 16 of its oldest at every step, until only the
+protected tail is left: prompt and sinks are gone. Here a story is pruned, sentences of filler are generated behind it
+(they are given, so that both sides read the same, and both keep them), and then a fact of the story is asked for.
+Nothing but this file has the switch.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from itertools import islice
 
 import torch
 
 from minipyramid import LLM, PyramidConfig
-from minipyramid.baselines import Held, hold_pyramid
-from minipyramid.eval import answers, interval
+from minipyramid.baselines import hold_pyramid
+from minipyramid.cache import KVCache
+from minipyramid.eval import interval, planted
 from minipyramid.generate import DEFAULT_MODEL
-from minipyramid.stories import filler, story
+from minipyramid.stories import filler
 
 
-def drop_oldest(held: Held, settings: PyramidConfig) -> None:
+def drop_oldest(cache: KVCache, settings: PyramidConfig) -> None:
     """Every layer that is shorter than all that was seen drops its oldest tokens, as if they were waiting."""
-    row, cache, gathered = held.cache.rows[0], held.cache, settings.exceed_length_to_compress
+    row, gathered = cache.rows[0], settings.exceed_length_to_compress
     tail = 1 + settings.recent(row.position)
     for layer, n in enumerate(row.lengths):
         drop = min(gathered, n - tail)
@@ -36,33 +39,28 @@ def drop_oldest(held: Held, settings: PyramidConfig) -> None:
 
 
 @torch.inference_mode()
-def read(llm: LLM, ids: list[int], between: list[int], room: int, settings: PyramidConfig, *, defect: bool) -> Held:
-    """A pruned prompt, and tokens behind it that are taken in as if they were generated."""
-    new = len(between)
-    held = hold_pyramid(llm, ids, settings, room + new if defect else room, 0 if defect else new)
+def read(llm: LLM, cache: KVCache, between: list[int], settings: PyramidConfig, *, defect: bool) -> None:
+    """Take tokens in as if they were generated."""
     for token in between:
-        llm.model.step(torch.tensor([token]), [held.cache])
+        llm.model.step(torch.tensor([token]), [cache])
         if defect:
-            drop_oldest(held, settings)
-    return held
+            drop_oldest(cache, settings)
 
 
 def recall(
     llm: LLM, settings: PyramidConfig, context: int, generated: int, samples: int, *, defect: bool
 ) -> list[float]:
-    """1 for every answer that is the first choice, `generated` tokens behind the story."""
-    tokenizer, rng, hits = llm.tokenizer, random.Random(0), []
+    """Of every story the share of answers that are the first choice, `generated` tokens behind it."""
+    tokenizer, shares = llm.tokenizer, []
     assert tokenizer is not None
-    for _ in range(samples):
-        tale = story(rng, context, lambda text: len(tokenizer.encode(text, continues=True)))
-        ids = tokenizer.encode(tale.text)
+    stories = planted(llm, context, random.Random(0))
+    for task, *_ in islice(stories, samples):
+        cache = hold_pyramid(llm, task.context, settings, generated + task.room)
+        rng = random.Random(len(shares))
         between = tokenizer.encode("".join(" " + filler(rng) for _ in range(generated)), continues=True)[:generated]
-        for question, answer in tale.asked[:4]:
-            both = tokenizer.encode(question + answer, continues=True)
-            asked = len(tokenizer.encode(question, continues=True))
-            held = read(llm, ids, between, len(both), settings, defect=defect)
-            hits.append(answers(llm, held, both[:asked], both[asked:]))
-    return hits
+        read(llm, cache, between, settings, defect=defect)
+        shares.append(task.ask(cache, cache)["after"])
+    return shares
 
 
 def main() -> None:
@@ -78,7 +76,7 @@ def main() -> None:
     for name, defect in (("without the defect", False), ("with the defect", True)):
         hits = recall(llm, settings, args.context, args.generated, args.samples, defect=defect)
         mean, low, high = interval(hits, 0)
-        print(f"recall {name:18} {mean:.3f} [{low:.3f}, {high:.3f}] of {len(hits)} questions")
+        print(f"recall {name:18} {mean:.3f} [{low:.3f}, {high:.3f}] of {len(hits)} stories")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,21 @@ def test_a_budget_is_held_or_refused_with_one_that_can_be(share: float, prompt: 
     assert share_of(config, prompt, new, layers) <= share + 1e-12
 
 
+def test_layers_that_are_to_be_full_stay_full_as_long_as_the_budget_allows() -> None:
+    base = PyramidConfig(
+        prefill_full_layers=4, prefill_decay_strategy="constant", recent_ratio=0.02, min_context_length=4
+    )
+    for budget, full in ((0.75, 4), (0.5, 4), (0.36, 4), (0.3, None), (0.15, None)):
+        config = Policy(base, budget).settings(1024, 0, 12)
+        assert config is not None
+        lengths = config.prompt_lengths(1024, 12)
+        assert 0.98 * budget <= sum(lengths) / (12 * 1024) <= budget
+        if full:
+            assert lengths[:full] == [1024] * full
+            assert lengths[full] < 1024
+            assert config.prefill_full_layers == full
+
+
 @given(config=CONFIGS, prompt=st.integers(2, 60), new=st.integers(0, 60), layers=st.integers(1, 6))
 @settings(max_examples=150, deadline=None)
 def test_no_other_settings_hold_less_than_the_smallest(

@@ -20,9 +20,13 @@ from minipyramid import LLM, PyramidConfig, SamplingParams
 from minipyramid import baselines as b
 from minipyramid import eval as command
 from minipyramid.plan import Policy
+from minipyramid.stories import story
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 SETTINGS = PyramidConfig(recent_ratio=0.1, min_context_length=8, prefill_decay_ratio=0.5)
+
+
+needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="no embedded checkpoint in this tree")
 
 
 def ids_of(n: int, seed: int = 0) -> list[int]:
@@ -52,7 +56,7 @@ def highest(vote: list[float], count: int, always: set[int]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def seen(tiny: LLM) -> b.Seen:
-    return b.observe(tiny, ids_of(60)).layers[1]
+    return b.observe(tiny, ids_of(60))[1]
 
 
 def test_streaming_keeps_four_sinks_and_the_newest(seen: b.Seen) -> None:
@@ -73,10 +77,20 @@ def test_heavy_hitters_of_a_prompt_longer_than_a_block(tiny: LLM) -> None:
 
 
 def test_snapkv_pools_the_votes_of_its_window(seen: b.Seen) -> None:
+    """Over neighbours, but not from the window itself into what stands before it."""
     for head, row in enumerate(b.observed(seen, 40).tolist()):
-        vote = looked_at(seen, head, range(28, 60))
-        near = [vote[max(0, j - 3) : j + 4] for j in range(60)]
-        assert row == highest([sum(v) / len(v) for v in near], 40, set(range(28, 60)))
+        vote = looked_at(seen, head, range(40, 60))[:40]
+        near = [vote[max(0, j - 2) : j + 3] for j in range(40)]
+        assert row == highest([sum(v) / len(v) for v in near] + [0.0] * 20, 40, set(range(40, 60)))
+
+
+def test_random_differs_by_layer_head_and_prompt_and_repeats(tiny: LLM) -> None:
+    """A fixed draw would be a policy of its own, good or bad by luck."""
+    first, other = (b.observe(tiny, ids_of(60), draw) for draw in (1, 2))
+    chosen = [tuple(row) for layer in (*first, *other) for row in b.at_random(layer, 20).tolist()]
+    assert len(set(chosen)) == len(chosen)
+    assert torch.equal(b.at_random(first[0], 20), b.at_random(b.observe(tiny, ids_of(60), 1)[0], 20))
+    assert all(row[:4] == (0, 1, 2, 3) for row in chosen)
 
 
 @given(tokens=st.integers(20, 2000), layers=st.integers(1, 80), share=st.floats(0.1, 1.0))
@@ -88,6 +102,11 @@ def test_room_is_split_to_the_token_and_falls_with_depth(tokens: int, layers: in
         assert sum(counts) == total
         assert all(0 <= count <= tokens for count in counts)
     falling = b.falling(total, layers, tokens)
+    window = min(b.WINDOW, total // (2 * layers))
+    mean = total / layers - window
+    if layers > 1 and mean * (2 - 1 / b.STEEPNESS) <= tokens - window:  # not more than there is
+        assert falling[-1] == pytest.approx(window + mean / b.STEEPNESS, abs=mean / 10 / layers + mean / layers * 2 + 2)
+        assert falling[0] - falling[-1] == pytest.approx(1.9 * mean, abs=2 * mean / layers * 2 + 2)
     assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(falling))
 
 
@@ -100,14 +119,23 @@ def test_a_policy_keeps_so_many_ascending_positions_of_every_head(name: str, see
 
 
 def test_all_policies_hold_equal_bytes(tiny: LLM) -> None:
-    """A comparison at equal budgets would favour whoever rounds up."""
-    figures: command.Figures = command.no_figures()
-    for task in next(command.texts(tiny, ids_of(300), 100, 8, random.Random(0))):
-        command.compare(LLMWith(tiny, SETTINGS), task, list(command.NAMES), [0.8, 0.6, 0.45], figures)
-    for budget in (0.8, 0.6, 0.45):
-        held = {name: figures[name, budget]["kv_bytes"] for name in command.NAMES if name != "full"}
-        assert len({tuple(bytes_) for bytes_ in held.values()}) == 1
-        assert held["pyramid"][0] <= budget * figures["full", 1.0]["kv_bytes"][0]
+    """Of every kind of context, before anything follows; whoever rounds up would be favoured."""
+    rng = random.Random(0)
+    pruned = LLMWith(tiny, SETTINGS)
+    kinds = [command.texts(tiny, ids_of(300), 100, 8, rng), command.openings(tiny, ids_of(300), 90, 8, rng)]
+    kinds.append(command.planted(tiny, 200, rng))
+    others = [name for name in command.NAMES if name != "full"]
+    for task, *_ in map(next, kinds):
+        seen = b.observe(tiny, task.context)
+        held = {
+            (name, share): b.kv_bytes(cache)
+            for name, share, cache in command.caches(pruned, task, seen, others, [0.8, 0.6, 0.45])
+            if cache
+        }
+        full = 3 * len(task.context) * tiny.config.kv_bytes_per_token(4)
+        for budget in (0.8, 0.6, 0.45):
+            assert len({held[name, budget] for name in others}) == 1
+            assert 0.9 * budget * full <= held["random", budget] <= budget * full
 
 
 def LLMWith(llm: LLM, pyramid: PyramidConfig) -> LLM:
@@ -117,67 +145,131 @@ def LLMWith(llm: LLM, pyramid: PyramidConfig) -> LLM:
     return other
 
 
+def full_cache(llm: LLM, ids: list[int], room: int) -> command.KVCache:
+    return b.hold(llm, b.observe(llm, ids), b.POLICIES["full"], len(ids) * llm.config.num_hidden_layers, room)
+
+
 def test_the_full_policy_scores_as_the_engine_does(tiny: LLM) -> None:
-    prompt, continuation = ids_of(50), ids_of(12, seed=1)
-    held = b.hold(tiny, b.observe(tiny, prompt), b.POLICIES["full"], 50 * 3, 12)
-    ours = command.follow(tiny, held, continuation)
+    *prompt, last = ids_of(50)
+    continuation = ids_of(12, seed=1)
+    ours = command.follow(tiny, full_cache(tiny, prompt, 12), [last, *continuation[:-1]])
     scores = ours.gather(1, torch.tensor(continuation)[:, None])[:, 0]
-    torch.testing.assert_close(scores, torch.tensor(tiny.score(prompt, continuation)), **CLOSE)
+    torch.testing.assert_close(scores, torch.tensor(tiny.score([*prompt, last], continuation)), **CLOSE)
 
 
 def test_the_pyramid_scores_as_the_engine_does(tiny: LLM) -> None:
     pruned = LLMWith(tiny, SETTINGS)
-    prompt, continuation = ids_of(80), ids_of(12, seed=1)
-    held = b.hold_pyramid(pruned, prompt, SETTINGS, 12)
-    ours = command.follow(pruned, held, continuation).gather(1, torch.tensor(continuation)[:, None])[:, 0]
-    torch.testing.assert_close(ours, torch.tensor(pruned.score(prompt, continuation)), **CLOSE)
-    full = torch.tensor(tiny.score(prompt, continuation))
-    assert not torch.allclose(ours, full, atol=1e-3)
+    prompt, (first, *continuation) = ids_of(80), ids_of(12, seed=1)
+    cache = b.hold_pyramid(pruned, prompt, SETTINGS, 12)
+    ours = command.follow(pruned, cache, [first, *continuation[:-1]]).gather(1, torch.tensor(continuation)[:, None])
+    torch.testing.assert_close(ours[:, 0], torch.tensor(pruned.score(prompt, [first, *continuation])[1:]), **CLOSE)
+    full = torch.tensor(tiny.score(prompt, [first, *continuation])[1:])
+    assert not torch.allclose(ours[:, 0], full, atol=1e-3)
 
 
 def test_asking_leaves_the_cache_as_it_was(tiny: LLM) -> None:
     """The second question would otherwise read the first."""
-    held = b.hold_pyramid(tiny, ids_of(80), SETTINGS, 12)
-    first = command.follow(tiny, held, ids_of(12, seed=1))
-    command.follow(tiny, held, ids_of(12, seed=2))
-    assert torch.equal(command.follow(tiny, held, ids_of(12, seed=1)), first)
+    cache = b.hold_pyramid(tiny, ids_of(80), SETTINGS, 12)
+    first = command.follow(tiny, cache, ids_of(12, seed=1))
+    command.follow(tiny, cache, ids_of(12, seed=2))
+    assert torch.equal(command.follow(tiny, cache, ids_of(12, seed=1)), first)
 
 
 def test_generation_is_the_engines(tiny: LLM) -> None:
-    pruned = LLMWith(tiny, SETTINGS)
-    held = b.hold_pyramid(pruned, ids_of(80), SETTINGS, 0, new_tokens=40)
-    (completion,) = pruned.generate([ids_of(80)], SamplingParams(max_new_tokens=40))
-    assert command.generate(pruned, held, 40) == completion.token_ids
-    # The engine also takes in the last token.
-    assert held.kv_bytes <= completion.kv_bytes
+    *prompt, last = ids_of(80)
+    (completion,) = tiny.generate([[*prompt, last]], SamplingParams(max_new_tokens=40))
+    assert command.generate(tiny, full_cache(tiny, prompt, 41), last, 40) == completion.token_ids
+
+
+def test_generated_tokens_are_judged_under_the_pyramid(tiny: LLM) -> None:
+    """As many as planned stay; what the engine does with a prompt is done with a text that is written on."""
+    cache = b.hold_pyramid(tiny, ids_of(80), SETTINGS, 1, new_tokens=60)
+    command.generate(tiny, cache, 5, 60)
+    assert cache.rows[0].lengths == SETTINGS.kv_lengths(80, 60, 3)
+    assert max(cache.rows[0].lengths) < 140
 
 
 def test_a_policy_drops_what_it_does_not_choose(tiny: LLM) -> None:
-    """Keys and values of the chosen positions, by head, and no others; the model without a cache is the oracle."""
+    """Keys and values of the chosen positions, by head, and no others."""
     observed = b.observe(tiny, ids_of(30))
 
     def uneven(seen: b.Seen, count: int) -> Tensor:
         return torch.stack([torch.arange(30)[-count:], torch.arange(30)[:count]])
 
-    held = b.hold(tiny, observed, b.Policy(uneven), 3 * 10, 0)
-    for layer, seen in enumerate(observed.layers):
-        assert torch.equal(held.cache.keys[layer][0, 0], seen.keys[0, 20:])
-        assert torch.equal(held.cache.values[layer][0, 1], seen.values[1, :10])
+    cache = b.hold(tiny, observed, b.Policy(uneven), 3 * 10, 0)
+    for layer, seen in enumerate(observed):
+        assert torch.equal(cache.keys[layer][0, 0], seen.keys[0, 20:])
+        assert torch.equal(cache.values[layer][0, 1], seen.values[1, :10])
+
+
+def test_divergence_loss_and_agreement_of_distributions_made_by_hand(
+    tiny: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KL is that of the full cache's distribution from the pruned one's, and not the other way round."""
+    pruned, full = full_cache(tiny, ids_of(20), 3), full_cache(tiny, ids_of(20), 3)
+    p, q = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]), torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.7, 0.1]])
+    monkeypatch.setattr(command, "follow", lambda _, cache, ids: (q if cache is pruned else p).log())
+    figures = command.read_on(tiny, [7, 0, 1])(pruned, full)
+    assert figures["kl"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
+    assert figures["loss"] == pytest.approx(-(math.log(0.25) + math.log(0.7)) / 2)
+    assert figures["agreement"] == 0.5
+
+
+def test_a_text_that_differs_and_one_that_ends_earlier(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = [full_cache(tiny, ids_of(20), 3) for _ in range(3)]
+    said = {id(caches[0]): [5, 6, 7, 8], id(caches[1]): [5, 6, 9, 9], id(caches[2]): [5, 6]}
+    monkeypatch.setattr(command, "generate", lambda _, cache, last, new: said[id(cache)])
+    ask = command.write_on(tiny, 3, 4)
+    figures = [ask(cache, caches[0]) for cache in caches]
+    assert [f["first_difference"] for f in figures] == [4, 2, 2]
+    assert [f["identical"] for f in figures] == [1, 0, 0]
+    assert [f["length_drift"] for f in figures] == [0, 0, -2]
+
+
+@needs_weights
+@pytest.mark.parametrize("context", [128, 512, 1024])
+def test_a_story_with_its_question_fills_the_context(context: int) -> None:
+    """A recall at 1,024 tokens that is measured at 700 would flatter every policy."""
+    llm = LLM(WEIGHTS)
+    stories = command.planted(llm, context, random.Random(0))
+    for after, *inside in itertools.islice(stories, 5):
+        for task in (after, *inside):
+            assert context - 60 <= len(task.context) <= context
+            assert len(task.context) + task.room <= context + 8
+
+
+def test_depth_is_where_the_fact_stands() -> None:
+    tale = story(random.Random(0), 2000, lambda text: len(text.split()), asked_within=False)
+    for question, answer in tale.asked:
+        sentence = question.split("Answer: ")[1] + answer.removesuffix(".")
+        where = tale.text.index(sentence) / len(tale.text)
+        assert command.depth(tale, question, answer) == min(2, int(4 * where))
+    assert len({command.depth(tale, *asked) for asked in tale.asked}) == 3
 
 
 def test_differences_from_the_full_cache_are_none_for_itself(tiny: LLM) -> None:
-    figures = command.no_figures()
+    samples = command.no_samples()
     rng = random.Random(0)
     windows = command.texts(tiny, ids_of(300), 60, 8, rng)
     written = command.openings(tiny, ids_of(300), 60, 12, rng)
-    for task in [*next(windows), *next(windows), *next(written), *next(written)]:
-        command.compare(LLMWith(tiny, SETTINGS), task, ["full", "random"], [0.5], figures)
-    (full, _) = rows = command.rows_of(figures, 60, 0)
+    for tasks in (next(windows), next(windows), next(written), next(written)):
+        command.compare(LLMWith(tiny, SETTINGS), tasks, ["full", "random"], [0.5], samples)
+    (full, _) = rows = command.rows_of(samples, 60, 0)
     assert full["kl"] == pytest.approx([0, 0, 0], abs=1e-6)
-    assert full["agreement"] == [1, 1, 1]
-    assert full["perplexity_ratio"] == [1, 1, 1]
+    assert full["agreement"] == full["perplexity_ratio"] == full["identical"] == [1, 1, 1]
     assert full["length_drift"] == [0, 0, 0]
+    assert full["first_difference"] == [12, 12, 12]
     assert rows[1]["kl"][0] > 0.001
+
+
+def test_questions_of_one_story_are_one_sample(tiny: LLM) -> None:
+    """They share a story and a cache; counted apart they would narrow the interval."""
+    samples = command.no_samples()
+    stories = command.planted(tiny, 200, random.Random(0))
+    for _ in range(3):
+        command.compare(tiny, next(stories), ["full"], [], samples)
+    figures = samples["full", 1.0]
+    assert (len(figures["after"]), len(figures["inside"])) == (3, 3)
 
 
 def test_an_interval_holds_its_mean_and_repeats() -> None:
@@ -195,50 +287,59 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     return status, out, err
 
 
-QUICK = [
-    "--samples",
-    "2",
-    "--context",
-    "128",
-    "--continuation",
-    "16",
-    "--budgets",
-    "0.5",
-    "--recall",
-    "--generate",
-    "4",
-]
+QUICK = "--samples 2 --context 128 --continuation 16 --budgets 0.5 --recall --generate 4".split()
 
 
+@needs_weights
 def test_the_command_reports_every_policy(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, *QUICK, "--json")
     rows = json.loads(out)["rows"]
     assert status == 0
     assert [row["policy"] for row in rows] == list(command.NAMES)
     for row in rows:
-        assert {"kv_bytes", "kv_share", *command.COLUMNS} <= {*row}
-        assert any(key.startswith("after_part_") for key in row)
+        assert {"kv_bytes", "kv_share", "samples", *command.COLUMNS} <= {*row}
+        assert any(key in row for key in command.DEPTHS)
         assert all(low <= mean <= high for mean, low, high in [row["perplexity"], row["kl"], row["inside"]])
-    full = rows[0]
-    assert full["inside"][0] > 0.5
+    assert rows[0]["inside"][0] > 0.5
     status, out, _ = run(capsys, *QUICK)
-    assert (status, len(out.splitlines())) == (0, 1 + len(command.NAMES))
+    assert (status, len(out.splitlines())) == (0, 2 * (1 + len(command.NAMES)) + 2)
 
 
+@needs_weights
+def test_windows_are_the_same_whatever_else_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    short = "--samples 2 --context 128 --continuation 8 --policies full --json".split()
+    alone, beside = (json.loads(run(capsys, *short, *more)[1])["rows"][0] for more in ([], ["--recall"]))
+    assert alone["perplexity"] == beside["perplexity"]
+
+
+@needs_weights
 def test_recall_falls_without_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
-    """A recall that does not need the story would measure nothing."""
-    wanted = ["--policies", "full,streaming", "--budgets", "0.1", "--samples", "4", "--context", "256", "--recall"]
-    _, out, _ = run(capsys, *wanted, "--continuation", "4", "--json", "--pyramid", "llama2-7b")
-    full, streaming = json.loads(out)["rows"]
-    assert streaming["after"][0] < full["after"][0] - 0.3
+    """Asked inside as well: a first answer token from the whole prompt's own pass would hide what was dropped."""
+    wanted = [
+        "--policies",
+        "full,streaming,random",
+        "--budgets",
+        "0.1",
+        "--samples",
+        "4",
+        "--context",
+        "256",
+        "--recall",
+    ]
+    _, out, _ = run(capsys, *wanted, "--continuation", "4", "--json")
+    full, *others = json.loads(out)["rows"]
+    for row in others:
+        assert row["after"][0] < full["after"][0] - 0.3
+        assert row["inside"][0] < full["inside"][0] - 0.3
 
 
+@needs_weights
 def test_the_published_defect_loses_what_was_said() -> None:
     """Dropping 16 tokens of a pruned layer at every step empties the prompt, whoever votes for what."""
     llm = LLM(WEIGHTS, pyramid="llama2-7b")
     assert llm.policy.pyramid is not None
-    hits = [recall_behind(llm, llm.policy.pyramid, 1000, 64, 3, defect=defect) for defect in (False, True)]
-    assert sum(hits[1]) < sum(hits[0])
+    kept, lost = (recall_behind(llm, llm.policy.pyramid, 1000, 80, 3, defect=defect) for defect in (False, True))
+    assert sum(lost) < sum(kept) - 1
 
 
 @pytest.mark.parametrize(
@@ -248,7 +349,7 @@ def test_the_published_defect_loses_what_was_said() -> None:
         (["--budgets", "0"], "kv_budget"),
         (["--budgets", "1.5"], "kv_budget"),
         (["--context", "3"], "--context"),
-        (["--context", "50", "--recall"], "--context"),
+        (["--context", "100", "--recall"], "--context"),
         (["--context", "2040"], "context of 2048"),
         (["--continuation", "0"], "--continuation"),
         (["--generate", "-1"], "--generate"),
@@ -256,6 +357,8 @@ def test_the_published_defect_loses_what_was_said() -> None:
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--pyramid", "off"], "pyramid is off"),
         (["--plot", "nowhere/at.png"], "--plot"),
+        (["--plot", "/proc/at.png"], "--plot"),
+        (["--plot", "at.txt"], ".png"),
     ],
 )
 def test_nonsense_is_one_line(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
