@@ -1,15 +1,17 @@
 """Other ways to hold less of a prompt, at equal bytes: what PyramidInfer is compared with.
 
-All of these prune keys and values after each layer, and compute every layer over the whole prompt; only the pyramid
-drops hidden states as well (it prunes within `Model.extend`, so it stands here as settings and not as a policy). A
-policy is one function: from what a layer has just computed to the positions that each key/value head keeps. The votes
-of query heads that share a key/value head are added up. What follows the prompt is kept by all of these policies: the
-window of StreamingLLM does not roll on here, and H2O does not evict while it generates.
+All of these compute every layer over the whole prompt, and prune a layer's keys and values once it is computed; only
+the pyramid drops hidden states as well (it prunes within `Model.extend`, so it stands here as settings and not as a
+policy). A policy is one function: from what a layer has computed to the positions that each of its key/value heads
+keeps. The votes of query heads that share a key/value head are added up. What follows the prompt is kept by all of
+these policies: the window of StreamingLLM does not roll on here, and H2O does not evict while it generates.
 
-    sinks + window   Xiao et al., 2023 (StreamingLLM): the first four tokens and the newest; positions stay as they are
-    H2O              Zhang et al., 2023: half of the room for the newest, half for what all queries looked at most
-    SnapKV           Li et al., 2024: the newest, and what they look at, pooled over neighbours, per key/value head
-    PyramidKV        Cai et al., 2024: SnapKV; the room beside the newest falls with depth
+    full        everything
+    streaming   Xiao et al., 2023 (StreamingLLM): the first four tokens and the newest; positions stay as they are
+    h2o         Zhang et al., 2023: half of the newest, half of what all queries together looked at most
+    snapkv      Li et al., 2024: the newest, and what they look at, its votes averaged over neighbours
+    pyramidkv   Cai et al., 2024: snapkv, but the deeper a layer, the fewer tokens beside the newest
+    random      the first four and any others
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from minipyramid.pyramid import Gathering
 from minipyramid.rope import rotations
 
 SINKS = 4  # as in StreamingLLM
-WINDOW, POOL = 32, 5  # SnapKV's observation window, and how many neighbours share a vote by its public code: their mean
+WINDOW, POOL = 32, 5  # SnapKV's observation window, and over how many tokens a vote is averaged, as in its public code
 STEEPNESS = 20  # PyramidKV's beta: the deepest layer has a 20th of the mean
 BLOCK = 256  # queries whose probabilities are held at a time
 
@@ -44,7 +46,7 @@ class Seen:
     q: Tensor  # [n, H, D] rotated
     keys: Tensor  # [K, n, D] rotated
     values: Tensor  # [K, n, D]
-    draw: int = 0  # for what is drawn: of each layer and prompt its own
+    seed: int = 0  # of each layer and prompt its own
 
     def probs(self, start: int, end: int | None = None) -> Tensor:
         """Attention probabilities of the queries from `start` on, the heads of a group together.  [K, G, q, n]"""
@@ -63,18 +65,18 @@ def everything(seen: Seen, count: int) -> Tensor:
     return best_of(torch.zeros(seen.keys.shape[:2]), count)
 
 
-def sinks_and_window(seen: Seen, count: int) -> Tensor:
+def streaming(seen: Seen, count: int) -> Tensor:
     """The first four and the newest."""
     return best_of(torch.arange(seen.keys.shape[1]).expand(len(seen.keys), -1).float(), count, first=SINKS)
 
 
-def at_random(seen: Seen, count: int) -> Tensor:
+def random(seen: Seen, count: int) -> Tensor:
     """The first four and any others, of every layer and head its own."""
-    drawn = torch.Generator().manual_seed(seen.draw)
+    drawn = torch.Generator().manual_seed(seen.seed)
     return best_of(torch.rand(seen.keys.shape[:2], generator=drawn), count, first=SINKS)
 
 
-def heavy_hitters(seen: Seen, count: int) -> Tensor:
+def h2o(seen: Seen, count: int) -> Tensor:
     """Half of the room for the newest, half for those that all queries together looked at most."""
     n = seen.keys.shape[1]
     # A block of queries at a time, for a whole matrix of probabilities would not fit for a long prompt.
@@ -82,10 +84,10 @@ def heavy_hitters(seen: Seen, count: int) -> Tensor:
     return best_of(cast("Tensor", looked), count, last=count // 2)
 
 
-def observed(seen: Seen, count: int) -> Tensor:
-    """The newest 32 (of little room at most half), and what they look at most, by phrases of 5 tokens."""
+def snapkv(seen: Seen, count: int) -> Tensor:
+    """The newest 32 (of few tokens most), and what they look at most."""
     n = seen.keys.shape[1]
-    window = min(WINDOW, (count + 1) // 2)
+    window = min(WINDOW, count - count // STEEPNESS)
     vote = seen.probs(n - window).sum((1, 2))  # [K, n]
     if window < n:
         before = vote[:, : n - window]
@@ -102,37 +104,39 @@ def best_of(vote: Tensor, count: int, first: int = 0, last: int = 0) -> Tensor:
 
 
 def evenly(total: int, layers: int, _tokens: int) -> list[int]:
-    """The same room for every layer."""
+    """The same for every layer."""
     return [total // layers + (i < total % layers) for i in range(layers)]
 
 
 def falling(total: int, layers: int, tokens: int) -> list[int]:
-    """A window for every layer, and beside it room that falls along a line: the deepest layer has a 20th of the mean,
-    unless the first would have more than there is.
+    """Every layer has the newest, and beside them the more the shallower it is, along a line.
+
+    The deepest layer has a 20th of the mean beside them, or more where the first would get more than there is.
     """
-    window = min(WINDOW, total // (2 * layers))
-    mean = total / layers - window
-    slope = min(mean - mean / STEEPNESS, tokens - window - mean)
+    newest = min(WINDOW, total // (2 * layers))
+    mean = total / layers - newest
+    slope = min(mean - mean / STEEPNESS, tokens - newest - mean)
+    # Sums up to each layer are rounded, and not each layer's share, so that they come to the total.
     ends = [mean * (i + 1) + slope * (i + 1) * (1 - i / max(1, layers - 1)) for i in range(layers)]
-    ends[-1] = float(total - layers * window)
-    return [window + round(b) - round(a) for a, b in zip([0.0, *ends[:-1]], ends, strict=True)]
+    ends[-1] = float(total - layers * newest)
+    return [newest + round(b) - round(a) for a, b in zip([0.0, *ends[:-1]], ends, strict=True)]
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Which tokens a layer keeps, and how many of `total` over all layers each may have."""
+class Baseline:
+    """Which tokens a layer keeps, and how many each layer may keep."""
 
     choose: Choose
-    split: Callable[[int, int, int], list[int]] = evenly  # (total, layers, tokens of the prompt) -> room of each layer
+    split: Callable[[int, int, int], list[int]] = evenly  # (total, layers, tokens of the prompt) -> each layer's
 
 
-POLICIES = {
-    "full": Policy(everything),
-    "streaming": Policy(sinks_and_window),
-    "h2o": Policy(heavy_hitters),
-    "snapkv": Policy(observed),
-    "pyramidkv": Policy(observed, falling),
-    "random": Policy(at_random),
+BASELINES = {
+    "full": Baseline(everything),
+    "streaming": Baseline(streaming),
+    "h2o": Baseline(h2o),
+    "snapkv": Baseline(snapkv),
+    "pyramidkv": Baseline(snapkv, falling),
+    "random": Baseline(random),
 }
 
 
@@ -142,7 +146,7 @@ def kv_bytes(cache: KVCache) -> int:
 
 
 @torch.inference_mode()
-def observe(llm: LLM, ids: list[int], draw: int = 0) -> list[Seen]:
+def observe(llm: LLM, ids: list[int], seed: int = 0) -> list[Seen]:
     """Compute a whole prompt, nothing dropped; what each layer saw."""
     model, seen = llm.model, []
     positions = torch.arange(len(ids), device=llm.device)
@@ -150,13 +154,13 @@ def observe(llm: LLM, ids: list[int], draw: int = 0) -> list[Seen]:
     x = F.embedding(torch.tensor(ids, device=llm.device), model.embed_tokens)  # [n, hidden_size]
     for i, layer in enumerate(cast("Iterable[Layer]", model.layers)):
         q, k, v = layer.qkv(x, cos, sin)
-        seen.append(Seen(q, k.transpose(0, 1), v.transpose(0, 1), draw * len(model.layers) + i))
+        seen.append(Seen(q, k.transpose(0, 1), v.transpose(0, 1), seed * len(model.layers) + i))
         x = layer.residual(x, attend(q, seen[-1].keys, seen[-1].values)[0])
     return seen
 
 
 @torch.inference_mode()
-def hold(llm: LLM, seen: list[Seen], policy: Policy, total: int, room: int) -> KVCache:
+def hold(llm: LLM, seen: list[Seen], baseline: Baseline, total: int, room: int) -> KVCache:
     """Put what a policy keeps of an observed prompt into a cache of one row.
 
     Args:
@@ -164,11 +168,11 @@ def hold(llm: LLM, seen: list[Seen], policy: Policy, total: int, room: int) -> K
         room: tokens that may follow.
     """
     n = len(seen[0].q)
-    counts = policy.split(total, len(seen), n)
+    counts = baseline.split(total, len(seen), n)
     cache = KVCache.allot(llm.config, Need(tuple(c + room for c in counts)), 1, llm.dtype, llm.device)
     cache.add_row()
     for i, (layer, count) in enumerate(zip(seen, counts, strict=True)):
-        kept = policy.choose(layer, count).to(llm.device)  # [K, count]
+        kept = baseline.choose(layer, count).to(llm.device)  # [K, count]
         k, v = (t.gather(1, kept[..., None].expand(-1, -1, t.shape[2])) for t in (layer.keys, layer.values))
         # A cache counts positions by layer, not by head: those of the first head stand for all.
         cache.append(i, 0, k.transpose(0, 1), v.transpose(0, 1), kept[0])

@@ -8,7 +8,8 @@ differs from the full cache's, and by how much its length does.
 
 The last token before what is scored is never part of the context, so that every figure went through the pruned cache. A
 budget is a share of the full cache's bytes of the context: the pyramid's settings are solved for it, and the others are
-given as many tokens as it holds. Intervals are 95 % by bootstrap over windows, stories and openings.
+given as many tokens as it holds. (Of generated tokens the others keep all, the pyramid judges its own.) The bytes that
+are reported are those of the text's contexts. Intervals are 95 % by bootstrap over windows, stories and openings.
 """
 
 import argparse
@@ -29,20 +30,22 @@ import torch
 from torch import Tensor
 
 from minipyramid import LLM, MiniPyramidError, PyramidConfig, RequestError
-from minipyramid.baselines import POLICIES, Seen, hold, hold_pyramid, kv_bytes, observe
+from minipyramid.baselines import BASELINES, Seen, hold, hold_pyramid, kv_bytes, observe
 from minipyramid.budget import check_share
 from minipyramid.cache import KVCache, Span
 from minipyramid.demo import check_writable
 from minipyramid.generate import DEFAULT_MODEL, Parser, ProgressLine, discard_output, print_error, set_threads
+from minipyramid.hub import locate
 from minipyramid.picture import load_matplotlib
+from minipyramid.plan import Policy, pick_pyramid
 from minipyramid.plan_table import readable
 from minipyramid.stories import Story, story
 
 DEFAULT_TEXT = DEFAULT_MODEL.parent / "books-sample.txt"
-NAMES = ("full", "pyramid", *(name for name in POLICIES if name != "full"))
+NAMES = ("full", "pyramid", *(name for name in BASELINES if name != "full"))
 RESAMPLES = 1000
 QUESTIONS = 4  # of a story, at most; each in the prompt costs a prompt of its own
-PARTS = 3  # of a story, for recall by depth
+PARTS = 3  # of a story, for recall by where a fact stands
 QUESTION = 40  # tokens that a question and its answer take at most
 
 
@@ -59,8 +62,8 @@ class Task:
 
     context: list[int]
     ask: Ask
-    room: int  # tokens that may follow
-    new_tokens: int = 0  # of which are generated, and judged by the pyramid
+    room: int  # tokens that are given behind the context
+    new_tokens: int = 0  # tokens that are generated after these, and judged by the pyramid
 
 
 @torch.inference_mode()
@@ -96,7 +99,7 @@ def read_on(llm: LLM, ids: list[int]) -> Ask:
     return ask
 
 
-def generate(llm: LLM, cache: KVCache, last: int, new_tokens: int) -> list[int]:
+def write(llm: LLM, cache: KVCache, last: int, new_tokens: int) -> list[int]:
     """Greedy tokens after `last`, up to the end of text."""
     ids = [last]
     with torch.inference_mode():
@@ -112,8 +115,8 @@ def write_on(llm: LLM, last: int, new_tokens: int) -> Ask:
 
     def ask(cache: KVCache, full: KVCache) -> Figures:
         if not full_text:
-            full_text.extend(generate(llm, full, last, new_tokens))
-        ours = full_text if cache is full else generate(llm, cache, last, new_tokens)
+            full_text.extend(write(llm, full, last, new_tokens))
+        ours = full_text if cache is full else write(llm, cache, last, new_tokens)
         same = [a == b for a, b in zip(ours, full_text, strict=False)]
         return {
             "first_difference": new_tokens if ours == full_text else (*same, False).index(False),
@@ -194,14 +197,14 @@ def planted(llm: LLM, context: int, rng: random.Random) -> Iterator[list[Task]]:
         for question, answer in tale.asked[:QUESTIONS]:
             # As one text, for their pieces are those of the whole.
             both, q = pieces(question + answer), len(pieces(question))
-            asked.append(Asked(both[:q], both[q:], depth(tale, question, answer)))
+            asked.append(Asked(both[:q], both[q:], part_of(tale, question, answer)))
         text = tokenizer.encode(tale.text)
         room = max(len(a.question) + len(a.answer) for a in asked)
         each = [Task(text + a.question[:-1], inside(llm, a), len(a.answer)) for a in asked]
         yield [Task(text, after(llm, asked), room), *each]
 
 
-def depth(tale: Story, question: str, answer: str) -> int:
+def part_of(tale: Story, question: str, answer: str) -> int:
     """In which part the fact stands, of the three quarters in which facts are planted."""
     sentence = question.rpartition("Answer: ")[2] + answer.removesuffix(".")
     return min(PARTS - 1, int(PARTS * tale.text.index(sentence) / (0.75 * len(tale.text))))
@@ -216,14 +219,23 @@ def no_samples() -> Samples:
     return defaultdict(lambda: defaultdict(list))
 
 
-def compare(llm: LLM, tasks: list[Task], policies: list[str], budgets: list[float], samples: Samples) -> None:
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: policies by name, and under which of them the pyramid's settings run."""
+
+    policies: list[str]
+    budgets: list[float]
+    pyramids: dict[str, Policy]  # by the name of their rows
+
+
+def compare(llm: LLM, tasks: list[Task], comparison: Comparison, samples: Samples) -> None:
     """Ask one sample's tasks of every policy at every budget; a figure of several tasks counts once, by its mean."""
     got = no_samples()
     for task in tasks:
-        seen = observe(llm, task.context, draw=sum(task.context))
+        seen = observe(llm, task.context, seed=sum(task.context))
         everything, room = len(seen) * len(task.context), task.room + task.new_tokens
-        full = hold(llm, seen, POLICIES["full"], everything, room)
-        for name, budget, cache in caches(llm, task, seen, policies, budgets):
+        full = hold(llm, seen, BASELINES["full"], everything, room)
+        for name, budget, cache in caches(llm, task, seen, comparison):
             for key, value in task.ask(cache or full, full).items():
                 got[name, budget][key].append(value)
     for method, figures in got.items():
@@ -231,32 +243,30 @@ def compare(llm: LLM, tasks: list[Task], policies: list[str], budgets: list[floa
             samples[method][key].append(statistics.fmean(values))
 
 
-def solved(llm: LLM, budget: float, tokens: int) -> PyramidConfig:
+def solved(policy: Policy, budget: float, tokens: int, layers: int) -> PyramidConfig:
     """The settings that hold such a share of a context; raises `BudgetError`, or `ConfigError` where there are none."""
-    policy = replace(llm.policy, kv_budget=budget)  # refused where the pyramid is off
-    return cast("PyramidConfig", policy.settings(tokens, 0, llm.config.num_hidden_layers))
+    return cast("PyramidConfig", replace(policy, kv_budget=budget).settings(tokens, 0, layers))
 
 
 def caches(
-    llm: LLM, task: Task, seen: list[Seen], policies: list[str], budgets: list[float]
+    llm: LLM, task: Task, seen: list[Seen], comparison: Comparison
 ) -> Iterator[tuple[str, float, KVCache | None]]:
     """Every policy's cache of a task's context, with its name and budget; None for the full one."""
     layers, n, room = len(seen), len(task.context), task.room + task.new_tokens
-    if "full" in policies:
+    if "full" in comparison.policies:
         yield "full", 1.0, None
-    for budget in budgets:
-        total = int(budget * n * layers)
-        if "pyramid" in policies:
-            settings = solved(llm, budget, n)
-            total = sum(settings.prompt_lengths(n, layers))
-            yield "pyramid", budget, hold_pyramid(llm, task.context, settings, task.room, task.new_tokens)
-        for name in policies:
-            if name not in ("full", "pyramid"):
-                yield name, budget, hold(llm, seen, POLICIES[name], total, room)
+    for budget in comparison.budgets:
+        settings = {name: solved(policy, budget, n, layers) for name, policy in comparison.pyramids.items()}
+        held = [sum(config.prompt_lengths(n, layers)) for config in settings.values()]
+        for name, config in settings.items():
+            yield name, budget, hold_pyramid(llm, task.context, config, task.room, task.new_tokens)
+        for name in comparison.policies:
+            if name not in ("full", "pyramid"):  # as much as the first pyramid
+                yield name, budget, hold(llm, seen, BASELINES[name], [*held, int(budget * n * layers)][0], room)
 
 
 def interval(values: list[float], seed: int, of: Callable[[float], float] = float) -> list[float]:
-    """The mean, and between what 95 % of the means of as many values drawn with replacement lie; each through `of`."""
+    """Their mean, and its 95 % interval by bootstrap; each through `of`."""
     rng = random.Random(seed)
     means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
     return [of(m) for m in (statistics.fmean(values), means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)])]
@@ -293,7 +303,7 @@ COLUMNS = {  # a row's figure -> the table's heading, and how it is shown
 }
 
 
-DEPTHS = {  # the same for recall by where in the story the fact stands
+BY_PART = {  # the same for recall by where in the story the fact stands
     f"{when}_part_{part + 1}": (f"{when}, {where}", "{:.3f}")
     for when in ("inside", "after")
     for part, where in enumerate(("early", "middle", "late"))
@@ -362,7 +372,9 @@ def build_parser() -> Parser:
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="windows, stories and openings (8)")
     parser.add_argument("--policies", type=listed(str), default=list(NAMES), metavar="NAME,NAME", help=", ".join(NAMES))
     parser.add_argument("--budgets", type=listed(float), default=[0.75, 0.5, 0.35], metavar="SHARE,SHARE")
-    parser.add_argument("--pyramid", default="auto", metavar="NAME_OR_FILE", help="settings to solve budgets from")
+    parser.add_argument(
+        "--pyramid", type=listed(str), default=["auto"], metavar="NAME,FILE", help="settings to solve budgets from"
+    )
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
@@ -409,18 +421,27 @@ def read_tokens(llm: LLM, args: argparse.Namespace) -> list[int]:
     return tokens
 
 
+def what_to_compare(args: argparse.Namespace, layers: int) -> Comparison:
+    """Policies and settings by name; refuses what cannot be, before anything is computed."""
+    pyramids = {}
+    if "pyramid" in args.policies:
+        directory = locate(args.model, args.revision)
+        for name in dict.fromkeys(args.pyramid):
+            label = "pyramid" if len(args.pyramid) == 1 else Path(name).stem
+            pyramids[label] = Policy(pick_pyramid(name, directory, layers))
+    for policy, budget, context in itertools.product(pyramids.values(), args.budgets, args.context):
+        solved(policy, budget, context, layers)
+    return Comparison(list(dict.fromkeys(args.policies)), list(dict.fromkeys(args.budgets)), pyramids)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Every context, task, policy and budget; returns what `--json` prints."""
     check(args)
     set_threads(args.threads)
-    llm = LLM(
-        args.model, pyramid=args.pyramid, dtype=args.dtype, device=args.device, revision=args.revision,
-    )  # fmt: skip
+    llm = LLM(args.model, pyramid="off", dtype=args.dtype, device=args.device, revision=args.revision)
     tokens = read_tokens(llm, args)
     llm.config.check_length(max(args.context), max(args.continuation, args.generate), "the longest context")
-    args.policies, args.budgets = list(dict.fromkeys(args.policies)), list(dict.fromkeys(args.budgets))
-    for context, budget in itertools.product(args.context, args.budgets if "pyramid" in args.policies else []):
-        solved(llm, budget, context)  # refused here, before anything is computed
+    comparison = what_to_compare(args, llm.config.num_hidden_layers)
     rows: list[dict[str, Any]] = []
     with EvalLine(len(args.context) * args.samples, quiet=args.quiet) as line:
         for context in dict.fromkeys(args.context):
@@ -432,7 +453,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             streams += [openings(llm, tokens, context, args.generate, writing)] if args.generate else []
             for _ in range(args.samples):
                 for tasks in map(next, streams):
-                    compare(llm, tasks, args.policies, args.budgets, samples)
+                    compare(llm, tasks, comparison, samples)
                 line.update()
             rows += rows_of(samples, context, args.seed)
     return {"rows": rows, "settings": {name: value for name, value in vars(args).items() if name != "json"}}
@@ -463,7 +484,7 @@ def main(argv: list[str] | None = None) -> int:
             print(table(result["rows"], COLUMNS))
             if args.recall:
                 print("\nThe same recall by where the fact stands:")
-                print(table(result["rows"], DEPTHS))
+                print(table(result["rows"], BY_PART))
         print(end="", flush=True)  # here, where a failure can still be told
         if args.plot:
             plot(result["rows"], Path(args.plot))

@@ -53,8 +53,8 @@ class PyramidConfig(PublishedSettings):
     def prompt_lengths(self, prompt_tokens: int, layers: int) -> list[int]:
         """Tokens of a prompt that each layer receives, computes and holds.
 
-        n(i + 1) = tail + int((n(i) - tail) * s(i))  where i % interval == 0 and that leaves > min_context_length,
-        else n(i); tail = 1 + R
+        n(i + 1) = tail + int((n(i) - tail) * s(i))  where i % interval == 0 and that leaves > min_context_length (and
+        i + 1 >= prefill_full_layers), else n(i); tail = 1 + R
         """
         tail = 1 + self.recent(prompt_tokens)
         schedule = STRATEGIES[self.prefill_decay_strategy]

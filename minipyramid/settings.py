@@ -1,4 +1,4 @@
-"""The published settings of PyramidInfer: their names, their presets, and their files as they are.
+"""The settings of PyramidInfer: the published ones by their names, with their presets and files, and three of our own.
 
 A published file nests the fields under `prefill_stage` and `generation_stage`, beside `model` and `size`; a flat one
 is read as well. A name that is not known, a strategy misspelt or a value out of range is refused: the published code
@@ -42,7 +42,7 @@ Settings = TypeVar("Settings", bound="PublishedSettings")
 
 @dataclass(frozen=True)
 class PublishedSettings:
-    """The defaults are those of 7B and 8B models.
+    """How much is kept and by whose votes. The defaults are those published for 7B and 8B models.
 
     Attributes:
         recent_ratio: share of the tokens so far (of a turn: its own) that is protected and votes.

@@ -1,6 +1,6 @@
-"""Small stories with facts planted early and asked for later, without end.
+"""An endless supply of small stories with facts planted early and asked for later.
 
-A language model of ten million parameters has little reason to look further back than a sentence. These
+A language model of a few million parameters has little reason to look further back than a sentence. These
 documents give it one: every name, place and number is drawn afresh, so an answer stands nowhere but in the
 story above it. `weights/train.py` learns from them, and recall (the share of answers that the model repeats
 without a mistake) measures what a pruned cache has lost.

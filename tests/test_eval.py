@@ -60,12 +60,12 @@ def seen(tiny: LLM) -> b.Seen:
 
 
 def test_streaming_keeps_four_sinks_and_the_newest(seen: b.Seen) -> None:
-    for row in b.sinks_and_window(seen, 20).tolist():
+    for row in b.streaming(seen, 20).tolist():
         assert row == [0, 1, 2, 3, *range(44, 60)]
 
 
 def test_heavy_hitters_are_those_that_all_queries_looked_at_most(seen: b.Seen) -> None:
-    for head, row in enumerate(b.heavy_hitters(seen, 21).tolist()):
+    for head, row in enumerate(b.h2o(seen, 21).tolist()):
         assert row == highest(looked_at(seen, head, range(60)), 21, set(range(50, 60)))
 
 
@@ -73,23 +73,23 @@ def test_heavy_hitters_of_a_prompt_longer_than_a_block(tiny: LLM) -> None:
     """Queries are taken 256 at a time; the votes are those of the whole matrix."""
     long = b.Seen(torch.randn(300, 2, 8), torch.randn(1, 300, 8), torch.randn(1, 300, 8))
     vote = long.probs(0).sum((1, 2))
-    assert torch.equal(b.heavy_hitters(long, 30), b.best_of(vote, 30, last=15))
+    assert torch.equal(b.h2o(long, 30), b.best_of(vote, 30, last=15))
 
 
 def test_snapkv_pools_the_votes_of_its_window(seen: b.Seen) -> None:
     """Over neighbours, but not from the window itself into what stands before it."""
-    for head, row in enumerate(b.observed(seen, 40).tolist()):
-        vote = looked_at(seen, head, range(40, 60))[:40]
-        near = [vote[max(0, j - 2) : j + 3] for j in range(40)]
-        assert row == highest([sum(v) / len(v) for v in near] + [0.0] * 20, 40, set(range(40, 60)))
+    for head, row in enumerate(b.snapkv(seen, 40).tolist()):
+        vote = looked_at(seen, head, range(28, 60))[:28]
+        near = [vote[max(0, j - 2) : j + 3] for j in range(28)]
+        assert row == highest([sum(v) / len(v) for v in near] + [0.0] * 32, 40, set(range(28, 60)))
 
 
 def test_random_differs_by_layer_head_and_prompt_and_repeats(tiny: LLM) -> None:
     """A fixed draw would be a policy of its own, good or bad by luck."""
     first, other = (b.observe(tiny, ids_of(60), draw) for draw in (1, 2))
-    chosen = [tuple(row) for layer in (*first, *other) for row in b.at_random(layer, 20).tolist()]
+    chosen = [tuple(row) for layer in (*first, *other) for row in b.random(layer, 20).tolist()]
     assert len(set(chosen)) == len(chosen)
-    assert torch.equal(b.at_random(first[0], 20), b.at_random(b.observe(tiny, ids_of(60), 1)[0], 20))
+    assert torch.equal(b.random(first[0], 20), b.random(b.observe(tiny, ids_of(60), 1)[0], 20))
     assert all(row[:4] == (0, 1, 2, 3) for row in chosen)
 
 
@@ -110,10 +110,10 @@ def test_room_is_split_to_the_token_and_falls_with_depth(tokens: int, layers: in
     assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(falling))
 
 
-@pytest.mark.parametrize("name", list(b.POLICIES))
+@pytest.mark.parametrize("name", list(b.BASELINES))
 def test_a_policy_keeps_so_many_ascending_positions_of_every_head(name: str, seen: b.Seen) -> None:
     for count in (1, 5, 33, 60):
-        kept = b.POLICIES[name].choose(seen, count)
+        kept = b.BASELINES[name].choose(seen, count)
         assert kept.shape == (2, count)
         assert all(sorted(set(row)) == row and row[-1] < 60 for row in kept.tolist())
 
@@ -121,17 +121,14 @@ def test_a_policy_keeps_so_many_ascending_positions_of_every_head(name: str, see
 def test_all_policies_hold_equal_bytes(tiny: LLM) -> None:
     """Of every kind of context, before anything follows; whoever rounds up would be favoured."""
     rng = random.Random(0)
-    pruned = LLMWith(tiny, SETTINGS)
     kinds = [command.texts(tiny, ids_of(300), 100, 8, rng), command.openings(tiny, ids_of(300), 90, 8, rng)]
     kinds.append(command.planted(tiny, 200, rng))
     others = [name for name in command.NAMES if name != "full"]
     for task, *_ in map(next, kinds):
         seen = b.observe(tiny, task.context)
-        held = {
-            (name, share): b.kv_bytes(cache)
-            for name, share, cache in command.caches(pruned, task, seen, others, [0.8, 0.6, 0.45])
-            if cache
-        }
+        compared = command.Comparison(others, [0.8, 0.6, 0.45], {"pyramid": Policy(SETTINGS)})
+        caches = command.caches(tiny, task, seen, compared)
+        held = {(name, share): b.kv_bytes(cache) for name, share, cache in caches if cache}
         full = 3 * len(task.context) * tiny.config.kv_bytes_per_token(4)
         for budget in (0.8, 0.6, 0.45):
             assert len({held[name, budget] for name in others}) == 1
@@ -146,7 +143,7 @@ def LLMWith(llm: LLM, pyramid: PyramidConfig) -> LLM:
 
 
 def full_cache(llm: LLM, ids: list[int], room: int) -> command.KVCache:
-    return b.hold(llm, b.observe(llm, ids), b.POLICIES["full"], len(ids) * llm.config.num_hidden_layers, room)
+    return b.hold(llm, b.observe(llm, ids), b.BASELINES["full"], len(ids) * llm.config.num_hidden_layers, room)
 
 
 def test_the_full_policy_scores_as_the_engine_does(tiny: LLM) -> None:
@@ -178,13 +175,13 @@ def test_asking_leaves_the_cache_as_it_was(tiny: LLM) -> None:
 def test_generation_is_the_engines(tiny: LLM) -> None:
     *prompt, last = ids_of(80)
     (completion,) = tiny.generate([[*prompt, last]], SamplingParams(max_new_tokens=40))
-    assert command.generate(tiny, full_cache(tiny, prompt, 41), last, 40) == completion.token_ids
+    assert command.write(tiny, full_cache(tiny, prompt, 41), last, 40) == completion.token_ids
 
 
 def test_generated_tokens_are_judged_under_the_pyramid(tiny: LLM) -> None:
     """As many as planned stay; what the engine does with a prompt is done with a text that is written on."""
     cache = b.hold_pyramid(tiny, ids_of(80), SETTINGS, 1, new_tokens=60)
-    command.generate(tiny, cache, 5, 60)
+    command.write(tiny, cache, 5, 60)
     assert cache.rows[0].lengths == SETTINGS.kv_lengths(80, 60, 3)
     assert max(cache.rows[0].lengths) < 140
 
@@ -196,7 +193,7 @@ def test_a_policy_drops_what_it_does_not_choose(tiny: LLM) -> None:
     def uneven(seen: b.Seen, count: int) -> Tensor:
         return torch.stack([torch.arange(30)[-count:], torch.arange(30)[:count]])
 
-    cache = b.hold(tiny, observed, b.Policy(uneven), 3 * 10, 0)
+    cache = b.hold(tiny, observed, b.Baseline(uneven), 3 * 10, 0)
     for layer, seen in enumerate(observed):
         assert torch.equal(cache.keys[layer][0, 0], seen.keys[0, 20:])
         assert torch.equal(cache.values[layer][0, 1], seen.values[1, :10])
@@ -218,7 +215,7 @@ def test_divergence_loss_and_agreement_of_distributions_made_by_hand(
 def test_a_text_that_differs_and_one_that_ends_earlier(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = [full_cache(tiny, ids_of(20), 3) for _ in range(3)]
     said = {id(caches[0]): [5, 6, 7, 8], id(caches[1]): [5, 6, 9, 9], id(caches[2]): [5, 6]}
-    monkeypatch.setattr(command, "generate", lambda _, cache, last, new: said[id(cache)])
+    monkeypatch.setattr(command, "write", lambda _, cache, last, new: said[id(cache)])
     ask = command.write_on(tiny, 3, 4)
     figures = [ask(cache, caches[0]) for cache in caches]
     assert [f["first_difference"] for f in figures] == [4, 2, 2]
@@ -238,13 +235,13 @@ def test_a_story_with_its_question_fills_the_context(context: int) -> None:
             assert len(task.context) + task.room <= context + 8
 
 
-def test_depth_is_where_the_fact_stands() -> None:
+def test_a_part_is_where_the_fact_stands() -> None:
     tale = story(random.Random(0), 2000, lambda text: len(text.split()), asked_within=False)
     for question, answer in tale.asked:
         sentence = question.split("Answer: ")[1] + answer.removesuffix(".")
         where = tale.text.index(sentence) / len(tale.text)
-        assert command.depth(tale, question, answer) == min(2, int(4 * where))
-    assert len({command.depth(tale, *asked) for asked in tale.asked}) == 3
+        assert command.part_of(tale, question, answer) == min(2, int(4 * where))
+    assert len({command.part_of(tale, *asked) for asked in tale.asked}) == 3
 
 
 def test_differences_from_the_full_cache_are_none_for_itself(tiny: LLM) -> None:
@@ -253,7 +250,7 @@ def test_differences_from_the_full_cache_are_none_for_itself(tiny: LLM) -> None:
     windows = command.texts(tiny, ids_of(300), 60, 8, rng)
     written = command.openings(tiny, ids_of(300), 60, 12, rng)
     for tasks in (next(windows), next(windows), next(written), next(written)):
-        command.compare(LLMWith(tiny, SETTINGS), tasks, ["full", "random"], [0.5], samples)
+        command.compare(tiny, tasks, command.Comparison(["full", "random"], [0.5], {}), samples)
     (full, _) = rows = command.rows_of(samples, 60, 0)
     assert full["kl"] == pytest.approx([0, 0, 0], abs=1e-6)
     assert full["agreement"] == full["perplexity_ratio"] == full["identical"] == [1, 1, 1]
@@ -267,7 +264,7 @@ def test_questions_of_one_story_are_one_sample(tiny: LLM) -> None:
     samples = command.no_samples()
     stories = command.planted(tiny, 200, random.Random(0))
     for _ in range(3):
-        command.compare(tiny, next(stories), ["full"], [], samples)
+        command.compare(tiny, next(stories), command.Comparison(["full"], [], {}), samples)
     figures = samples["full", 1.0]
     assert (len(figures["after"]), len(figures["inside"])) == (3, 3)
 
@@ -298,7 +295,7 @@ def test_the_command_reports_every_policy(capsys: pytest.CaptureFixture[str]) ->
     assert [row["policy"] for row in rows] == list(command.NAMES)
     for row in rows:
         assert {"kv_bytes", "kv_share", "samples", *command.COLUMNS} <= {*row}
-        assert any(key in row for key in command.DEPTHS)
+        assert any(key in row for key in command.BY_PART)
         assert all(low <= mean <= high for mean, low, high in [row["perplexity"], row["kl"], row["inside"]])
     assert rows[0]["inside"][0] > 0.5
     status, out, _ = run(capsys, *QUICK)

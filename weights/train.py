@@ -2,15 +2,15 @@
 
     python weights/train.py --text books.txt.xz --test other-books.txt.xz
 
-The first weights are those of `circuit.py`, which can already look back a little. From there prose and the stories of
-`minipyramid/stories.py` are learnt together, on short sequences first: 128 tokens until facts are repeated from them,
-then 256, 512, 1,024 and 2,048. Answers weigh five times as much as prose and a story's filler 0.3, for a random name
-cannot be foreseen and would only drown the signal. Hidden matrices are optimised by Muon, the rest by AdamW at a
-quarter of the rate: at the rate of the matrices the embeddings moved faster than the circuit could follow, and recall
-fell from 0.7 to 0.15 within 75 steps.
+The first weights are those of `circuit.py`, which can already look back a little. From there prose, the stories and
+drills of `minipyramid/stories.py` and words said twice are learnt together, on short sequences first: 128 tokens until
+facts are repeated from them, then 256, 512, 1,024 and 2,048. Answers weigh five times as much as prose, a story's
+filler 0.3 and a drill's 0.02, for a random name cannot be foreseen and would only drown the signal. Hidden matrices are
+optimised by Muon, the rest by AdamW at a quarter of the rate: at the rate of the matrices the embeddings moved faster
+than the circuit could follow, and recall fell from 0.7 to 0.15 within 75 steps.
 
-The run is bounded by tokens, saves its state every few minutes, and goes on from it when it is started again. The
-model is written out once more here, as one trains it: whole sequences at once, with gradients and without a cache.
+The run is bounded by tokens, saves its state every few minutes, and goes on from it when it is started again. The model
+is written out once more here, as one trains it: whole sequences at once, with gradients and without a cache.
 """
 
 from __future__ import annotations
@@ -395,7 +395,6 @@ def train(args: argparse.Namespace) -> Iterator[str]:
         # Shorter lengths stay in, so that what was learnt on them does not fade.
         now = STAGES[run.stage]
         stage = now if data.rng.random() < 0.7 else STAGES[data.rng.randint(max(0, run.stage - 2), run.stage)]
-        # Short sequences in smaller steps, for binding comes with the number of steps.
         rows = max(1, args.batch_tokens // stage.length)
         ids, weights = data.batch(rows, stage.length, stage.shares)
         with precision(device):
