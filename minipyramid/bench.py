@@ -35,7 +35,7 @@ from minipyramid.cache import KVCache
 from minipyramid.checkpoint import parameter_sources
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
-from minipyramid.generate import DEFAULT_MODEL, Parser, print_error, set_threads
+from minipyramid.generate import DEFAULT_MODEL, Parser, discard_output, print_error, set_threads
 from minipyramid.linear import pack
 from minipyramid.model import Model
 from minipyramid.plan import Need, Policy, pick_pyramid
@@ -338,7 +338,8 @@ def floors(
 def growth(args: argparse.Namespace) -> dict[str, Any]:
     """A decode step's time by what the cache holds, to see whether it grows with the bytes that are read and no faster.
 
-    The slabs hold zeros, for which a step takes as long; the prompts that they stand for are not computed.
+    The slabs hold zeros, for which a step takes as long; the prompts that they stand for are not computed, and may be
+    longer than the model's context.
     """
     llm = our_engine(Policy(None), args)
     rates, layers = ceilings(llm.dtype, llm.device), llm.config.num_hidden_layers
@@ -348,7 +349,11 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for held in GROWTH:
         room = Need((held + GROWTH_STEPS,) * layers)
-        cache = KVCache.allot(llm.config, room, args.batch_size, llm.dtype, llm.device)
+        try:
+            cache = KVCache.allot(llm.config, room, args.batch_size, llm.dtype, llm.device)
+        except RuntimeError as error:
+            told = f"{args.batch_size} sequences of {held} tokens do not fit into memory"
+            raise RequestError(f"{told}; give a smaller --batch-size") from error
         for _ in range(args.batch_size):
             cache.add_row()
             cache.rows[-1].lengths, cache.rows[-1].position = [held] * layers, held
@@ -416,6 +421,10 @@ def check(args: argparse.Namespace) -> None:
     for name, low in least.items():
         if getattr(args, name) < low:
             raise RequestError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
+    default = build_parser().parse_args([])
+    for name in ("prompt_tokens", "max_new_tokens", "ragged", "pyramid", "kv_budget", "kv_memory", "fixed", "versus"):
+        if args.growth and getattr(args, name) != getattr(default, name):
+            raise RequestError(f"--growth has no use for --{name.replace('_', '-')}; leave one of them out")
 
 
 def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
@@ -525,8 +534,15 @@ def main(argv: list[str] | None = None) -> int:
             print(growth_table(result) if args.growth else table(result))
             if args.json:
                 print(json.dumps(result))
+        print(end="", flush=True)  # here, where a failure can still be told
     except MiniPyramidError as error:
         print_error(error)
+        return 2
+    except BrokenPipeError:  # the reader has seen enough
+        discard_output()
+    except OSError as error:
+        discard_output()
+        print_error(f"the output cannot be written ({error})")
         return 2
     except ImportError as error:
         print_error(f"--versus {args.versus} cannot be run: {error}")

@@ -52,7 +52,7 @@ class Case:
 
 
 def build_parser() -> Parser:
-    """Flags that `generate` has as well mean the same here."""
+    """A flag that `generate` has by the same name means the same."""
     parser = Parser(
         prog="train_free_demo.py",
         allow_abbrev=False,
@@ -126,12 +126,12 @@ def run(args: argparse.Namespace) -> None:
     given = check(args)
     picture = compare(args, given)
     print("\n".join(screen(picture, style_of_stdout())))
-    if args.html:
+    if args.html is not None:
         try:
             Path(args.html).write_text(page(picture), encoding="utf-8", newline="")
         except OSError as error:
             raise RequestError(f"--html {args.html} cannot be written: {error}") from error
-    if args.plot:
+    if args.plot is not None:
         try:
             plot(picture, Path(args.plot))
         except OSError as error:
@@ -148,13 +148,7 @@ def check(args: argparse.Namespace) -> list[str]:
         raise RequestError(
             "--pyramid is off, which is the other side of the comparison; leave it out, or name a preset"
         )
-    if args.plot:
-        if Path(args.plot).suffix != ".png":
-            raise RequestError(f"--plot is {args.plot}, expected a name that ends with .png")
-        load_matplotlib()
-    for flag in ("html", "plot"):
-        if vars(args)[flag]:
-            check_writable(option(flag), Path(vars(args)[flag]))
+    check_files(args)
     prompts = read_prompts(args, needed=False)
     for i, prompt in enumerate(prompts):
         name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
@@ -166,6 +160,19 @@ def check(args: argparse.Namespace) -> list[str]:
         if prompts and vars(args)[flag] is not None:
             raise RequestError(f"{option(flag)} is for stories, and prompts are given; leave it out, or the prompts")
     return prompts
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """What is to be written can be."""
+    if args.html is not None and args.html == args.plot:
+        raise RequestError(f"--html and --plot are both {args.html}; give two names")
+    if args.plot is not None:
+        if Path(args.plot).suffix != ".png":
+            raise RequestError(f"--plot is {args.plot}, expected a name that ends with .png")
+        load_matplotlib()
+    for flag in ("html", "plot"):
+        if vars(args)[flag] is not None:
+            check_writable(option(flag), Path(vars(args)[flag]))
 
 
 def option(name: str) -> str:
@@ -187,10 +194,9 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
     """Load once, run both sides, and collect what is drawn."""
     set_threads(args.threads)
     budget = KV_BUDGET if args.pyramid is None and args.kv_budget is None else args.kv_budget
+    pyramid = "auto" if args.pyramid is None else args.pyramid
     with LoadingLine(quiet=False) as line:
-        pruned = LLM(
-            args.model, pyramid=args.pyramid or "auto", kv_budget=budget, dtype=args.dtype, progress=line.update
-        )
+        pruned = LLM(args.model, pyramid=pyramid, kv_budget=budget, dtype=args.dtype, progress=line.update)
     tokenizer = pruned.tokenizer
     if tokenizer is None:
         raise TokenizerError(f"{args.model} has no tokenizer.model, and the prompts here are texts; add it")
@@ -202,7 +208,7 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
         pruned.config.check_length(len(prompt), args.max_new_tokens, name)
     plan = pruned.plan(map(len, ids), args.max_new_tokens)  # raises where the budget cannot be reached
     settings = plan.requests[0][0]
-    for llm in (full, under(Policy(settings), pruned)):  # as so few tokens may not come down to the budget
+    for llm in (full, under(Policy(settings), pruned)):  # by settings: so few tokens may not come down to a budget
         llm.generate([ids[0][:WARM_UP]], SamplingParams(max_new_tokens=1))
     return Picture(
         title=f"{Path(args.model).name}, {pruned.config.num_hidden_layers} layers, "
@@ -243,6 +249,10 @@ def tell_one(rng: random.Random, tokens: int, tokenizer: Tokenizer) -> Case:
     tale = story(rng, tokens, count)
     (question, answer), text = tale.asked[0], tale.text
     left = tokens - len(tokenizer.encode(text + question))
+    if left < 0:
+        raise RequestError(
+            f"--prompt-tokens {tokens} is too few for a story in these tokens, which has {tokens - left}"
+        )
     while (left := left - count(sentence := " " + filler(rng))) >= 0:
         text += sentence
     return Case(text + question, answer)

@@ -46,7 +46,8 @@ NAMES = ("full", "pyramid", *(name for name in BASELINES if name != "full"))
 RESAMPLES = 1000
 QUESTIONS = 4  # of a story, at most; each in the prompt costs a prompt of its own
 PARTS = 3  # of a story, for recall by where a fact stands
-QUESTION = 40  # tokens that a question and its answer take at most
+QUESTION = 40  # tokens that are left for a question and its answer at first
+LEAST_STORY = 64  # tokens
 
 
 # --- What is measured --------------------------------------------------------------------------------------------
@@ -141,14 +142,14 @@ class Asked:
         return float(said == self.answer)
 
 
-def after(llm: LLM, asked: list[Asked]) -> Ask:
-    """All questions of a story, each behind its pruned cache."""
+def after(llm: LLM, asked: list[Asked], tokens: int) -> Ask:
+    """All questions of a story, each behind its pruned cache; and the story's length."""
 
     def ask(cache: KVCache, _: KVCache) -> Figures:
         hits = [(a.hit(llm, cache, a.question), a.part) for a in asked]
         parts = {part: [hit for hit, p in hits if p == part] for _, part in hits}
         by_part = {f"after_part_{part + 1}": statistics.fmean(some) for part, some in parts.items()}
-        return {"after": statistics.fmean(hit for hit, _ in hits), **by_part}
+        return {"after": statistics.fmean(hit for hit, _ in hits), **by_part, "story_tokens": tokens}
 
     return ask
 
@@ -192,16 +193,22 @@ def planted(llm: LLM, context: int, rng: random.Random) -> Iterator[list[Task]]:
         return tokenizer.encode(text, continues=True)
 
     while True:
-        tale = story(rng, context - QUESTION, lambda text: len(pieces(" " + text)), asked_within=False)
-        asked = []
-        for question, answer in tale.asked[:QUESTIONS]:
-            # As one text, for their pieces are those of the whole.
-            both, q = pieces(question + answer), len(pieces(question))
-            asked.append(Asked(both[:q], both[q:], part_of(tale, question, answer)))
-        text = tokenizer.encode(tale.text)
-        room = max(len(a.question) + len(a.answer) for a in asked)
+        room = QUESTION
+        while True:  # until the longest question and its answer fit behind the story
+            if context - room < LEAST_STORY:
+                raise RequestError(f"--context {context} is too short for a story and its question in these tokens")
+            tale = story(rng, context - room, lambda text: len(pieces(" " + text)), asked_within=False)
+            text, asked = tokenizer.encode(tale.text), []
+            for question, answer in tale.asked[:QUESTIONS]:
+                # As one text, for their pieces are those of the whole.
+                both, q = pieces(question + answer), len(pieces(question))
+                asked.append(Asked(both[:q], both[q:], part_of(tale, question, answer)))
+            longest = max(len(a.question) + len(a.answer) for a in asked)
+            if len(text) + longest <= context:
+                break
+            room += len(text) + longest - context
         each = [Task(text + a.question[:-1], inside(llm, a), len(a.answer)) for a in asked]
-        yield [Task(text, after(llm, asked), room), *each]
+        yield [Task(text, after(llm, asked, len(text)), longest), *each]
 
 
 def part_of(tale: Story, question: str, answer: str) -> int:
@@ -272,6 +279,11 @@ def interval(values: list[float], seed: int, of: Callable[[float], float] = floa
     return [of(m) for m in (statistics.fmean(values), means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)])]
 
 
+def perplexity(loss: float) -> float:
+    """Of a loss in nats; what a float cannot hold is cut off."""
+    return math.exp(min(loss, 700.0))
+
+
 def rows_of(samples: Samples, context: int, seed: int) -> list[dict[str, Any]]:
     """A row per policy and budget; every figure with its interval as [mean, low, high], and how many it is of."""
     rows = []
@@ -279,10 +291,10 @@ def rows_of(samples: Samples, context: int, seed: int) -> list[dict[str, Any]]:
     for (name, budget), got in samples.items():
         row: dict[str, Any] = {"policy": name, "budget": budget, "context": context}
         row |= {key: statistics.fmean(got[key]) for key in ("kv_bytes", "kv_share")}
-        row["perplexity"] = interval(got["loss"], seed, math.exp)
+        row["perplexity"] = interval(got["loss"], seed, perplexity)
         if full:  # of the same windows, so their spread cancels out
             pairs = zip(got["loss"], full["loss"], strict=True)
-            row["perplexity_ratio"] = interval([ours - theirs for ours, theirs in pairs], seed, math.exp)
+            row["perplexity_ratio"] = interval([ours - theirs for ours, theirs in pairs], seed, perplexity)
         measured = {key: values for key, values in got.items() if key not in ("kv_bytes", "kv_share", "loss")}
         row |= {key: interval(values, seed) for key, values in measured.items()}
         row["samples"] = {key: len(values) for key, values in measured.items()}
@@ -303,7 +315,7 @@ COLUMNS = {  # a row's figure -> the table's heading, and how it is shown
 }
 
 
-BY_PART = {  # the same for recall by where in the story the fact stands
+BY_PART = {"story_tokens": ("story tokens", "{:.0f}")} | {  # the same for recall by where in the story the fact stands
     f"{when}_part_{part + 1}": (f"{when}, {where}", "{:.3f}")
     for when in ("inside", "after")
     for part, where in enumerate(("early", "middle", "late"))
@@ -316,7 +328,7 @@ def table(rows: list[dict[str, Any]], wanted: dict[str, tuple[str, str]]) -> str
     head = f"{'context':>7} {'policy':10} {'budget':>6} {'held':>10} {'share':>6}"
     lines = [head + "".join(f" {heading:>22}" for heading, _ in columns.values())]
     for row in rows:
-        line = f"{row['context']:7} {row['policy']:10} {row['budget']:6.2f} {readable(row['kv_bytes']):>10}"
+        line = f"{row['context']:7} {row['policy']:10} {row['budget']:6.4g} {readable(row['kv_bytes']):>10}"
         line += f" {row['kv_share']:6.1%}"
         for key, (_, shown) in columns.items():
             parts = [shown.format(value) for value in row.get(key, ())]
@@ -400,7 +412,7 @@ def check(args: argparse.Namespace) -> None:
             raise RequestError(f"--policies has {name!r}, expected some of {', '.join(NAMES)}")
     for budget in args.budgets:
         check_share(budget)
-    if args.plot:
+    if args.plot is not None:
         load_matplotlib()
         if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
             raise RequestError(f"--plot is {args.plot}, expected a name that ends with .png, .svg or .pdf")
@@ -423,19 +435,31 @@ def read_tokens(llm: LLM, args: argparse.Namespace) -> list[int]:
 
 def what_to_compare(args: argparse.Namespace, layers: int) -> Comparison:
     """Policies and settings by name; refuses what cannot be, before anything is computed."""
-    pyramids = {}
+    pyramids: dict[str, Policy] = {}
     if "pyramid" in args.policies:
         directory = locate(args.model, args.revision)
         for name in dict.fromkeys(args.pyramid):
             label = "pyramid" if len(args.pyramid) == 1 else Path(name).stem
+            if label in pyramids or (label in NAMES and label != "pyramid"):
+                raise RequestError(
+                    f"--pyramid {name} would be shown as {label!r}, which another row is; rename the file"
+                )
             pyramids[label] = Policy(pick_pyramid(name, directory, layers))
-    for policy, budget, context in itertools.product(pyramids.values(), args.budgets, args.context):
-        solved(policy, budget, context, layers)
+    lengths = [context - 1 for context in args.context]
+    lengths += [context - 2 * QUESTION for context in args.context] if args.recall else []  # a story may be as short
+    for policy, budget, tokens in itertools.product(pyramids.values(), args.budgets, lengths):
+        solved(policy, budget, tokens, layers)
+    for budget in args.budgets:
+        if int(budget * min(lengths) * layers) < layers:
+            raise RequestError(
+                f"--budgets has {budget}, which is less than a token in each of {layers} layers; give more"
+            )
     return Comparison(list(dict.fromkeys(args.policies)), list(dict.fromkeys(args.budgets)), pyramids)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Every context, task, policy and budget; returns what `--json` prints."""
+    args.context = list(dict.fromkeys(args.context))
     check(args)
     set_threads(args.threads)
     llm = LLM(args.model, pyramid="off", dtype=args.dtype, device=args.device, revision=args.revision)
@@ -444,7 +468,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     comparison = what_to_compare(args, llm.config.num_hidden_layers)
     rows: list[dict[str, Any]] = []
     with EvalLine(len(args.context) * args.samples, quiet=args.quiet) as line:
-        for context in dict.fromkeys(args.context):
+        for context in args.context:
             samples = no_samples()
             # Each task draws from its own source, so that it draws the same whatever else is asked for.
             reading, telling, writing = (random.Random(f"{args.seed} {task}") for task in range(3))
@@ -486,7 +510,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("\nThe same recall by where the fact stands:")
                 print(table(result["rows"], BY_PART))
         print(end="", flush=True)  # here, where a failure can still be told
-        if args.plot:
+        if args.plot is not None:
             plot(result["rows"], Path(args.plot))
     except MiniPyramidError as error:
         print_error(error)

@@ -59,8 +59,8 @@ class Picture:
     title: str
     tokens: list[Token]  # of the prompt
     layers: int
-    newest: int  # tokens at the prompt's end that always stay, for they vote
-    sinks: int  # tokens at its beginning that always stay
+    newest: int  # tokens at the prompt's end that stay, for they vote
+    sinks: int  # tokens at its beginning that stay, as far as there is room
     answer: str | None  # known to be right
     prompts: int
     full: Side
@@ -120,10 +120,12 @@ def legend(picture: Picture) -> str:
     """What the last layer kept, and what of it was no choice."""
     depth = picture.pruned.depth
     kept, n = kept_by_layer(depth, picture.layers)[-1], len(depth)
-    return (
-        f"The last layer kept {kept} of the prompt's {n} tokens. The newest {min(picture.newest, n)} always stay, for "
-        f"they vote on the others, and so do the first {min(picture.sinks, n)}."
+    newest = min(picture.newest, n)
+    first = min(picture.sinks, kept - newest)  # as far as there was room for them
+    told = (
+        f"The last layer kept {kept} of the prompt's {n} tokens. The newest {newest} stay, for they vote on the others"
     )
+    return told + (f", and so do the first {first}." if first > 0 else ".")
 
 
 # --- On a terminal -----------------------------------------------------------------------------------------------

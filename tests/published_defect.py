@@ -11,17 +11,17 @@ Nothing but this file has the switch.
 
 from __future__ import annotations
 
-import argparse
 import random
+import sys
 from itertools import islice
 
 import torch
 
-from minipyramid import LLM, PyramidConfig
+from minipyramid import LLM, MiniPyramidError, PyramidConfig, RequestError, TokenizerError
 from minipyramid.baselines import hold_pyramid
 from minipyramid.cache import KVCache
 from minipyramid.eval import interval, planted
-from minipyramid.generate import DEFAULT_MODEL
+from minipyramid.generate import DEFAULT_MODEL, Parser, print_error
 from minipyramid.stories import filler
 
 
@@ -52,7 +52,8 @@ def recall(
 ) -> list[float]:
     """Of every story the share of answers that are the first choice, `generated` tokens behind it."""
     tokenizer, shares = llm.tokenizer, []
-    assert tokenizer is not None
+    if tokenizer is None:
+        raise TokenizerError("the checkpoint has no tokenizer.model, which stories need; add it")
     stories = planted(llm, context, random.Random(0))
     for task, *_ in islice(stories, samples):
         cache = hold_pyramid(llm, task.context, settings, generated + task.room)
@@ -63,21 +64,34 @@ def recall(
     return shares
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEFAULT_MODEL))
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--generated", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=20)
-    args = parser.parse_args()
-    llm = LLM(args.model, pyramid="llama2-7b")
-    settings = llm.policy.pyramid
-    assert settings is not None
-    for name, defect in (("without the defect", False), ("with the defect", True)):
-        hits = recall(llm, settings, args.context, args.generated, args.samples, defect=defect)
-        mean, low, high = interval(hits, 0)
-        print(f"recall {name:18} {mean:.3f} [{low:.3f}, {high:.3f}] of {len(hits)} stories")
+def main(argv: list[str] | None = None) -> int:
+    """Run the comparison; returns the exit status."""
+    parser = Parser(
+        prog="published_defect.py", allow_abbrev=False, description="Recall with the defect and without it."
+    )
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), metavar="PATH_OR_REPO")
+    parser.add_argument(
+        "--context", type=int, default=1024, metavar="N", help="tokens of a story and a question (1024)"
+    )
+    parser.add_argument("--generated", type=int, default=64, metavar="N", help="tokens behind the story (64)")
+    parser.add_argument("--samples", type=int, default=20, metavar="N", help="stories (20)")
+    args = parser.parse_args(argv)
+    try:
+        for name, least in (("context", 128), ("generated", 0), ("samples", 2)):
+            if vars(args)[name] < least:
+                raise RequestError(f"--{name} is {vars(args)[name]}, expected {least} or more")
+        llm = LLM(args.model, pyramid="llama2-7b")
+        llm.config.check_length(args.context, args.generated, "the story")
+        settings = PyramidConfig.preset("llama2-7b")
+        for name, defect in (("without the defect", False), ("with the defect", True)):
+            shares = recall(llm, settings, args.context, args.generated, args.samples, defect=defect)
+            mean, low, high = interval(shares, 0)
+            print(f"recall {name:18} {mean:.3f} [{low:.3f}, {high:.3f}] of {len(shares)} stories")
+    except MiniPyramidError as error:
+        print_error(error)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -89,6 +89,8 @@ def test_growth_counts_the_bytes_of_a_step(tiny_dir: Path, capsys: pytest.Captur
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--fixed", "-1"], "--fixed is -1"),
         (["--growth", "--batch-size", "0"], "--batch-size is 0"),
+        (["--growth", "--batch-size", "100000000"], "smaller --batch-size"),
+        (["--growth", "--ragged"], "no use for --ragged"),
         (["--pyramid", "llama2-7", "--prompt-tokens", "9"], "'llama2-7b'"),
         (["--model", "shape:llama2-7b", "--prompt-tokens", "4096"], "context"),
         (["--model", "shape:llama-125m", "--kv-budget", "0.01"], "smallest"),

@@ -372,9 +372,9 @@ class Stage:
 STAGES = (
     Stage(128, {"copy": 0.15, "drill": 0.2, "story": 0.25, "book": 0.4}, 0.85, 0.15),
     Stage(256, {"copy": 0.10, "drill": 0.1, "story": 0.3, "book": 0.5}, 0.9, 0.3),
-    Stage(512, {"copy": 0.05, "drill": 0.05, "story": 0.3, "book": 0.6}, 0.93, 0.65),
-    Stage(1024, {"copy": 0.05, "story": 0.35, "book": 0.6}, 0.97, 0.85),
-    Stage(2048, {"copy": 0.05, "story": 0.35, "book": 0.6}, 2.0, 2.0),
+    Stage(512, {"copy": 0.03, "drill": 0.02, "story": 0.2, "book": 0.75}, 0.95, 0.6),
+    Stage(1024, {"copy": 0.03, "story": 0.2, "book": 0.77}, 0.97, 0.85),
+    Stage(2048, {"copy": 0.03, "story": 0.2, "book": 0.77}, 2.0, 2.0),
 )
 
 
@@ -394,7 +394,7 @@ def train(args: argparse.Namespace) -> Iterator[str]:
         began = time.monotonic()
         # Shorter lengths stay in, so that what was learnt on them does not fade.
         now = STAGES[run.stage]
-        stage = now if data.rng.random() < 0.7 else STAGES[data.rng.randint(max(0, run.stage - 2), run.stage)]
+        stage = now if data.rng.random() < 0.45 else STAGES[data.rng.randint(max(0, run.stage - 2), run.stage)]
         rows = max(1, args.batch_tokens // stage.length)
         ids, weights = data.batch(rows, stage.length, stage.shares)
         with precision(device):
