@@ -91,10 +91,11 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
     yield replace(sloping, recent_ratio=few), forgetful
     cliff = replace(forgetful, prefill_decay_ratio=min(1.0, steepest), min_context_length=least)
     yield replace(forgetful, min_context_length=least), cliff
-    # What else can be: no full layers but the first, no least context, no voter but the newest token.
-    one = min(1.0, (1 + 1e-6) / context)  # the ratio that leaves a single token
-    bare = replace(cliff, prefill_full_layers=1, min_context_length=0, prefill_decay_ratio=one)
-    yield cliff, bare
+    # What else can be: no least context, no full layers but the first, no voter but the newest token.
+    small = replace(cliff, min_context_length=0, prefill_decay_ratio=min(1.0, (1 + 1e-6) / context))
+    yield cliff, small
+    bare = replace(small, prefill_full_layers=1)
+    yield small, bare
     yield bare, replace(bare, recent_ratio=0.0)
 
 

@@ -111,7 +111,7 @@ class PyramidConfig(PublishedSettings):
         lowered (or, where generated tokens are most of it, they are pruned less than published); the schedule becomes
         `constant` with a ratio of its own, which drops from the first layer on, where cosine hardly does; on top of
         that `recent_ratio` falls to 0.05; fewer generated tokens stay; the first layers that drop drop more, down to
-        `min_context_length`; that falls, and `prefill_full_layers` to 1; `recent_ratio` falls to 0, last because the
+        `min_context_length`; that falls; `prefill_full_layers` falls to 1; `recent_ratio` falls to 0, last because the
         recent tokens are the voters.
 
         Args:
@@ -126,7 +126,11 @@ class PyramidConfig(PublishedSettings):
 
 @dataclass(frozen=True)
 class Compaction:
-    """When generated tokens are judged, and by whom."""
+    """One judgement of generated tokens: when it happens, and who votes.
+
+    They gather until `exceed_length_to_compress` of them have left the protected tail unjudged; then the tail votes on
+    these, each layer keeps its survivors, and what it drops is closed up: a compaction.
+    """
 
     generated: int  # tokens generated when it happens, the newest voter among them
     oldest_voter: int  # index of the oldest voter among the generated tokens

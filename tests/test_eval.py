@@ -13,6 +13,8 @@ import torch
 from conftest import WEIGHTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_defect import Size
+from published_defect import losses as losses_behind
 from published_defect import recall as recall_behind
 from torch import Tensor
 
@@ -347,10 +349,12 @@ def test_recall_falls_without_the_facts(capsys: pytest.CaptureFixture[str]) -> N
 @needs_weights
 def test_the_published_defect_loses_what_was_said() -> None:
     """Dropping 16 tokens of a pruned layer at every step empties the prompt, whoever votes for what."""
-    llm = LLM(WEIGHTS, pyramid="llama2-7b")
-    assert llm.policy.pyramid is not None
-    kept, lost = (recall_behind(llm, llm.policy.pyramid, 1000, 80, 3, defect=defect) for defect in (False, True))
-    assert sum(lost) < sum(kept) - 1
+    llm, size = LLM(WEIGHTS, pyramid="off"), Size(context=600, generated=64, samples=3)
+    pruned = PyramidConfig(prefill_decay_strategy="constant", prefill_decay_ratio=0.95)
+    kept, lost = (recall_behind(llm, pruned, size, defect=defect) for defect in (False, True))
+    assert sum(lost) < sum(kept) - 0.5
+    whole, cut = (losses_behind(llm, pruned, size, defect=defect) for defect in (False, True))
+    assert sum(cut) > sum(whole)
 
 
 @pytest.mark.parametrize(

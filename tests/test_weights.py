@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from train import ANSWER_WEIGHT, Data, Llama, Muon, Shape, export, recall, weighted_loss
 
 from minipyramid import LLM
+from minipyramid.eval import main as evaluate
 from minipyramid.stories import story
 
 
@@ -135,3 +137,14 @@ def test_the_checkpoint_is_what_its_readme_says() -> None:
     assert config.max_position_embeddings >= 2048
     assert config.dtype == "bfloat16"
     assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) <= 32e6
+
+
+@needs_weights
+def test_the_checkpoint_looks_back(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first version did not, and whatever pruning did to it was no evidence."""
+    wanted = "--policies full --context 1024 --samples 4 --recall --continuation 256 --json --quiet"
+    assert evaluate(wanted.split()) == 0
+    (full,) = json.loads(capsys.readouterr().out)["rows"]
+    assert full["after"][0] > 0.85
+    assert full["inside"][0] > 0.85
+    assert full["perplexity"][0] < 80

@@ -394,7 +394,7 @@ def train(args: argparse.Namespace) -> Iterator[str]:
         began = time.monotonic()
         # Shorter lengths stay in, so that what was learnt on them does not fade.
         now = STAGES[run.stage]
-        stage = now if data.rng.random() < 0.45 else STAGES[data.rng.randint(max(0, run.stage - 2), run.stage)]
+        stage = now if data.rng.random() < 0.25 else STAGES[data.rng.randint(max(0, run.stage - 2), run.stage)]
         rows = max(1, args.batch_tokens // stage.length)
         ids, weights = data.batch(rows, stage.length, stage.shares)
         with precision(device):
