@@ -20,15 +20,14 @@ from pathlib import Path
 
 import torch
 
-from minipyramid import LLM, MiniPyramidError, RequestError, SamplingParams, TokenizerError
+from minipyramid import LLM, RequestError, SamplingParams, TokenizerError
 from minipyramid.errors import check_number
 from minipyramid.generate import (
     DEFAULT_MODEL,
     LoadingLine,
     Parser,
     RunningLine,
-    discard_output,
-    print_error,
+    exit_status,
     read_prompts,
     set_threads,
 )
@@ -103,22 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal's own encoding lacks
-    try:
-        run(args)
-        print(end="", flush=True)  # here, where a failure can still be told
-    except MiniPyramidError as error:
-        print_error(error)
-        return 2
-    except BrokenPipeError:
-        discard_output()
-    except OSError as error:
-        discard_output()
-        print_error(f"the output cannot be written ({error})")
-        return 2
-    except KeyboardInterrupt:
-        print("\nminipyramid: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -29,12 +29,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from minipyramid import LLM, MiniPyramidError, PyramidConfig, RequestError
+from minipyramid import LLM, PyramidConfig, RequestError
 from minipyramid.baselines import BASELINES, Seen, hold, hold_pyramid, kv_bytes, observe
 from minipyramid.budget import check_share
 from minipyramid.cache import KVCache, Span
 from minipyramid.demo import check_writable
-from minipyramid.generate import DEFAULT_MODEL, Parser, ProgressLine, discard_output, print_error, set_threads
+from minipyramid.generate import DEFAULT_MODEL, Parser, ProgressLine, exit_status, set_threads
 from minipyramid.hub import locate
 from minipyramid.picture import load_matplotlib
 from minipyramid.plan import Policy, pick_pyramid
@@ -500,31 +500,21 @@ class EvalLine(ProgressLine):
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
-    try:
-        result = run(args)
-        if args.json:
-            print(json.dumps(result))
-        else:
-            print(table(result["rows"], COLUMNS))
-            if args.recall:
-                print("\nThe same recall by where the fact stands:")
-                print(table(result["rows"], BY_PART))
-        print(end="", flush=True)  # here, where a failure can still be told
-        if args.plot is not None:
-            plot(result["rows"], Path(args.plot))
-    except MiniPyramidError as error:
-        print_error(error)
-        return 2
-    except BrokenPipeError:  # the reader has seen enough
-        discard_output()
-    except OSError as error:
-        discard_output()
-        print_error(f"the output cannot be written ({error})")
-        return 2
-    except KeyboardInterrupt:
-        print("\nminipyramid: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: report(run(args), args))
+
+
+def report(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print what was measured, and draw it."""
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(table(result["rows"], COLUMNS))
+        if args.recall:
+            print("\nThe same recall by where the fact stands:")
+            print(table(result["rows"], BY_PART))
+    print(end="", flush=True)  # so that a plot that fails costs no figures
+    if args.plot is not None:
+        plot(result["rows"], Path(args.plot))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -104,8 +105,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # a text may hold what the terminal's own encoding lacks
+    return exit_status(lambda: run(args))
+
+
+def exit_status(command: Callable[[], None]) -> int:
+    """Run what a command does; what goes wrong is told in one line, and by the status."""
     try:
-        run(args)
+        command()
         print(end="", flush=True)  # here, where a failure can still be told
     except MiniPyramidError as error:
         print_error(error)
