@@ -22,7 +22,7 @@ from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.errors import RequestError, TokenizerError
 from minipyramid.hub import locate
-from minipyramid.model import PIECE, PIECES
+from minipyramid.model import PIECES
 from minipyramid.plan import Need, Plan, Policy, make_plan, need, pick_pyramid
 from minipyramid.pyramid import PyramidConfig
 from minipyramid.request import Completion, Conversation, Params, Prefill, Prompt, Prompts, Sequence
@@ -175,7 +175,7 @@ class LLM:
         while admitted:
             began = time.perf_counter()
             ends = accumulate(len(sequence.prompt) for sequence in admitted)
-            count = max(1, sum(end <= PIECES.get(self.device.type, PIECE) for end in ends))
+            count = max(1, sum(end <= PIECES[self.device.type] for end in ends))
             self._choose(self._extend(admitted[:count]), admitted[:count])
             seconds = time.perf_counter() - began  # behind the transfer of tokens, for a device runs asynchronously
             for sequence in admitted[:count]:

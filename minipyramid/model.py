@@ -23,8 +23,7 @@ from minipyramid.rope import inverse_frequencies, rotate_, rotations
 # Tokens that the feed-forward runs over at a time, by device, for its activation (2 * intermediate_size) is the widest
 # and is quickest where it stays near the processor: 8 prompts of 512 tokens took 7.4 s in pieces of 4,096 tokens on two
 # CPU cores, and 6.4 s in pieces of 512 (12 layers, hidden size 768, float32).
-PIECES = {"cpu": 512}
-PIECE = 4096
+PIECES = {"cpu": 512, "cuda": 4096, "mps": 4096}
 
 
 def rms_norm(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
@@ -60,7 +59,7 @@ class Layer(nn.Module):
     def residual(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Add to the tokens what attention found, and SwiGLU of that.  [T, hidden_size], [T, H * D] -> like x"""
         x = x + self.o_proj(mixed)
-        for piece in torch.split(x, PIECES.get(x.device.type, PIECE)):
+        for piece in torch.split(x, PIECES[x.device.type]):
             normed = rms_norm(piece, self.post_attention_layernorm, self.config)
             gate, up = self.gate_up_proj(normed).chunk(2, dim=-1)
             piece.add_(self.down_proj(F.silu(gate).mul_(up)))
@@ -107,7 +106,7 @@ class Model(nn.Module):
                 mixed.append(out)
                 kept.append(torch.arange(first, end, device=ids.device))
                 if span.pyramid and i < layers - 1 and lengths[i + 1] < lengths[i]:
-                    best = keep(span.pyramid, q[start:end], keys, logsumexp, prompt=span.count, length=lengths[i + 1])
+                    best = keep(span.pyramid, q[start:end], keys, logsumexp, lengths=lengths, layer=i)
                     mixed[-1], kept[-1] = out[best], start + best
                 start = end
             # Before the projection and feed-forward, which nobody would read of a dropped token.

@@ -53,17 +53,19 @@ class PyramidConfig(PublishedSettings):
     def prompt_lengths(self, prompt_tokens: int, layers: int) -> list[int]:
         """Tokens of a prompt that each layer receives, computes and holds.
 
-        n(i + 1) = tail + int((n(i) - tail) * s(i))  where i % interval == 0 and that leaves > min_context_length (and
-        i + 1 >= prefill_full_layers), else n(i); tail = 1 + R
+        n(i + 1) = tail + int((n(i) - tail) * s(i))  where i % interval == 0 and that leaves > min_context_length,
+        else n(i); tail = 1 + R. Of several full layers the first has prefill_full_ratio for s, the others drop nothing.
         """
         tail = 1 + self.recent(prompt_tokens)
         schedule = STRATEGIES[self.prefill_decay_strategy]
         lengths, n = [], prompt_tokens
         for i in range(layers):
             lengths.append(n)
-            kept = int((n - tail) * schedule(self.prefill_decay_ratio, i, layers))
+            at_once = i == 0 and self.prefill_full_layers > 1  # for all full layers that follow
+            ratio = self.prefill_full_ratio if at_once else schedule(self.prefill_decay_ratio, i, layers)
+            kept = int((n - tail) * ratio)
             drops = i + 1 >= self.prefill_full_layers and i % self.layerwise_downsample_interval == 0
-            if drops and kept > self.min_context_length:
+            if (at_once or drops) and kept > self.min_context_length:
                 n = kept + tail
         return lengths
 
@@ -111,8 +113,8 @@ class PyramidConfig(PublishedSettings):
         lowered (or, where generated tokens are most of it, they are pruned less than published); the schedule becomes
         `constant` with a ratio of its own, which drops from the first layer on, where cosine hardly does; on top of
         that `recent_ratio` falls to 0.05; fewer generated tokens stay; the first layers that drop drop more, down to
-        `min_context_length`; that falls; `prefill_full_layers` falls to 1; `recent_ratio` falls to 0, last because the
-        recent tokens are the voters.
+        `min_context_length`; that falls; `prefill_full_ratio` falls; `recent_ratio` falls to 0, last because the recent
+        tokens are the voters.
 
         Args:
             share: keys and values held, as a share of layers * (prompt_tokens + new_tokens).
@@ -200,16 +202,15 @@ def votes(config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | No
     total = torch.zeros(K, H // K, n - V, device=q.device)
     for start in range(0, V, VOTERS):
         block = q[start : start + VOTERS]
-        b = len(block)
-        grouped = block.view(b, K, H // K, D).permute(1, 2, 0, 3).flatten(1, 2)  # [K, G * b, D]
+        grouped = block.view(-1, K, H // K, D).permute(1, 2, 0, 3).flatten(1, 2)  # [K, G * VOTERS, D]
         if logsumexp is None:
-            scores = (grouped @ keys.transpose(1, 2)).float().view(K, H // K, b, n) / math.sqrt(D)
-            unseen = torch.ones(b, n, dtype=torch.bool, device=q.device).triu(n - V + start + 1)
+            scores = (grouped @ keys.transpose(1, 2)).float().view(K, H // K, -1, n) / math.sqrt(D)
+            unseen = torch.ones(len(block), n, dtype=torch.bool, device=q.device).triu(n - V + start + 1)
             probs = scores.masked_fill_(unseen, -math.inf).softmax(-1)[..., : n - V]
         else:  # all voters see all of the context, so nothing is masked and their own keys are not needed
-            scores = (grouped @ keys[:, : n - V].transpose(1, 2)).float().view(K, H // K, b, n - V)
-            probs = (scores.div_(math.sqrt(D)) - logsumexp[:, start : start + b].view(K, H // K, b, 1)).exp_()
-        total += weights[start : start + b] @ probs
+            scores = (grouped @ keys[:, : n - V].transpose(1, 2)).float().view(K, H // K, -1, n - V)
+            probs = (scores.div_(math.sqrt(D)) - logsumexp[:, start : start + VOTERS].view(K, H // K, -1, 1)).exp_()
+        total += weights[start : start + VOTERS] @ probs
     return (total.amax((0, 1)) if config.prefill_max_over_heads else total.mean((0, 1))) / V
 
 
@@ -224,17 +225,19 @@ def pivotal(vote: Tensor, count: int, sinks: int) -> Tensor:
 
 
 def keep(
-    config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | None, *, prompt: int, length: int
+    config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | None, *, lengths: list[int], layer: int
 ) -> Tensor:
-    """What the next layer receives of a prompt, as indices into the tokens that this one received.  [length]
+    """What the next layer receives of a prompt, as indices into what this one received.  [lengths[layer + 1]]
 
     q [n, H, D] of these tokens, keys [K, m, D] of all that the layer holds, with theirs last (those of former turns
-    before them are voted on too, and the votes cut off); `length` is what was planned
+    before them are voted on too, and the votes cut off); `lengths` are what was planned, by layer
     """
-    n, tail = len(q), 1 + config.recent(prompt)
-    known = logsumexp[:, n - tail :] if logsumexp is not None else None
-    vote = votes(config, q[n - tail :], keys, known)[-(n - tail) :]
-    near = config.prefill_vote_neighbours
-    vote = F.avg_pool1d(vote[None], 2 * near + 1, 1, near, count_include_pad=False)[0]
-    context = pivotal(vote, length - tail, config.streamingllm_sink_len)
+    n, tail = len(q), 1 + config.recent(lengths[0])
+    if layer + 1 < config.prefill_full_layers:  # layers that do not look back yet cannot judge: the newest stay
+        vote = torch.arange(n - tail, device=q.device).float()
+    else:
+        known = logsumexp[:, n - tail :] if logsumexp is not None else None
+        vote, near = votes(config, q[n - tail :], keys, known)[-(n - tail) :], config.prefill_vote_neighbours
+        vote = F.avg_pool1d(vote[None], 2 * near + 1, 1, near, count_include_pad=False)[0]
+    context = pivotal(vote, lengths[layer + 1] - tail, config.streamingllm_sink_len)
     return torch.cat((context, torch.arange(n - tail, n, device=q.device)))

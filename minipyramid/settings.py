@@ -1,4 +1,4 @@
-"""The settings of PyramidInfer: the published ones by their names, with their presets and files, and three of our own.
+"""The settings of PyramidInfer: the published ones by their names, with their presets and files, and four of our own.
 
 A published file nests the fields under `prefill_stage` and `generation_stage`, beside `model` and `size`; a flat one
 is read as well. A name that is not known, a strategy misspelt or a value out of range is refused: the published code
@@ -36,6 +36,7 @@ LIMITS: dict[str, Limits] = {
     "prefill_max_over_heads": (bool, False, True),
     "prefill_vote_neighbours": (int, 0, 10**4),
     "prefill_full_layers": (int, 1, 10**9),
+    "prefill_full_ratio": (float, 0, 1),
 }
 Settings = TypeVar("Settings", bound="PublishedSettings")
 
@@ -59,7 +60,8 @@ class PublishedSettings:
     Of our own, and by default without effect (docs/settings.md tells what they give):
         prefill_max_over_heads: a token's vote is the highest of the query heads' and not their mean.
         prefill_vote_neighbours: a token's vote is the mean of its own and those of so many tokens on either side.
-        prefill_full_layers: so many layers, the first ones, hold the whole prompt.
+        prefill_full_layers: so many layers, the first ones, hold equally much: the whole prompt, or
+        prefill_full_ratio: all but the first of them only this share of the context, its newest tokens.
 
     Raises:
         ConfigError: a strategy is not known or a value out of range.
@@ -80,6 +82,7 @@ class PublishedSettings:
     prefill_max_over_heads: bool = False
     prefill_vote_neighbours: int = 0
     prefill_full_layers: int = 1
+    prefill_full_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -62,13 +62,11 @@ class Tokenizer:
         for i, part in enumerate(parts):
             if part in self._special:
                 ids.append(self._special[part])
+            elif part and (i or continues):  # inside a text
+                ids += self._sp.encode(self._anchor + part)[len(self._sp.encode(self._anchor)) :]
             elif part:
-                ids += self._encode_inside(part) if i or continues else self._sp.encode(part)
+                ids += self._sp.encode(part)
         return ids
-
-    def _encode_inside(self, text: str) -> list[int]:
-        ids: list[int] = self._sp.encode(self._anchor + text)
-        return ids[len(self._sp.encode(self._anchor)) :]
 
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
         """The text of ids, special tokens left out; unless it `continues` another, the space before it is dropped."""

@@ -51,15 +51,23 @@ def test_layers_that_are_to_be_full_stay_full_as_long_as_the_budget_allows() -> 
     base = PyramidConfig(
         prefill_full_layers=4, prefill_decay_strategy="constant", recent_ratio=0.02, min_context_length=4
     )
-    for budget, full in ((0.75, 4), (0.5, 4), (0.36, 4), (0.3, None), (0.15, None)):
+    for budget in (0.75, 0.5, 0.36, 0.3, 0.15):
         config = Policy(base, budget).settings(1024, 0, 12)
         assert config is not None
         lengths = config.prompt_lengths(1024, 12)
         assert 0.98 * budget <= sum(lengths) / (12 * 1024) <= budget
-        if full:
-            assert lengths[:full] == [1024] * full
-            assert lengths[full] < 1024
-            assert config.prefill_full_layers == full
+        assert config.prefill_full_layers == 4
+        assert lengths[3] == lengths[1] > lengths[4]  # and where it does not, they hold equally much
+        assert (lengths[1] == 1024) == (budget > 4 / 12)
+
+
+def test_full_layers_raise_no_smallest_share() -> None:
+    smallest = []
+    for full in (1, 4):
+        with pytest.raises(BudgetError) as refusal:
+            Policy(PyramidConfig(prefill_full_layers=full), 1e-6).settings(1024, 16, 12)
+        smallest.append(refusal.value.smallest)
+    assert smallest[0] == smallest[1]
 
 
 @given(config=CONFIGS, prompt=st.integers(2, 60), new=st.integers(0, 60), layers=st.integers(1, 6))

@@ -61,6 +61,7 @@ def test_golden_results(model: str, case: dict[str, Any], golden: dict[str, LLM]
         {"prefill_max_over_heads": True},
         {"prefill_vote_neighbours": 3},
         {"prefill_full_layers": 3},
+        {"prefill_full_layers": 3, "prefill_full_ratio": 0.6},
         {"prefill_full_layers": 2, "prefill_vote_neighbours": 2, "prefill_max_over_heads": True},
     ],
     ids=str,
