@@ -12,6 +12,13 @@ these policies: the window of StreamingLLM does not roll on here, and H2O does n
     snapkv      Li et al., 2024: the newest, and what they look at, its votes averaged over neighbours
     pyramidkv   Cai et al., 2024: snapkv, but the deeper a layer, the fewer tokens beside the newest
     random      the first four and any others
+
+How many tokens each layer holds and which ones are two questions. All of these but pyramidkv hold equally many in every
+layer; with `-split` behind their names they hold as many in each as the pyramid does, so that only the choice differs.
+
+To add a policy, write a function from (Seen, count >= 1) to positions [K, count], if its layers shall differ also a
+split that adds up to the total with no layer above the prompt, and give it a line in BASELINES: it has a row in
+`python -m minipyramid.eval` then. What drops hidden states cannot be a policy here; its place is `pyramid.keep`.
 """
 
 from __future__ import annotations
@@ -85,9 +92,9 @@ def h2o(seen: Seen, count: int) -> Tensor:
 
 
 def snapkv(seen: Seen, count: int) -> Tensor:
-    """The newest 32 (of few tokens most), and what they look at most."""
+    """The newest 32, or all but a 20th of a smaller count, and what they look at most."""
     n = seen.keys.shape[1]
-    window = min(WINDOW, count - count // STEEPNESS)
+    window = min(WINDOW, count - count // 20)
     vote = seen.probs(n - window).sum((1, 2))  # [K, n]
     if window < n:
         before = vote[:, : n - window]
@@ -96,7 +103,7 @@ def snapkv(seen: Seen, count: int) -> Tensor:
 
 
 def best_of(vote: Tensor, count: int, first: int = 0, last: int = 0) -> Tensor:
-    """Positions of the highest votes, vote [K, n]; the first and last so many always win.  [K, count]"""
+    """Positions of the highest votes, vote [K, n]; the first and last so many win, or the earlier.  [K, count]"""
     vote = vote.clone()
     vote[:, :first] = math.inf
     vote[:, vote.shape[1] - last :] = math.inf
@@ -127,7 +134,8 @@ class Baseline:
     """Which tokens a layer keeps, and how many each layer may keep."""
 
     choose: Choose
-    split: Callable[[int, int, int], list[int]] = evenly  # (total, layers, tokens of the prompt) -> each layer's
+    # (total, layers, tokens of the prompt) -> each layer's; None for as many as the pyramid has there
+    split: Callable[[int, int, int], list[int]] | None = evenly
 
 
 BASELINES = {
@@ -137,6 +145,9 @@ BASELINES = {
     "snapkv": Baseline(snapkv),
     "pyramidkv": Baseline(snapkv, falling),
     "random": Baseline(random),
+    "streaming-split": Baseline(streaming, None),
+    "snapkv-split": Baseline(snapkv, None),
+    "random-split": Baseline(random, None),
 }
 
 
@@ -160,15 +171,15 @@ def observe(llm: LLM, ids: list[int], seed: int = 0) -> list[Seen]:
 
 
 @torch.inference_mode()
-def hold(llm: LLM, seen: list[Seen], baseline: Baseline, total: int, room: int) -> KVCache:
+def hold(llm: LLM, seen: list[Seen], baseline: Baseline, held: list[int], room: int) -> KVCache:
     """Put what a policy keeps of an observed prompt into a cache of one row.
 
     Args:
-        total: tokens that are held, over all layers.
+        held: tokens that the pyramid holds in each layer; the policy has as many over all layers.
         room: tokens that may follow.
     """
     n = len(seen[0].q)
-    counts = baseline.split(total, len(seen), n)
+    counts = baseline.split(sum(held), len(seen), n) if baseline.split else held
     cache = KVCache.allot(llm.config, Need(tuple(c + room for c in counts)), 1, llm.dtype, llm.device)
     cache.add_row()
     for i, (layer, count) in enumerate(zip(seen, counts, strict=True)):

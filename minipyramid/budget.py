@@ -57,7 +57,8 @@ def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int
         least = math.ceil(1e4 * min(tried, key=itemgetter(0))[0] / full) / 1e4  # rounded up, for it must be taken
         told = f"a budget of {share} cannot be held with {prompt_tokens} + {new_tokens} tokens in {layers} layers"
         raise BudgetError(f"{told}; the smallest that can is {least:.4f}", least)
-    # A compaction drops a batch of tokens in every layer at once: what it left unused goes to the prompt, then back.
+    # A compaction drops a batch of tokens in every layer at once. What it left unused goes to the prompt, and what is
+    # left then to generated tokens.
     best = best_of(replace(best[1], prefill_decay_ratio=1.0), best[1])
     return best_of(replace(best[1], gen_decay_ratio=1.0, gen_compress_ratio=1.0), best[1])[1]
 
@@ -69,10 +70,11 @@ def check_share(share: float) -> None:
 
 def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tuple[PyramidConfig, PyramidConfig]]:
     """What is given up, in this order; a stage is a line between two configurations."""
+    base = replace(base, prefill_full_ratio=1.0)  # lowered last but one, whatever a file has
     few = min(base.recent_ratio, 0.05)  # it falls to this first, and to 0 only last
     context = max(1, prompt_tokens - 1 - int(prompt_tokens * few))
     least = min(base.min_context_length, context - 1)
-    # The ratios of `constant` that leave just more than `least` after one layer, and after all that drop.
+    # The ratios of `constant` that leave just more than `least` after one layer, and after all that drop (one by one).
     drops = (1, max(1, layers - base.prefill_full_layers))
     steepest, even = ((1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in drops)
 
@@ -84,20 +86,25 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
     # The same from the first layer on, for cosine hardly falls in the first layers of a model that has few.
     sloping = replace(base, prefill_decay_strategy="constant", prefill_decay_ratio=min(1.0, even))
     yield replace(sloping, prefill_decay_ratio=1.0), sloping
-    # Fewer of the recent, fewer generated tokens, a cliff instead of a slope.
+    # Fewer of the recent.
     yield sloping, replace(sloping, recent_ratio=few)
+    # Fewer generated tokens.
     forgetful = replace(sloping, recent_ratio=few, gen_decay_ratio=0.0, gen_compress_ratio=0.0)
     yield replace(sloping, recent_ratio=few), forgetful
+    # A cliff instead of a slope.
     cliff = replace(forgetful, prefill_decay_ratio=min(1.0, steepest), min_context_length=least)
     yield replace(forgetful, min_context_length=least), cliff
-    # What else can be: no least context, full layers that are not full, no voter but the newest token.
-    small = replace(cliff, min_context_length=0, prefill_decay_ratio=min(1.0, (1 + 1e-6) / context))
+    # No least context.
+    one = min(1.0, (1 + 1e-6) / context)
+    small = replace(cliff, min_context_length=0, prefill_decay_ratio=one)
     yield cliff, small
-    # Deeper layers keep a 20th of what full ones are left with: of the embedded checkpoint's recall, 1.00, a quarter of
-    # the bytes kept 0.50, 0.50, 0.48 and 0.44 with 0.02, 0.05, 0.1 and 0.3.
-    bare = replace(small, prefill_decay_ratio=0.05, prefill_full_ratio=small.prefill_decay_ratio)
-    yield replace(bare, prefill_full_ratio=1.0), bare
-    yield bare, replace(small, recent_ratio=0.0, prefill_full_ratio=bare.prefill_full_ratio)
+    # Full layers that are not full, and a 20th in the first layer behind them; further ones, whose ratios multiply up,
+    # keep next to nothing. (0.02, 0.1 and 0.3 did no better on the embedded checkpoint at a quarter of the bytes.)
+    if base.prefill_full_layers > 1:
+        wide, small = replace(small, prefill_decay_ratio=0.05), replace(small, prefill_full_ratio=one)
+        yield wide, replace(wide, prefill_full_ratio=one)
+    # No voter but the newest token.
+    yield small, replace(small, recent_ratio=0.0)
 
 
 def between(start: PyramidConfig, end: PyramidConfig, t: float) -> PyramidConfig:

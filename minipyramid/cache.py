@@ -15,12 +15,12 @@ from minipyramid.plan import Need
 from minipyramid.pyramid import Gathering, PyramidConfig, pivotal
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """What is held of one sequence."""
 
     lengths: list[int]  # [layer] tokens held
-    kept: list[Tensor]  # [layer] positions of all that stay: a prompt's, those voted to, former turns'  [n] int32
+    kept: list[Tensor]  # [layer] positions of what stays for good: all but the unjudged  [n] int32
     gathering: Gathering | None = None  # the generated tokens that are not judged yet
     position: int = 0  # of the next token
 
@@ -143,20 +143,13 @@ class KVCache:
             row.lengths[layer] = end
             row.kept[layer] = torch.cat((row.kept[layer], oldest + best.int()))
 
-    def retire(self, finished: list[int]) -> list[int]:
-        """Free rows; the last rows move into their places, so that those in use stay the first.
-
-        Returns the former index of each row that is left.
-        """
-        order = list(range(len(self.rows)))
-        for row in sorted(finished, reverse=True):
-            last = len(order) - 1
-            if row != last:
-                for slab in (*self.keys, *self.values, *self.votes):
-                    slab[row] = slab[last]
-            order[row], self.rows[row] = order[last], self.rows[last]
-            del order[last], self.rows[last]
-        return order
+    def retire(self, row: Row) -> None:
+        """Free a row; the last one moves into its place, so that those in use stay the first."""
+        index, last = self.rows.index(row), self.rows.pop()
+        if last is not row:
+            for slab in (*self.keys, *self.values, *self.votes):
+                slab[index] = slab[len(self.rows)]
+            self.rows[index] = last
 
     def adopt(self, row: int, source: "KVCache", held: Row) -> None:
         """Copy into a new row all that `held`, row 0 of `source`, has; none of it is judged again."""

@@ -8,7 +8,7 @@ ended leaves its row and is computed no further (its last token still is, into t
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
-from itertools import accumulate, chain
+from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ class LLM:
         """The decode loop. Yields a sequence with each piece of its text, and with None when it is complete."""
         while scheduler.waiting or scheduler.caches:
             self._start(scheduler.admit())
-            running = list(chain(*scheduler.running))
+            running = scheduler.in_order()
             for sequence in running:
                 yield sequence, sequence.accept()
             began = time.perf_counter()
@@ -158,7 +158,7 @@ class LLM:
             tokens = self._tensor([sequence.next_token for sequence in running])
             x = self.model.step(tokens, scheduler.caches)  # [B, hidden_size]
             ended = scheduler.retire()
-            left = list(chain(*scheduler.running))
+            left = scheduler.in_order()
             if left:
                 # Retiring has moved rows, and so the order.
                 place = {sequence.index: i for i, sequence in enumerate(running)}

@@ -8,13 +8,18 @@ differs from the full cache's, and by how much its length does.
 
 The last token before what is scored is never part of the context, so that every figure went through the pruned cache. A
 budget is a share of the full cache's bytes of the context: the pyramid's settings are solved for it, and the others are
-given as many tokens as it holds. (Of generated tokens the others keep all, the pyramid judges its own.) The bytes that
-are reported are those of the text's contexts. Intervals are 95 % by bootstrap over windows, stories and openings.
+given as many tokens as it holds (of several pyramids the first). Of generated tokens the others keep all, the pyramid
+judges its own. The bytes that are reported are those of the text's contexts.
+
+Recall is a mean over stories of a story's share of right answers; perplexity is exp of the mean loss, and its ratio to
+the full cache's exp of the mean difference of the same windows. Intervals are 95 % by bootstrap over windows, stories
+and openings; where all samples agree they have no width, which proves nothing.
 """
 
 import argparse
 import itertools
 import json
+import lzma
 import math
 import random
 import statistics
@@ -30,7 +35,7 @@ import torch
 from torch import Tensor
 
 from minipyramid import LLM, PyramidConfig, RequestError
-from minipyramid.baselines import BASELINES, Seen, hold, hold_pyramid, kv_bytes, observe
+from minipyramid.baselines import BASELINES, Seen, evenly, hold, hold_pyramid, kv_bytes, observe
 from minipyramid.budget import check_share
 from minipyramid.cache import KVCache, Span
 from minipyramid.demo import check_writable
@@ -228,7 +233,7 @@ def no_samples() -> Samples:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared: policies by name, and under which of them the pyramid's settings run."""
+    """What is compared: policies by name, and the settings that the pyramid's budgets are solved from."""
 
     policies: list[str]
     budgets: list[float]
@@ -240,7 +245,7 @@ def compare(llm: LLM, tasks: list[Task], comparison: Comparison, samples: Sample
     got = no_samples()
     for task in tasks:
         seen = observe(llm, task.context, seed=sum(task.context))
-        everything, room = len(seen) * len(task.context), task.room + task.new_tokens
+        everything, room = [len(task.context)] * len(seen), task.room + task.new_tokens
         full = hold(llm, seen, BASELINES["full"], everything, room)
         for name, budget, cache in caches(llm, task, seen, comparison):
             for key, value in task.ask(cache or full, full).items():
@@ -264,12 +269,14 @@ def caches(
         yield "full", 1.0, None
     for budget in comparison.budgets:
         settings = {name: solved(policy, budget, n, layers) for name, policy in comparison.pyramids.items()}
-        held = [sum(config.prompt_lengths(n, layers)) for config in settings.values()]
+        # What the others hold: as much as the first pyramid.
+        held = [config.prompt_lengths(n, layers) for config in settings.values()]
+        held = held or [evenly(int(budget * n * layers), layers, n)]
         for name, config in settings.items():
             yield name, budget, hold_pyramid(llm, task.context, config, task.room, task.new_tokens)
         for name in comparison.policies:
-            if name not in ("full", "pyramid"):  # as much as the first pyramid
-                yield name, budget, hold(llm, seen, BASELINES[name], [*held, int(budget * n * layers)][0], room)
+            if name not in ("full", "pyramid"):
+                yield name, budget, hold(llm, seen, BASELINES[name], held[0], room)
 
 
 def interval(values: list[float], seed: int, of: Callable[[float], float] = float) -> list[float]:
@@ -325,10 +332,10 @@ BY_PART = {"story_tokens": ("story tokens", "{:.0f}")} | {  # the same for recal
 def table(rows: list[dict[str, Any]], wanted: dict[str, tuple[str, str]]) -> str:
     """For people: every figure as mean [low, high]."""
     columns = {key: how for key, how in wanted.items() if any(key in row for row in rows)}
-    head = f"{'context':>7} {'policy':10} {'budget':>6} {'held':>10} {'share':>6}"
+    head = f"{'context':>7} {'policy':15} {'budget':>6} {'held':>10} {'share':>6}"
     lines = [head + "".join(f" {heading:>22}" for heading, _ in columns.values())]
     for row in rows:
-        line = f"{row['context']:7} {row['policy']:10} {row['budget']:6.4g} {readable(row['kv_bytes']):>10}"
+        line = f"{row['context']:7} {row['policy']:15} {row['budget']:6.4g} {readable(row['kv_bytes']):>10}"
         line += f" {row['kv_share']:6.1%}"
         for key, (_, shown) in columns.items():
             parts = [shown.format(value) for value in row.get(key, ())]
@@ -376,7 +383,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="minipyramid.eval", allow_abbrev=False, description="Measure what pruning costs.")
     parser.add_argument("--model", default=str(DEFAULT_MODEL), metavar="PATH_OR_REPO")
     parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
-    parser.add_argument("--text", default=str(DEFAULT_TEXT), metavar="FILE", help="UTF-8 text to continue")
+    parser.add_argument("--text", default=str(DEFAULT_TEXT), metavar="FILE", help="UTF-8 text to continue, or its .xz")
     parser.add_argument("--context", type=listed(int), default=[512], metavar="N,N", help="tokens of the prompt (512)")
     parser.add_argument("--continuation", type=int, default=128, metavar="N", help="tokens scored after it (128)")
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="also compare N generated tokens")
@@ -410,6 +417,11 @@ def check(args: argparse.Namespace) -> None:
     for name in args.policies:
         if name not in NAMES:
             raise RequestError(f"--policies has {name!r}, expected some of {', '.join(NAMES)}")
+    alone = [name for name in args.policies if name in BASELINES and BASELINES[name].split is None]
+    if alone and "pyramid" not in args.policies:
+        raise RequestError(f"--policies has {alone[0]}, which holds what the pyramid does in each layer; add pyramid")
+    if args.pyramid != ["auto"] and "pyramid" not in args.policies:
+        raise RequestError(f"--pyramid is {args.pyramid[0]}, but --policies has no pyramid; add it")
     for budget in args.budgets:
         check_share(budget)
     if args.plot is not None:
@@ -422,8 +434,9 @@ def check(args: argparse.Namespace) -> None:
 def read_tokens(llm: LLM, args: argparse.Namespace) -> list[int]:
     """The text's tokens, enough of them for the longest window."""
     try:
-        text = Path(args.text).read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        raw = Path(args.text).read_bytes()
+        text = (lzma.decompress(raw) if args.text.endswith(".xz") else raw).decode("utf-8")
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise RequestError(f"--text {args.text} cannot be read as UTF-8 text: {error}") from error
     if llm.tokenizer is None:
         raise RequestError(f"{args.model} has no tokenizer.model, which --text needs; add it")
@@ -480,7 +493,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     compare(llm, tasks, comparison, samples)
                 line.update()
             rows += rows_of(samples, context, args.seed)
-    return {"rows": rows, "settings": {name: value for name, value in vars(args).items() if name != "json"}}
+    ran = {"dtype": str(llm.dtype).removeprefix("torch."), "device": str(llm.device), "torch": torch.__version__}
+    return {"rows": rows, "settings": {name: value for name, value in vars(args).items() if name != "json"} | ran}
 
 
 class EvalLine(ProgressLine):

@@ -278,7 +278,7 @@ class RunningLine(ProgressLine):
     """How many requests wait, run and are finished, and how fast tokens come."""
 
     def update(self, now: Scheduler) -> None:
-        running, rate = sum(map(len, now.running)), now.generated / (time.monotonic() - self.began)
+        running, rate = len(now.running), now.generated / (time.monotonic() - self.began)
         self.write(f"{len(now.waiting)} waiting, {running} running, {now.finished} finished, {rate:.0f} tokens/s")
 
 

@@ -13,7 +13,8 @@ tokens has c = n - 1 - R of context, and the next layer receives the tail and th
 
 with A the attention probabilities, j a token of the context, i the layer of L, and p the decay ratio. Ratios multiply
 up with depth; a layer that would keep `min_context_length` or less drops nothing, only every so many-th layer drops,
-and the first tokens (sinks) always win.
+and the first tokens (sinks, counted in k) always win. Ours, and by default off: no layer before the last of
+`prefill_full_layers` drops by votes (`keep`).
 
 Generated tokens pass all layers. Once `exceed_length_to_compress` of them are older than the protected tail, those in
 the tail vote on them, and each layer drops its own; the prompt is not judged again. Every length is a function of N,
@@ -54,18 +55,18 @@ class PyramidConfig(PublishedSettings):
         """Tokens of a prompt that each layer receives, computes and holds.
 
         n(i + 1) = tail + int((n(i) - tail) * s(i))  where i % interval == 0 and that leaves > min_context_length,
-        else n(i); tail = 1 + R. Of several full layers the first has prefill_full_ratio for s, the others drop nothing.
+        else n(i); tail = 1 + R. Of several full layers layer 0 has prefill_full_ratio for s, the others drop nothing.
         """
         tail = 1 + self.recent(prompt_tokens)
         schedule = STRATEGIES[self.prefill_decay_strategy]
         lengths, n = [], prompt_tokens
         for i in range(layers):
             lengths.append(n)
-            at_once = i == 0 and self.prefill_full_layers > 1  # for all full layers that follow
-            ratio = self.prefill_full_ratio if at_once else schedule(self.prefill_decay_ratio, i, layers)
+            by_age = i == 0 and self.prefill_full_layers > 1  # one cut for all full layers behind layer 0
+            ratio = self.prefill_full_ratio if by_age else schedule(self.prefill_decay_ratio, i, layers)
             kept = int((n - tail) * ratio)
             drops = i + 1 >= self.prefill_full_layers and i % self.layerwise_downsample_interval == 0
-            if (at_once or drops) and kept > self.min_context_length:
+            if (by_age or drops) and kept > self.min_context_length:
                 n = kept + tail
         return lengths
 
@@ -113,8 +114,9 @@ class PyramidConfig(PublishedSettings):
         lowered (or, where generated tokens are most of it, they are pruned less than published); the schedule becomes
         `constant` with a ratio of its own, which drops from the first layer on, where cosine hardly does; on top of
         that `recent_ratio` falls to 0.05; fewer generated tokens stay; the first layers that drop drop more, down to
-        `min_context_length`; that falls; `prefill_full_ratio` falls; `recent_ratio` falls to 0, last because the recent
-        tokens are the voters.
+        `min_context_length`; that falls; `prefill_full_ratio` falls (there are only as many full layers as the settings
+        have), with a decay ratio of 0.05 behind them; `recent_ratio` falls to 0, last because the recent tokens are the
+        voters.
 
         Args:
             share: keys and values held, as a share of layers * (prompt_tokens + new_tokens).
@@ -233,7 +235,7 @@ def keep(
     before them are voted on too, and the votes cut off); `lengths` are what was planned, by layer
     """
     n, tail = len(q), 1 + config.recent(lengths[0])
-    if layer + 1 < config.prefill_full_layers:  # layers that do not look back yet cannot judge: the newest stay
+    if layer + 1 < config.prefill_full_layers:  # by age, for layers that do not look back yet cannot judge
         vote = torch.arange(n - tail, device=q.device).float()
     else:
         known = logsumexp[:, n - tail :] if logsumexp is not None else None

@@ -80,13 +80,14 @@ class Sequence:
     span: Span = field(init=False)  # where its prompt goes, once it has started
     next_token: int = -1  # chosen, not yet accepted
 
-    def start(self, cache: KVCache) -> None:
+    def start(self, cache: KVCache) -> Row:
         """Take a row of a cache, with what former turns left."""
         new = self.params.max_new_tokens
         row = cache.add_row(Gathering(self.pyramid, len(self.prompt), new) if self.pyramid else None)
         if self.before.held:
             cache.adopt(row, *self.before.held)
         self.span = Span(cache, row, len(self.prompt), self.pyramid)
+        return cache.rows[row]
 
     def accept(self) -> str:
         """Take the token that was chosen; returns the text that became certain with it."""
@@ -106,9 +107,9 @@ class Sequence:
         done.text += piece
         return piece
 
-    def finish(self, cache: KVCache, row: int) -> None:
+    def finish(self, cache: KVCache, held: Row) -> None:
         """Note what is held of it at the end, and leave it to the next turn, if it has one."""
-        done, held = self.completion, cache.rows[row]
+        done = self.completion
         done.kept_positions, done.kv_lengths = held.kept_positions(), list(held.lengths)
         done.kv_bytes = cache.bytes_per_token * sum(held.lengths)
         done.kv_bytes_full = cache.bytes_per_token * len(held.lengths) * held.position

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from minipyramid.cache import KVCache
+from minipyramid.cache import KVCache, Row
 from minipyramid.errors import RequestError
 from minipyramid.plan import Need
 from minipyramid.request import Sequence
@@ -35,7 +35,7 @@ class Scheduler:
     ) -> None:
         self.allot, self.per_token, self.memory, self.waiting = allot, per_token, memory, deque(waiting)
         self.caches: list[KVCache] = []
-        self.running: list[list[Sequence]] = []  # running[i][row] has that row of caches[i]
+        self.running: dict[Row, Sequence] = {}  # who has which row of which cache
         self.finished = self.generated = 0  # requests, and tokens of all
         for sequence in waiting:
             held = sequence.before.held  # in flight until it is copied
@@ -51,9 +51,9 @@ class Scheduler:
         fresh: dict[Need, list[Sequence]] = {}  # caches to be allotted: a row's need, and who shares it
         while self.waiting:
             sequence = self.waiting[0]
-            free = [i for i, cache in enumerate(self.caches) if cache.takes(sequence.need)]
+            free = [cache for cache in self.caches if cache.takes(sequence.need)]
             if free:
-                tightest = min(free, key=lambda i: self.caches[i].need.bytes(self.per_token))
+                tightest = min(free, key=lambda cache: cache.need.bytes(self.per_token))
                 admitted.append(self._start(sequence, tightest))
             elif sequence.need.bytes(self.per_token) <= room:
                 fresh.setdefault(sequence.need, []).append(sequence)
@@ -63,27 +63,28 @@ class Scheduler:
             self.waiting.popleft()
         for need, together in fresh.items():
             self.caches.append(self.allot(need, len(together)))
-            self.running.append([])
-            admitted += [self._start(sequence, len(self.caches) - 1) for sequence in together]
+            admitted += [self._start(sequence, self.caches[-1]) for sequence in together]
         return admitted
 
-    def retire(self) -> list[Sequence]:
-        """Take out those that have ended; a cache whose rows have all ended is given back."""
-        ended = []
-        for i, (cache, running) in enumerate(zip(self.caches, self.running, strict=True)):
-            rows = [row for row, sequence in enumerate(running) if sequence.completion.finish_reason]
-            for row in rows:
-                running[row].finish(cache, row)
-                ended.append(running[row])
-            self.generated, self.finished = self.generated + len(running), self.finished + len(rows)
-            self.running[i] = [running[row] for row in cache.retire(rows)]
-        self.caches = [cache for cache in self.caches if cache.rows]
-        self.running = [running for running in self.running if running]
-        return ended
+    def in_order(self) -> list[Sequence]:
+        """Those that run, in the order of the caches' rows, which is that of a step."""
+        return [self.running[row] for cache in self.caches for row in cache.rows]
 
-    def _start(self, sequence: Sequence, i: int) -> Sequence:
-        sequence.start(self.caches[i])
-        self.running[i].append(sequence)
+    def retire(self) -> list[Sequence]:
+        """Take out those that have ended, in their order; a cache whose rows have all ended is given back."""
+        ended, self.generated = [], self.generated + len(self.running)
+        for cache in self.caches:
+            for row in cache.rows[::-1]:  # from the last, so that none moves that ends as well
+                if self.running[row].completion.finish_reason:
+                    self.running[row].finish(cache, row)
+                    cache.retire(row)
+                    ended.append(self.running.pop(row))
+        self.caches = [cache for cache in self.caches if cache.rows]
+        self.finished += len(ended)
+        return sorted(ended, key=lambda sequence: sequence.index)
+
+    def _start(self, sequence: Sequence, cache: KVCache) -> Sequence:
+        self.running[sequence.start(cache)] = sequence
         return sequence
 
 

@@ -46,7 +46,7 @@ class PublishedSettings:
     """How much is kept and by whose votes. The defaults are those published for 7B and 8B models.
 
     Attributes:
-        recent_ratio: share of the tokens so far (of a turn: its own) that is protected and votes.
+        recent_ratio: share of the tokens so far (in a conversation: of this turn's) that is protected and votes.
         prefill_decay_ratio: the lowest ratio of the prompt's schedule.
         prefill_decay_strategy: cosine, linear or constant.
         min_context_length: a layer's context is never cut to this or below.
@@ -60,11 +60,12 @@ class PublishedSettings:
     Of our own, and by default without effect (docs/settings.md tells what they give):
         prefill_max_over_heads: a token's vote is the highest of the query heads' and not their mean.
         prefill_vote_neighbours: a token's vote is the mean of its own and those of so many tokens on either side.
-        prefill_full_layers: so many layers, the first ones, hold equally much: the whole prompt, or
-        prefill_full_ratio: all but the first of them only this share of the context, its newest tokens.
+        prefill_full_layers: so many layers, the first ones, hold the whole prompt; behind the last of them votes begin.
+        prefill_full_ratio: below 1, all of these but the first hold, beside sinks and tail, only this share of the
+            context, its newest tokens (not if that would leave `min_context_length` or less).
 
     Raises:
-        ConfigError: a strategy is not known or a value out of range.
+        ConfigError: a strategy is not known, a value out of range, or a ratio given for full layers that there are not.
         TypeError: a value has the wrong type.
     """
 
@@ -93,6 +94,8 @@ class PublishedSettings:
                 raise TypeError(f"{field.name} is {value!r}, expected str")
             elif value not in STRATEGY_NAMES:
                 raise ConfigError(f"{field.name} is {value!r}; {nearest(value, STRATEGY_NAMES)}")
+        if self.prefill_full_ratio < 1 and self.prefill_full_layers == 1:
+            raise ConfigError(f"prefill_full_ratio is {self.prefill_full_ratio}, but prefill_full_layers 1; raise that")
 
     @classmethod
     def preset(cls: type[Settings], name: str) -> Settings:

@@ -81,18 +81,18 @@ class SlowPyramid(Oracle):
             gate = h @ w[p + "mlp.gate_proj.weight"].T
             x = x + (gate * gate.sigmoid() * (h @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
             s = ratio(cfg.prefill_decay_strategy, cfg.prefill_decay_ratio, i, layers)
-            at_once = i == 0 and cfg.prefill_full_layers > 1
-            if at_once:
+            by_age = i == 0 and cfg.prefill_full_layers > 1
+            if by_age:
                 s = cfg.prefill_full_ratio
             context, tail = positions[: len(positions) - 1 - R], positions[len(positions) - 1 - R :]
             count = int(len(context) * s)
-            due = at_once or (i + 1 >= cfg.prefill_full_layers and i % cfg.layerwise_downsample_interval == 0)
+            due = by_age or (i + 1 >= cfg.prefill_full_layers and i % cfg.layerwise_downsample_interval == 0)
             if is_prompt and due and len(context) > m and s < 1 and count > m:
                 alone = [self.vote(cache, tail, key, max_over_heads=cfg.prefill_max_over_heads) for key in context]
                 near = cfg.prefill_vote_neighbours
                 pooled = [alone[max(0, j - near) : j + near + 1] for j in range(len(context))]
                 votes = {key: sum(some) / len(some) for key, some in zip(context, pooled, strict=True)}
-                if at_once:
+                if by_age:
                     votes = {key: float(key) for key in context}
                 votes |= dict.fromkeys(context[: cfg.streamingllm_sink_len], math.inf)
                 stay = sorted(sorted(context, key=lambda key: -votes[key])[:count]) + tail

@@ -124,7 +124,9 @@ def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int
     for step in steps:
         if step >= len(alive):
             continue
-        alive = [alive[row] for row in cache.retire([step])]
+        cache.retire(cache.rows[step])
+        alive[step] = alive[-1]
+        del alive[-1]
         assert (cache.capacity, len(cache.rows)) == (len(lengths), len(alive))
         assert [row.position for row in cache.rows] == [lengths[name] for name in alive]
         for row, name in enumerate(alive):

@@ -61,6 +61,21 @@ def test_layers_that_are_to_be_full_stay_full_as_long_as_the_budget_allows() -> 
         assert (lengths[1] == 1024) == (budget > 4 / 12)
 
 
+@pytest.mark.parametrize("budget", [1.0, 0.9, 0.6, 0.25])
+def test_a_cut_of_full_layers_in_a_file_does_not_bound_a_budget(budget: float) -> None:
+    """A file's prefill_full_ratio of 0.5 held 0.55 of the cache where 0.9 was asked for, without a word."""
+    base = PyramidConfig(prefill_full_layers=4, prefill_full_ratio=0.5, recent_ratio=0.02)
+    config = Policy(base, budget).settings(1024, 0, 12)
+    assert config is not None
+    assert 0.98 * budget <= share_of(config, 1024, 0, 12) <= budget
+
+
+def test_a_cut_of_full_layers_that_there_are_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="prefill_full_layers"):
+        PyramidConfig(prefill_full_ratio=0.5)
+    assert PyramidConfig.for_budget(0.05, prompt_tokens=1024, new_tokens=64, layers=32).prefill_full_ratio == 1
+
+
 def test_full_layers_raise_no_smallest_share() -> None:
     smallest = []
     for full in (1, 4):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import lzma
 import math
 import random
 from pathlib import Path
@@ -145,7 +146,7 @@ def LLMWith(llm: LLM, pyramid: PyramidConfig) -> LLM:
 
 
 def full_cache(llm: LLM, ids: list[int], room: int) -> command.KVCache:
-    return b.hold(llm, b.observe(llm, ids), b.BASELINES["full"], len(ids) * llm.config.num_hidden_layers, room)
+    return b.hold(llm, b.observe(llm, ids), b.BASELINES["full"], [len(ids)] * llm.config.num_hidden_layers, room)
 
 
 def test_the_full_policy_scores_as_the_engine_does(tiny: LLM) -> None:
@@ -195,7 +196,7 @@ def test_a_policy_drops_what_it_does_not_choose(tiny: LLM) -> None:
     def uneven(seen: b.Seen, count: int) -> Tensor:
         return torch.stack([torch.arange(30)[-count:], torch.arange(30)[:count]])
 
-    cache = b.hold(tiny, observed, b.Baseline(uneven), 3 * 10, 0)
+    cache = b.hold(tiny, observed, b.Baseline(uneven), [10] * 3, 0)
     for layer, seen in enumerate(observed):
         assert torch.equal(cache.keys[layer][0, 0], seen.keys[0, 20:])
         assert torch.equal(cache.values[layer][0, 1], seen.values[1, :10])
@@ -319,6 +320,27 @@ def test_the_command_reports_every_policy(capsys: pytest.CaptureFixture[str]) ->
 
 
 @needs_weights
+def test_half_of_the_bytes_keep_what_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the settings beside the checkpoint; without them the published ones lose half of the answers."""
+    wanted = "--context 1024 --budgets 0.5 --samples 3 --recall --policies full,pyramid,streaming --json".split()
+    full, pyramid, streaming = json.loads(run(capsys, *wanted)[1])["rows"]
+    assert full["inside"][0] > 0.9
+    for asked in ("inside", "after"):
+        assert pyramid[asked][0] >= 0.98 * full[asked][0]
+        assert pyramid[asked][0] > streaming[asked][0] + 0.3
+    assert pyramid["perplexity_ratio"][0] <= 1.02
+
+
+def test_split_policies_hold_in_each_layer_what_the_pyramid_does(tiny: LLM) -> None:
+    task = next(command.texts(tiny, ids_of(300), 100, 8, random.Random(0)))[0]
+    compared = command.Comparison(["pyramid", "random-split"], [0.6], {"pyramid": Policy(SETTINGS)})
+    made = command.caches(tiny, task, b.observe(tiny, task.context), compared)
+    pyramid, split = (cache.rows[0].lengths for _, _, cache in made if cache)
+    assert pyramid == split
+    assert pyramid[0] > pyramid[-1]
+
+
+@needs_weights
 def test_windows_are_the_same_whatever_else_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     short = "--samples 2 --context 128 --continuation 8 --policies full --json".split()
     alone, beside = (json.loads(run(capsys, *short, *more)[1])["rows"][0] for more in ([], ["--recall"]))
@@ -371,6 +393,8 @@ def test_the_published_defect_loses_what_was_said() -> None:
         (["--samples", "1"], "--samples"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--pyramid", "off"], "pyramid is off"),
+        (["--policies", "full", "--pyramid", "nowhere.json"], "--policies has no pyramid"),
+        (["--policies", "full,random-split"], "add pyramid"),
         (["--plot", "nowhere/at.png"], "--plot"),
         (["--plot", "/proc/at.png"], "--plot"),
         (["--plot", "at.txt"], ".png"),
@@ -388,11 +412,22 @@ def test_nonsense_is_one_line(args: list[str], told: str, capsys: pytest.Capture
 
 
 def test_a_text_that_is_too_short_or_not_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for data, told in ((b"short", "expected 640"), (b"\xff\xfe\x00", "UTF-8")):
-        (tmp_path / "a.txt").write_bytes(data)
-        status, _, err = run(capsys, "--text", str(tmp_path / "a.txt"))
+    for name, data, told in (("a.txt", b"short", "expected 640"), ("b", b"\xff\xfe", "UTF-8"), ("c.xz", b"d", "UTF-8")):
+        (tmp_path / name).write_bytes(data)
+        status, _, err = run(capsys, "--text", str(tmp_path / name))
         assert status == 2
         assert told in err
+
+
+@needs_weights
+def test_a_packed_text_is_read_like_a_plain_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = command.DEFAULT_TEXT.read_bytes()[:20000]
+    (tmp_path / "a.txt").write_bytes(text)
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text))
+    short = "--samples 2 --context 64 --continuation 8 --policies full --json".split()
+    plain, packed = (json.loads(run(capsys, *short, "--text", str(tmp_path / f))[1]) for f in ("a.txt", "a.txt.xz"))
+    assert plain["rows"] == packed["rows"]
+    assert packed["settings"]["dtype"] in ("float32", "bfloat16")  # what ran, and not "auto"
 
 
 def test_a_plot_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

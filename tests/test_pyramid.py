@@ -107,8 +107,15 @@ def test_sequences_of_a_batch_are_judged_each_by_itself(tmp_path: Path) -> None:
         assert completion.kept_positions == [cache.positions for cache in slow.layers]
 
 
+def with_full_layers(full: tuple[int, float], **others: Any) -> PyramidConfig:
+    return PyramidConfig(prefill_full_layers=full[0], prefill_full_ratio=full[1], **others)
+
+
 CONFIGS = st.builds(
-    PyramidConfig,
+    with_full_layers,
+    full=st.sampled_from([(1, 1.0), (2, 1.0), (2, 0.4), (4, 0.0)]),
+    prefill_max_over_heads=st.booleans(),
+    prefill_vote_neighbours=st.integers(0, 2),
     recent_ratio=st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0]),
     prefill_decay_ratio=st.sampled_from([0.0, 0.3, 0.7, 0.9, 1.0]),
     prefill_decay_strategy=st.sampled_from(["cosine", "linear", "constant"]),
@@ -158,15 +165,14 @@ def test_every_step_and_layer_is_as_planned(tiny: LLM, pyramid: PyramidConfig, l
     def watch(scheduler: Scheduler) -> None:
         nonlocal steps
         steps += 1
-        for cache, running in zip(scheduler.caches, scheduler.running, strict=True):
-            for row, sequence in zip(cache.rows, running, strict=True):
-                assert row.lengths == plan.at(steps)[sequence.index]
-                protected = 1 + pyramid.recent(row.position)
-                generated = range(max(row.position - protected, len(sequence.prompt)), row.position)
-                for kept, prompt in zip(row.kept_positions(), before[sequence.index], strict=True):
-                    assert kept == sorted(set(kept))
-                    assert kept[: len(prompt)] == prompt
-                    assert kept[len(kept) - len(generated) :] == list(generated)
+        for row, sequence in scheduler.running.items():
+            assert row.lengths == plan.at(steps)[sequence.index]
+            protected = 1 + pyramid.recent(row.position)
+            generated = range(max(row.position - protected, len(sequence.prompt)), row.position)
+            for kept, prompt in zip(row.kept_positions(), before[sequence.index], strict=True):
+                assert kept == sorted(set(kept))
+                assert kept[: len(prompt)] == prompt
+                assert kept[len(kept) - len(generated) :] == list(generated)
 
     for _ in llm.completions(prompts, SamplingParams(max_new_tokens=new, ignore_eos=True), watch):
         pass

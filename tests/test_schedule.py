@@ -43,7 +43,7 @@ def test_a_bound_changes_neither_texts_nor_order(tiny: LLM, requests: list[tuple
     def watch(scheduler: Scheduler) -> None:
         nonlocal most
         most = max(most, in_use(scheduler))
-        assert len(scheduler.waiting) + sum(map(len, scheduler.running)) + scheduler.finished == len(requests)
+        assert len(scheduler.waiting) + len(scheduler.running) + scheduler.finished == len(requests)
 
     for i, completion in llm.completions(prompts, params, watch):
         done[i] = completion
@@ -60,7 +60,7 @@ def test_the_next_starts_as_soon_as_one_has_ended(tiny: LLM) -> None:
     need = limited(tiny, None).plan([20], 12).needs[0]
     llm = limited(tiny, 2 * need.bytes(tiny.config.kv_bytes_per_token(4)))
     running = []
-    order = [i for i, _ in llm.completions(prompts, params, lambda s: running.append(sum(map(len, s.running))))]
+    order = [i for i, _ in llm.completions(prompts, params, lambda s: running.append(len(s.running)))]
     assert (order[:2], sorted(order[2:4]), order[4]) == ([1, 2], [0, 3], 4)
     assert max(running) <= 2
     assert len(running) == 24  # 12 steps of the first beside the three short ones, then 12 of the last
