@@ -24,11 +24,12 @@ ROUNDS = 5  # each is 8 times finer: a step of the last is a 65,536th of the sta
 CLOSE = 0.99  # of the budget; a stage that comes no closer leaves it to the next
 
 
-@lru_cache(maxsize=4096)  # requests of one length are many
+@lru_cache(maxsize=4096, typed=True)  # requests of one length are many; True is not 1.0
 def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> PyramidConfig:
     """Go along the `stages` until one comes close to the share without exceeding it."""
     check_share(share)
     full = layers * (prompt_tokens + new_tokens)
+    most = share * full * (1 + 1e-9)  # for 0.175 * 720 is a little less than 126
     tried: list[tuple[int, PyramidConfig]] = []  # tokens held, and by which settings
 
     def best_of(start: PyramidConfig, end: PyramidConfig) -> tuple[int, PyramidConfig]:
@@ -44,14 +45,14 @@ def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int
                 config = between(start, end, t)
                 held = sum(config.kv_lengths(prompt_tokens, new_tokens, layers))
                 tried.append((held, config))
-                if best < held <= share * full:
+                if best < held <= most:
                     best, middle = held, t
             width *= 2 / POINTS
-        return max((t for t in tried if t[0] <= share * full), key=itemgetter(0), default=(-1, base))
+        return max((t for t in tried if t[0] <= most), key=itemgetter(0), default=(-1, base))
 
     for line in stages(base, prompt_tokens, layers):
         best = best_of(*line)
-        if best[0] >= CLOSE * share * full:
+        if best[0] >= CLOSE * most:
             return best[1]
     if best[0] < 0:
         least = math.ceil(1e4 * min(tried, key=itemgetter(0))[0] / full) / 1e4  # rounded up, for it must be taken
@@ -70,19 +71,19 @@ def check_share(share: float) -> None:
 
 def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tuple[PyramidConfig, PyramidConfig]]:
     """What is given up, in this order; a stage is a line between two configurations."""
-    base = replace(base, prefill_full_ratio=1.0)  # lowered last but one, whatever a file has
+    # No prompt is pruned, whatever a file's ratios are.
+    base = replace(base, prefill_decay_ratio=1.0, prefill_full_ratio=1.0)
     few = min(base.recent_ratio, 0.05)  # it falls to this first, and to 0 only last
     context = max(1, prompt_tokens - 1 - int(prompt_tokens * few))
     least = min(base.min_context_length, context - 1)
-    # The ratios of `constant` that leave just more than `least` after one layer, and after all that drop (one by one).
-    drops = (1, max(1, layers - base.prefill_full_layers))
-    steepest, even = ((1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in drops)
+    # The ratios of `constant` that leave just more than `least` after one layer, and after all that drop one by one.
+    drops = sum(i % base.layerwise_downsample_interval == 0 for i in range(base.prefill_full_layers - 1, layers - 1))
+    steepest, even = ((1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in (1, max(1, drops)))
 
-    kept = replace(base, prefill_decay_ratio=1.0)
     # Nothing is dropped; then generated tokens are, by the settings.
-    yield replace(kept, gen_decay_ratio=1.0, gen_compress_ratio=1.0), kept
+    yield replace(base, gen_decay_ratio=1.0, gen_compress_ratio=1.0), base
     # The decay ratio, which is the method's own knob.
-    yield kept, replace(base, prefill_decay_ratio=0.0)
+    yield base, replace(base, prefill_decay_ratio=0.0)
     # The same from the first layer on, for cosine hardly falls in the first layers of a model that has few.
     sloping = replace(base, prefill_decay_strategy="constant", prefill_decay_ratio=min(1.0, even))
     yield replace(sloping, prefill_decay_ratio=1.0), sloping

@@ -52,7 +52,6 @@ def load(
 
 
 Shape = tuple[int, ...]
-SINGLE = "model.safetensors"
 
 
 def parameter_sources(config: ModelConfig) -> dict[str, list[tuple[str, Shape]]]:
@@ -84,15 +83,15 @@ Tensors = Mapping[str, tuple[Any, str]]  # tensor's name -> the open file that h
 def _open(directory: Path, stack: ExitStack) -> Tensors:
     """Open `model.safetensors`, or every shard that the index names; nothing is read yet."""
     index = directory / "model.safetensors.index.json"
-    if (directory / SINGLE).exists():
-        shards = [SINGLE]
+    if (directory / "model.safetensors").exists():
+        shards = ["model.safetensors"]
     elif index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index} has no weight_map from tensors to shards; fetch it again")
         shards = sorted(set(weight_map.values()))
     else:
-        raise CheckpointError(f"{directory} has no weights; expected {SINGLE} or shards with {index.name}")
+        raise CheckpointError(f"{directory} has no weights; expected model.safetensors or shards with {index.name}")
     tensors: dict[str, tuple[Any, str]] = {}
     for shard in shards:
         path = directory / shard

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from minipyramid import LLM, RequestError, SamplingParams, TokenizerError
+from minipyramid import LLM, BudgetError, RequestError, SamplingParams, TokenizerError
 from minipyramid.errors import check_number
 from minipyramid.generate import (
     DEFAULT_MODEL,
@@ -109,7 +109,12 @@ def run(args: argparse.Namespace) -> None:
     """Compare, then print and write what was asked for."""
     given = check(args)
     picture = compare(args, given)
+    write(args, picture)  # first, for whoever reads the screen may leave before its end
     print("\n".join(screen(picture, style_of_stdout())))
+
+
+def write(args: argparse.Namespace, picture: Picture) -> None:
+    """The files that were asked for."""
     if args.html is not None:
         try:
             Path(args.html).write_text(page(picture), encoding="utf-8", newline="")
@@ -148,8 +153,11 @@ def check(args: argparse.Namespace) -> list[str]:
 
 def check_files(args: argparse.Namespace) -> None:
     """What is to be written can be."""
-    if args.html is not None and args.html == args.plot:
-        raise RequestError(f"--html and --plot are both {args.html}; give two names")
+    taken: dict[Path, str] = {}
+    for flag in ("prompt_file", "pyramid", "html", "plot"):
+        path = Path(vars(args)[flag] or "-")
+        if path != Path("-") and (other := taken.setdefault(path.resolve(), flag)) != flag:
+            raise RequestError(f"{option(other)} and {option(flag)} are both {path}; give two names")
     if args.plot is not None:
         if Path(args.plot).suffix != ".png":
             raise RequestError(f"--plot is {args.plot}, expected a name that ends with .png")
@@ -164,13 +172,14 @@ def option(name: str) -> str:
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Opening it is the one check that tells; nothing is left behind."""
-    new = not path.exists()
+    """Opening it is the one check that tells; nothing is left behind. (A pipe's reader would take it for the end.)"""
     try:
-        path.open("ab").close()
+        new = not path.exists()
+        if not path.is_fifo():
+            path.open("ab").close()
         if new:
-            path.unlink()
-    except OSError as error:
+            path.resolve().unlink()  # where a link leads
+    except (OSError, RuntimeError) as error:
         raise RequestError(f"{flag} {path} cannot be written: {error}") from error
 
 
@@ -190,7 +199,11 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
     ids = [tokenizer.encode(case.prompt, name) for case, name in zip(cases, names, strict=True)]
     for name, prompt in zip(names, ids, strict=True):
         pruned.config.check_length(len(prompt), args.max_new_tokens, name)
-    plan = pruned.plan(map(len, ids), args.max_new_tokens)  # raises where the budget cannot be reached
+    try:
+        plan = pruned.plan(map(len, ids), args.max_new_tokens)
+    except BudgetError as error:
+        given_by = "" if budget == args.kv_budget else " (the demo's default)"
+        raise RequestError(f"{error}{given_by}; give that as --kv-budget, or longer prompts") from error
     settings = plan.requests[0][0]
     for llm in (full, under(Policy(settings), pruned)):  # by settings: so few tokens may not come down to a budget
         llm.generate([ids[0][:WARM_UP]], SamplingParams(max_new_tokens=1))
@@ -297,7 +310,7 @@ def depth_of(kept_positions: list[list[int]], prompt_tokens: int) -> list[int]:
 
 def style_of_stdout() -> Style:
     """What the terminal, or the file that stands for it, can show."""
-    stream = sys.stdout
+    stream = sys.stdout or io.StringIO()  # there may be none
     try:
         "█▏".encode(stream.encoding or "ascii")
         blocks = True

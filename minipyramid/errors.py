@@ -47,5 +47,5 @@ def check_number(name: str, value: Any, limits: Limits, error: type[Exception], 
     if not lowest <= value <= highest:
         lower = "above 0" if 0 < lowest < 1e-6 else f"{lowest}"
         allowed = f"at least {lowest}" if highest > 1e6 and value < lowest else f"{lower} to {highest}"
-        raise error(f"{name} is {value}, expected {allowed}")
+        raise error(f"{name} is {value!r:.60}, expected {allowed}")
     return kind(value)

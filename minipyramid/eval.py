@@ -17,6 +17,7 @@ and openings; where all samples agree they have no width, which proves nothing.
 """
 
 import argparse
+import io
 import itertools
 import json
 import lzma
@@ -360,7 +361,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             means, lows, highs = zip(*(values for _, values in points), strict=True)
             spread = [[m - low for m, low in zip(means, lows, strict=True)]]
             spread += [[high - m for m, high in zip(means, highs, strict=True)]]
-            label = f"{name} {context}" if several else name
+            label = (f"{name} {context}" if several else name).replace("$", r"\$")  # no formula
             axes.errorbar(shares, means, yerr=spread, marker="o", capsize=2, label=label)
         axes.set_xlabel("share of the full cache's bytes")
         axes.set_ylabel({"inside": "recall, asked inside", "after": "recall, asked after"}.get(key, key))
@@ -514,21 +515,25 @@ class EvalLine(ProgressLine):
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a settings file's name may hold what the encoding lacks
     return exit_status(lambda: report(run(args), args))
 
 
 def report(result: dict[str, Any], args: argparse.Namespace) -> None:
     """Print what was measured, and draw it."""
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print(table(result["rows"], COLUMNS))
-        if args.recall:
-            print("\nThe same recall by where the fact stands:")
-            print(table(result["rows"], BY_PART))
-    print(end="", flush=True)  # so that a plot that fails costs no figures
-    if args.plot is not None:
-        plot(result["rows"], Path(args.plot))
+    try:
+        if args.json:
+            print(json.dumps(result))
+        else:
+            print(table(result["rows"], COLUMNS))
+            if args.recall:
+                print("\nThe same recall by where the fact stands:")
+                print(table(result["rows"], BY_PART))
+        print(end="", flush=True)  # so that a plot that fails costs no figures
+    finally:  # nor a reader that leaves early the plot
+        if args.plot is not None:
+            plot(result["rows"], Path(args.plot))
 
 
 if __name__ == "__main__":

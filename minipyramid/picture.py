@@ -19,6 +19,7 @@ from minipyramid.plan_table import readable
 
 BAR = 40  # characters of a layer that kept everything
 EIGHTHS = " ▏▎▍▌▋▊▉"
+SPACES = "\n\r\t"  # that a page may have
 MOST_LINES = 60  # of the marked prompt; the page shows all of it
 INVERSE, PLAIN = "\x1b[7m", "\x1b[0m"
 
@@ -120,12 +121,12 @@ def legend(picture: Picture) -> str:
     """What the last layer kept, and what of it was no choice."""
     depth = picture.pruned.depth
     kept, n = kept_by_layer(depth, picture.layers)[-1], len(depth)
+    if kept == n:
+        return f"The last layer kept all of the prompt's {n} tokens."
     newest = min(picture.newest, n)
     first = min(picture.sinks, kept - newest)  # as far as there was room for them
-    told = (
-        f"The last layer kept {kept} of the prompt's {n} tokens. The newest {newest} stay, for they vote on the others"
-    )
-    return told + (f", and so do the first {first}." if first > 0 else ".")
+    told = f"The last layer kept {kept} of the prompt's {n} tokens: the newest {newest}, which vote, the first {first}"
+    return f"{told}, and {kept - newest - first} that were voted for. Shallower layers hold more."
 
 
 # --- On a terminal -----------------------------------------------------------------------------------------------
@@ -143,9 +144,9 @@ def screen(picture: Picture, style: Style) -> list[str]:
     for layer, count in enumerate(kept):
         share = count / len(depth)
         lines.append(f"{layer:5} {count:7} {share:6.1%} {bar(share, BAR, style.blocks)}")
-    text = marked([token.text for token in picture.tokens], [d == picture.layers for d in depth], style)
+    text = marked([shown(token.text) for token in picture.tokens], [d == picture.layers for d in depth], style)
     marks = "inverse" if style.colour else "in brackets"
-    return [*lines, "", *wrap(f"{legend(picture)} They are {marks} here:", style.width), "", *excerpt(text)]
+    return [*lines, "", *wrap(f"{legend(picture)} What it kept is {marks}:", style.width), "", *excerpt(text)]
 
 
 def bar(share: float, width: int, blocks: bool) -> str:
@@ -164,9 +165,14 @@ def side_by_side(picture: Picture, width: int) -> list[str]:
 
 
 def wrapped(tokens: list[Token], width: int) -> list[str]:
-    """A text in lines; what would move the cursor is left out of it."""
-    text = "".join(c for token in tokens for c in token.text if c == "\n" or c.isprintable())
+    """A text in lines."""
+    text = "".join(shown(token.text) for token in tokens)
     return [text[start:end].strip() for start, end in breaks(text, width)]
+
+
+def shown(text: str, spaces: str = "\n") -> str:
+    """Without what would move a terminal's cursor, or turn the direction of what follows."""
+    return "".join(c for c in text if c in spaces or c.isprintable())
 
 
 def breaks(text: str, width: int) -> list[tuple[int, int]]:
@@ -263,7 +269,7 @@ def map_path(depth: list[int]) -> str:
 def token_span(token: Token, depth: int) -> str:
     """A token of the prompt; the script reads its depth from its style. One without a text shows its name."""
     name = "" if token.text else f' data-name="{escape(token.name)}"'
-    return f'<span style="--depth:{depth}"{name}>{escape(token.text)}</span>'
+    return f'<span style="--depth:{depth}"{name}>{escape(shown(token.text, SPACES))}</span>'
 
 
 def generated_text(side: Side, at: int | None) -> str:

@@ -144,7 +144,8 @@ def pick_pyramid(pyramid: str | Path | PyramidConfig, directory: Path, layers: i
         return None
     if pyramid == "auto":
         beside = directory / "pyramid.json"
-        return PyramidConfig.load(beside) if beside.exists() else PyramidConfig.for_layers(layers)
+        there = beside.exists() or beside.is_symlink()  # one that leads nowhere is an error and not absent
+        return PyramidConfig.load(beside) if there else PyramidConfig.for_layers(layers)
     if isinstance(pyramid, Path) or pyramid.endswith(".json"):
         return PyramidConfig.load(pyramid)
     return PyramidConfig.preset(pyramid)

@@ -11,10 +11,10 @@ tokens has c = n - 1 - R of context, and the next layer receives the tail and th
     vote[j] = mean over voters q of  w[q] * mean over heads h of A[h, q, j]        w from 1 (oldest) to distance_weight
     s(i)    = p + (1 - p) * (1 + cos(pi * i / L)) / 2                              cosine, from 1 towards p
 
-with A the attention probabilities, j a token of the context, i the layer of L, and p the decay ratio. Ratios multiply
-up with depth; a layer that would keep `min_context_length` or less drops nothing, only every so many-th layer drops,
-and the first tokens (sinks, counted in k) always win. Ours, and by default off: no layer before the last of
-`prefill_full_layers` drops by votes (`keep`).
+with A the attention probabilities, j a token of the context, i the layer of L, and p the decay ratio. A layer's ratio
+is of what the one before it left; a layer that would keep `min_context_length` or less drops nothing, only every so
+many-th layer drops, and the first tokens (sinks, counted in k) always win. Ours, and by default off: no layer before
+the last of `prefill_full_layers` drops by votes (`keep`).
 
 Generated tokens pass all layers. Once `exceed_length_to_compress` of them are older than the protected tail, those in
 the tail vote on them, and each layer drops its own; the prompt is not judged again. Every length is a function of N,

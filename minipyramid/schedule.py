@@ -84,7 +84,8 @@ class Scheduler:
         return sorted(ended, key=lambda sequence: sequence.index)
 
     def _start(self, sequence: Sequence, cache: KVCache) -> Sequence:
-        self.running[sequence.start(cache)] = sequence
+        sequence.start(cache)
+        self.running[cache.rows[-1]] = sequence
         return sequence
 
 

@@ -112,16 +112,16 @@ class PublishedSettings:
     @classmethod
     def load(cls: type[Settings], path: str | Path) -> Settings:
         """Read a published file, or a flat one. Raises `CheckpointError`, `ConfigError` or `TypeError`."""
-        flat = {name: value for name, value in read_json(Path(path)).items() if name not in ("model", "size")}
-        for stage in ("prefill_stage", "generation_stage"):
-            part = flat.pop(stage, {})
+        raw, flat = read_json(Path(path)), dict[str, Any]()
+        stages = {stage: raw.pop(stage, {}) for stage in ("prefill_stage", "generation_stage")}
+        for stage, part in {"": {name: raw[name] for name in raw if name not in ("model", "size")}, **stages}.items():
             if not isinstance(part, dict):
                 raise ConfigError(f"{path}: {stage} is {part!r:.60}, expected an object")
             flat |= part
-        known = [*(field.name for field in fields(cls)), "prefill_stage", "generation_stage", "model", "size"]
+        known = [field.name for field in fields(cls)]
         for name in flat:
             if name not in known:
-                raise ConfigError(f"{path}: {name!r} is no setting; {nearest(name, known)}")
+                raise ConfigError(f"{path}: {name!r:.60} is no setting; {nearest(name, [*known, *stages])}")
         try:
             return cls(**flat)
         except (ConfigError, TypeError) as error:  # of a file, a wrong type is no mistake of the caller's

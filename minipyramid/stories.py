@@ -178,7 +178,7 @@ def ask(fact: Fact) -> tuple[str, str]:
 
 
 def story(rng: random.Random, tokens: int, count: Callable[[str], int], *, asked_within: bool = True) -> Story:
-    """Write a document of about `tokens` tokens, never more.
+    """Write a document of about `tokens` tokens, never more unless a single fact takes more.
 
     Facts are planted in the first three quarters, in random places among the filler; as many of them are asked,
     in random order, as fill at most two fifths of the document (and at most 12).

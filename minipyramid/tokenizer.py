@@ -27,7 +27,7 @@ class Tokenizer:
         file = directory / "tokenizer.model"
         try:
             self._sp = sp = SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, TypeError) as error:  # the last for a path that is no Unicode
             raise TokenizerError(f"{file} is not a sentencepiece model; expected one, such as Llama 2's") from error
         # sentencepiece sets a space before every text, but not after a character that is a piece of its own.
         apart = (c for c in "\n\u0001\u2603\u2e3b" if "".join(sp.encode(c, out_type=str)).strip("\u2581"))

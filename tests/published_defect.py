@@ -1,6 +1,6 @@
 """What the published code's generation costs: recall and perplexity with its defect, and without it.
 
-    python tests/published_defect.py --samples 20
+    python tests/published_defect.py --samples 10
 
 In generation that code compares a layer's pruned length with the count of all tokens ever seen. So a layer that pruned
 16 tokens or more of its prompt always seems to have 16 tokens waiting, and drops up to 16 of its oldest at every step,
@@ -11,6 +11,7 @@ taken; a story is asked for one of its facts after them. Nothing but this file h
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -19,11 +20,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from minipyramid import LLM, MiniPyramidError, PyramidConfig, RequestError, TokenizerError
+from minipyramid import LLM, PyramidConfig, RequestError, TokenizerError
 from minipyramid.baselines import hold_pyramid
 from minipyramid.cache import KVCache
 from minipyramid.eval import DEFAULT_TEXT, interval, perplexity, planted
-from minipyramid.generate import DEFAULT_MODEL, Parser, print_error
+from minipyramid.generate import DEFAULT_MODEL, Parser, exit_status
 from minipyramid.stories import filler
 from minipyramid.tokenizer import Tokenizer
 
@@ -94,35 +95,36 @@ def tokenizer_of(llm: LLM) -> Tokenizer:
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison; returns the exit status."""
     parser = Parser(
-        prog="published_defect.py", allow_abbrev=False, description="Recall with the defect and without it."
+        prog="published_defect.py",
+        allow_abbrev=False,
+        description="Quality with the defect and without it.",
     )
     parser.add_argument("--model", default=str(DEFAULT_MODEL), metavar="PATH_OR_REPO")
     parser.add_argument(
         "--context", type=int, default=1024, metavar="N", help="tokens of a story and a question (1024)"
     )
     parser.add_argument("--generated", type=int, default=64, metavar="N", help="tokens behind the story (64)")
-    parser.add_argument("--samples", type=int, default=20, metavar="N", help="stories (20)")
+    parser.add_argument("--samples", type=int, default=10, metavar="N", help="stories, and windows of a book (10)")
     args = parser.parse_args(argv)
-    try:
-        for name, least in (("context", 128), ("generated", 0), ("samples", 2)):
-            if vars(args)[name] < least:
-                raise RequestError(f"--{name} is {vars(args)[name]}, expected {least} or more")
-        llm = LLM(args.model, pyramid="llama2-7b")
-        llm.config.check_length(args.context, args.generated, "the story")
-        shipped, size = PyramidConfig.preset("llama2-7b"), Size(args.context, args.generated, args.samples)
-        gentle = replace(shipped, prefill_decay_strategy="constant", prefill_decay_ratio=0.98)
-        for name, settings in (("as shipped for 7B", shipped), ("constant at 0.98", gentle)):
-            for defect in (False, True):
-                right = interval(recall(llm, settings, size, defect=defect), 0)
-                text = interval(losses(llm, settings, size, defect=defect), 0, perplexity)
-                print(
-                    f"{name}, {'with' if defect else 'without'} the defect: recall {right[0]:.3f} "
-                    f"[{right[1]:.3f}, {right[2]:.3f}], perplexity {text[0]:.1f} [{text[1]:.1f}, {text[2]:.1f}]"
-                )
-    except MiniPyramidError as error:
-        print_error(error)
-        return 2
-    return 0
+    return exit_status(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    for name, least in (("context", 128), ("generated", 1), ("samples", 2)):
+        if vars(args)[name] < least:
+            raise RequestError(f"--{name} is {vars(args)[name]}, expected {least} or more")
+    llm = LLM(args.model, pyramid="llama2-7b")
+    llm.config.check_length(args.context, args.generated, "the story")
+    shipped, size = PyramidConfig.preset("llama2-7b"), Size(args.context, args.generated, args.samples)
+    gentle = replace(shipped, prefill_decay_strategy="constant", prefill_decay_ratio=0.98)
+    for name, settings in (("as shipped for 7B", shipped), ("constant at 0.98", gentle)):
+        for defect in (False, True):
+            right = interval(recall(llm, settings, size, defect=defect), 0)
+            text = interval(losses(llm, settings, size, defect=defect), 0, perplexity)
+            print(
+                f"{name}, {'with' if defect else 'without'} the defect: recall {right[0]:.3f} "
+                f"[{right[1]:.3f}, {right[2]:.3f}], perplexity {text[0]:.1f} [{text[1]:.1f}, {text[2]:.1f}]"
+            )
 
 
 if __name__ == "__main__":

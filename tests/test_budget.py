@@ -61,6 +61,41 @@ def test_layers_that_are_to_be_full_stay_full_as_long_as_the_budget_allows() -> 
         assert (lengths[1] == 1024) == (budget > 4 / 12)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "new", "layers"),
+    [(29, 1, 12), (56, 4, 12), (40, 0, 10), (23, 2, 2), (100, 0, 8)],
+)
+def test_the_smallest_share_that_is_named_is_taken(prompt: int, new: int, layers: int) -> None:
+    """0.175 of 720 tokens came to a little less than 126, so the share that was named was refused as well."""
+    base = PyramidConfig(prefill_full_layers=4, recent_ratio=0.02)
+    with pytest.raises(BudgetError) as refusal:
+        Policy(base, 1e-6).settings(prompt, new, layers)
+    config = Policy(base, refusal.value.smallest).settings(prompt, new, layers)
+    assert config is not None
+    assert share_of(config, prompt, new, layers) == pytest.approx(refusal.value.smallest, abs=1e-4)
+
+
+@pytest.mark.parametrize("layers", [40, 80])
+def test_generated_tokens_are_given_up_behind_the_prompt_s_context(layers: int) -> None:
+    """Layers that an interval skips were counted among those that drop, so the slope was never steep enough."""
+    config = PyramidConfig.for_budget(0.454, prompt_tokens=2048, new_tokens=512, layers=layers)
+    published = PyramidConfig.for_layers(layers)
+    assert config.layerwise_downsample_interval == published.layerwise_downsample_interval > 1
+    assert (config.gen_decay_ratio, config.gen_compress_ratio) == (
+        published.gen_decay_ratio,
+        published.gen_compress_ratio,
+    )
+    assert config.recent_ratio > 0.05
+
+
+def test_a_share_is_no_truth_value_even_if_it_was_solved_before() -> None:
+    """The cache of solutions took True for 1.0."""
+    lengths = {"prompt_tokens": 50, "new_tokens": 20, "layers": 12}
+    PyramidConfig.for_budget(1.0, **lengths)
+    with pytest.raises(TypeError, match="kv_budget"):
+        PyramidConfig.for_budget(True, **lengths)
+
+
 @pytest.mark.parametrize("budget", [1.0, 0.9, 0.6, 0.25])
 def test_a_cut_of_full_layers_in_a_file_does_not_bound_a_budget(budget: float) -> None:
     """A file's prefill_full_ratio of 0.5 held 0.55 of the cache where 0.9 was asked for, without a word."""

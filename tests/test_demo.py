@@ -517,3 +517,56 @@ def test_the_check_leaves_files_as_they_are(command: Any, tmp_path: Path) -> Non
         assert command("--html", str(file), "--model", "/no/such/model")[0] == 2
     assert old.read_text() == "before"
     assert not new.exists()
+
+
+def test_a_file_is_not_written_over_another_that_was_named(command: Any, tmp_path: Path) -> None:
+    """The page replaced the prompt that had just been read; names were compared as they were written."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("the fox went home again. ")
+    roundabout = f"{tmp_path}/../{tmp_path.name}/prompt.txt"
+    status, _, err = command("--prompt-file", str(prompt), "--html", roundabout)
+    assert (status, prompt.read_text()) == (2, "the fox went home again. ")
+    assert "--prompt-file and --html are both" in err
+
+
+def test_the_check_leaves_links_as_they_are(command: Any, tmp_path: Path) -> None:
+    """One that led nowhere yet was deleted, and the file behind it left empty."""
+    link, target = tmp_path / "link.html", tmp_path / "target.html"
+    link.symlink_to(target)
+    assert command("--html", str(link), "--model", "/no/such/model")[0] == 2
+    assert link.is_symlink()
+    assert not target.exists()
+
+
+def test_a_budget_that_nobody_gave_is_told_as_the_demo_s(command: Any) -> None:
+    status, _, err = command("--prompt", "the fox", "--max-new-tokens", "8")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "the demo's default" in err
+    assert "--kv-budget" in err
+
+
+def test_the_page_is_written_for_a_reader_who_leaves_early(tiny_dir: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, "train_free_demo.py", "--model", str(tiny_dir), "--prompt", "the fox " * 12, *SHORT]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*argv, "--html", str(tmp_path / "out.html")],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+        timeout=120,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "out.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_what_moves_the_cursor_or_turns_the_text_is_not_shown(picture: Picture) -> None:
+    tokens = [Token("a\x1b[2Jb\r\u202ec\n", ""), *picture.tokens[1:]]
+    drawn = replace(picture, tokens=tokens)
+    on_screen = "\n".join(screen(drawn, Style(80, blocks=True, colour=False)))
+    assert "\r" not in on_screen
+    for shown in (on_screen, page(drawn)):
+        assert not {"\x1b", "\u202e"} & {*shown}
+        assert "a[2Jb" in shown

@@ -6,7 +6,10 @@ import itertools
 import json
 import lzma
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -280,6 +283,31 @@ def test_settings_are_compared_under_their_names(tmp_path: Path, capsys: pytest.
     short = ["--samples", "2", "--context", "128", "--continuation", "8", "--budgets", "0.5", "--json"]
     _, out, _ = run(capsys, *short, "--policies", "full,pyramid,random", "--pyramid", files)
     assert [row["policy"] for row in json.loads(out)["rows"]] == ["full", "some", "none", "random"]
+
+
+@needs_weights
+def test_a_plot_survives_a_name_that_is_no_formula_and_a_reader_who_leaves_early(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "x$\\bad$\u00e9.json").write_text("{}")
+    argv = [sys.executable, "-m", "minipyramid.eval", "--samples", "2", "--context", "64", "--continuation", "4"]
+    argv += ["--budgets", "0.5", "--policies", "pyramid", "--pyramid", str(tmp_path / "x$\\bad$\u00e9.json") + ",auto"]
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for stdout in (write, subprocess.DEVNULL):
+        file = tmp_path / f"{stdout}.png"
+        done = subprocess.run(
+            [*argv, "--quiet", "--plot", str(file)],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            env=env,
+            cwd=Path(__file__).parent.parent,
+            check=False,
+            timeout=120,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert file.read_bytes().startswith(b"\x89PNG")
+    os.close(write)
 
 
 def test_a_loss_beyond_what_a_float_holds_is_no_crash() -> None:

@@ -359,6 +359,10 @@ def test_auto_is_the_file_beside_the_checkpoint_or_the_preset_for_its_layers(tmp
     (directory / "pyramid.json").write_text('{"recent_ratio": 0.4}')
     for pyramid in ("auto", str(directory / "pyramid.json"), directory / "pyramid.json"):
         assert LLM(directory, pyramid=pyramid).policy.pyramid == PyramidConfig(recent_ratio=0.4)
+    (directory / "pyramid.json").unlink()
+    (directory / "pyramid.json").symlink_to(tmp_path / "nowhere.json")
+    with pytest.raises(CheckpointError, match="is missing"):
+        LLM(directory)
     assert PyramidConfig.for_layers(40) == PyramidConfig.preset("llama2-13b")
     assert PyramidConfig.for_layers(126) == PyramidConfig.preset("llama2-70b")
 
@@ -377,6 +381,9 @@ def test_auto_is_the_file_beside_the_checkpoint_or_the_preset_for_its_layers(tmp
         ({"min_context_length": 64.0}, ["min_context_length is 64.0"]),
         ({"gen_decay_strategy": None}, ["gen_decay_strategy is None"]),
         ({"prefil_stage": {}}, ["'prefil_stage' is no setting", "'prefill_stage'"]),
+        ({"prefill_stage": {"model": "x"}}, ["'model' is no setting"]),
+        ({"prefill_stage": {"generation_stage": {"gen_decay_ratio": 0.5}}}, ["'generation_stage' is no setting"]),
+        ({"min_context_length": -(10**400)}, ["min_context_length is -1000"]),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(tmp_path: Path, content: Any, words: list[str]) -> None:
@@ -385,6 +392,7 @@ def test_settings_that_make_no_sense_are_refused_by_name(tmp_path: Path, content
         PyramidConfig.load(tmp_path / "p.json")
     for word in words:
         assert word in str(error.value)
+    assert len(str(error.value)) < 600
 
 
 def test_names_and_types_that_are_no_settings(tiny_dir: Path) -> None:

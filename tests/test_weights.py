@@ -142,9 +142,9 @@ def test_the_checkpoint_is_what_its_readme_says() -> None:
 @needs_weights
 def test_the_checkpoint_looks_back(capsys: pytest.CaptureFixture[str]) -> None:
     """The first version did not, and whatever pruning did to it was no evidence."""
-    wanted = "--policies full --context 1024 --samples 4 --recall --continuation 256 --json --quiet"
+    wanted = "--policies full --context 1024,1984 --samples 6 --recall --continuation 64 --json --quiet"
     assert evaluate(wanted.split()) == 0
-    (full,) = json.loads(capsys.readouterr().out)["rows"]
-    assert full["after"][0] > 0.85
-    assert full["inside"][0] > 0.85
-    assert full["perplexity"][0] < 80
+    for row, least in zip(json.loads(capsys.readouterr().out)["rows"], (0.95, 0.9), strict=True):
+        assert row["after"][0] >= least
+        assert row["inside"][0] >= least
+        assert row["perplexity"][0] < 65  # 64 tokens of six windows; the first version's was above 78 of as many

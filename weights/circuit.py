@@ -2,7 +2,7 @@
 
 Looking back takes two kinds of heads that are worth nothing without each other: one that tells every token what stood
 before it, and a later one that looks for tokens behind which the same stood (Olsson et al., 2022, "In-context Learning
-and Induction Heads"). From random weights this model found neither in nine million tokens. Here both are there from the
+and Induction Heads"). From random weights this model found neither in millions of tokens. Here both are there from the
 start, as good as random vectors allow (it repeats three quarters of random tokens said twice, and answers four of ten
 questions about 128 tokens), all weights are trained from there on, and what is of no use is unlearnt.
 
