@@ -211,7 +211,7 @@ def votes(config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | No
             probs = scores.masked_fill_(unseen, -math.inf).softmax(-1)[..., : n - V]
         else:  # all voters see all of the context, so nothing is masked and their own keys are not needed
             scores = (grouped @ keys[:, : n - V].transpose(1, 2)).float().view(K, H // K, -1, n - V)
-            probs = (scores.div_(math.sqrt(D)) - logsumexp[:, start : start + VOTERS].view(K, H // K, -1, 1)).exp_()
+            probs = scores.div_(math.sqrt(D)).sub_(logsumexp[:, start : start + VOTERS].view(K, H // K, -1, 1)).exp_()
         total += weights[start : start + VOTERS] @ probs
     return (total.amax((0, 1)) if config.prefill_max_over_heads else total.mean((0, 1))) / V
 
