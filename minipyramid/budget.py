@@ -96,14 +96,15 @@ def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tup
     cliff = replace(forgetful, prefill_decay_ratio=min(1.0, steepest), min_context_length=least)
     yield replace(forgetful, min_context_length=least), cliff
     # No least context.
-    one = min(1.0, (1 + 1e-6) / context)
-    small = replace(cliff, min_context_length=0, prefill_decay_ratio=one)
+    small = replace(cliff, min_context_length=0, prefill_decay_ratio=min(1.0, (1 + 1e-6) / context))
     yield cliff, small
     # Full layers that are not full, and a 20th in the first layer behind them; further ones, whose ratios multiply up,
-    # keep next to nothing. (0.02, 0.1 and 0.3 did no better on the embedded checkpoint at a quarter of the bytes.)
+    # keep next to nothing. (0.02, 0.1 and 0.3 did no better on the embedded checkpoint at a quarter of the bytes. Of a
+    # short prompt it is more, for a layer that would keep nothing drops nothing.)
     if base.prefill_full_layers > 1:
-        wide, small = replace(small, prefill_decay_ratio=0.05), replace(small, prefill_full_ratio=one)
-        yield wide, replace(wide, prefill_full_ratio=one)
+        wide = replace(small, prefill_decay_ratio=min(1.0, max(0.05, 20 / context)))
+        small = replace(small, prefill_full_ratio=small.prefill_decay_ratio)
+        yield wide, replace(wide, prefill_full_ratio=small.prefill_full_ratio)
     # No voter but the newest token.
     yield small, replace(small, recent_ratio=0.0)
 

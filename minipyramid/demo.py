@@ -156,7 +156,7 @@ def check_files(args: argparse.Namespace) -> None:
     taken: dict[Path, str] = {}
     for flag in ("prompt_file", "pyramid", "html", "plot"):
         path = Path(vars(args)[flag] or "-")
-        if path != Path("-") and (other := taken.setdefault(path.resolve(), flag)) != flag:
+        if path != Path("-") and (other := taken.setdefault(Path(os.path.realpath(path)), flag)) != flag:
             raise RequestError(f"{option(other)} and {option(flag)} are both {path}; give two names")
     if args.plot is not None:
         if Path(args.plot).suffix != ".png":
@@ -202,8 +202,8 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
     try:
         plan = pruned.plan(map(len, ids), args.max_new_tokens)
     except BudgetError as error:
-        given_by = "" if budget == args.kv_budget else " (the demo's default)"
-        raise RequestError(f"{error}{given_by}; give that as --kv-budget, or longer prompts") from error
+        default = "" if budget == args.kv_budget else f" (the demo's default is {budget})"
+        raise RequestError(f"{error}; give that as --kv-budget{default}, or longer prompts") from error
     settings = plan.requests[0][0]
     for llm in (full, under(Policy(settings), pruned)):  # by settings: so few tokens may not come down to a budget
         llm.generate([ids[0][:WARM_UP]], SamplingParams(max_new_tokens=1))

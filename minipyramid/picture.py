@@ -125,8 +125,10 @@ def legend(picture: Picture) -> str:
         return f"The last layer kept all of the prompt's {n} tokens."
     newest = min(picture.newest, n)
     first = min(picture.sinks, kept - newest)  # as far as there was room for them
-    told = f"The last layer kept {kept} of the prompt's {n} tokens: the newest {newest}, which vote, the first {first}"
-    return f"{told}, and {kept - newest - first} that were voted for. Shallower layers hold more."
+    parts = [f"the newest {newest}, which vote", f"the first {first}" if first > 0 else ""]
+    parts += [f"{kept - newest - first} that were voted for" if kept > newest + first else ""]
+    told = f"The last layer kept {kept} of the prompt's {n} tokens: {', '.join(filter(None, parts))}"
+    return f"{told}. No other layer holds less."
 
 
 # --- On a terminal -----------------------------------------------------------------------------------------------

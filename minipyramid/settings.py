@@ -61,8 +61,8 @@ class PublishedSettings:
         prefill_max_over_heads: a token's vote is the highest of the query heads' and not their mean.
         prefill_vote_neighbours: a token's vote is the mean of its own and those of so many tokens on either side.
         prefill_full_layers: so many layers, the first ones, hold the whole prompt; behind the last of them votes begin.
-        prefill_full_ratio: below 1, all of these but the first hold, beside sinks and tail, only this share of the
-            context, its newest tokens (not if that would leave `min_context_length` or less).
+        prefill_full_ratio: below 1, all of these but the first hold, beside the tail, only this share of the context,
+            the sinks and its newest tokens (not if that would leave `min_context_length` or less).
 
     Raises:
         ConfigError: a strategy is not known, a value out of range, or a ratio given for full layers that there are not.

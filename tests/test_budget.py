@@ -111,6 +111,17 @@ def test_a_cut_of_full_layers_that_there_are_not_is_refused() -> None:
     assert PyramidConfig.for_budget(0.05, prompt_tokens=1024, new_tokens=64, layers=32).prefill_full_ratio == 1
 
 
+@pytest.mark.parametrize(("prompt", "budget"), [(60, 0.3), (60, 0.25), (80, 0.28), (128, 0.22), (300, 0.15)])
+def test_short_prompts_keep_more_in_full_layers_than_behind_them(prompt: int, budget: float) -> None:
+    """A 20th of a few tokens is none, and a layer that would keep none drops none: all layers held alike."""
+    base = PyramidConfig(prefill_full_layers=4, prefill_decay_strategy="constant", recent_ratio=0.02)
+    config = Policy(base, budget).settings(prompt, 0, 12)
+    assert config is not None
+    lengths = config.prompt_lengths(prompt, 12)
+    assert lengths[3] > 1.5 * lengths[4]
+    assert sum(lengths) >= 0.9 * budget * prompt * 12
+
+
 def test_full_layers_raise_no_smallest_share() -> None:
     smallest = []
     for full in (1, 4):
