@@ -120,6 +120,11 @@ class Model(nn.Module):
     def step(self, ids: Tensor, caches: Sequence[KVCache]) -> Tensor:
         """Run one more token of every row of every cache, which votes for those generated before it.
 
+        Where the time goes, of 8 sequences with 540 tokens each (12 layers, hidden size 768, float32, two CPU cores):
+        linear layers 57 %, attention's two products 29 %, copies into the cache and out of q, k and v 4 %, norms 3 %,
+        everything else less than 1 % each. 8 rows are too many for a product to run at the rate at which its weight is
+        read (1 row: 20 GB/s, 8 rows: 13), and too few for it to run at the rate of a prompt's.
+
         ids [B], the caches' rows one after the other  ->  the last layer's hidden states [B, hidden_size]
         """
         positions = torch.tensor([row.position for cache in caches for row in cache.rows], device=ids.device)
