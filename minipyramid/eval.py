@@ -17,7 +17,6 @@ and openings; where all samples agree they have no width, which proves nothing.
 """
 
 import argparse
-import io
 import itertools
 import json
 import lzma
@@ -515,8 +514,6 @@ class EvalLine(ProgressLine):
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a settings file's name may hold what the encoding lacks
     return exit_status(lambda: report(run(args), args))
 
 

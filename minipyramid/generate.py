@@ -104,12 +104,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # a text may hold what the terminal's own encoding lacks
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal's own is, so that texts can be piped
     return exit_status(lambda: run(args))
 
 
 def exit_status(command: Callable[[], None]) -> int:
     """Run what a command does; what goes wrong is told in one line, and by the status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a text or a name may hold what the terminal's own encoding lacks
     try:
         command()
         print(end="", flush=True)  # here, where a failure can still be told

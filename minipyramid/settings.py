@@ -112,9 +112,9 @@ class PublishedSettings:
     @classmethod
     def load(cls: type[Settings], path: str | Path) -> Settings:
         """Read a published file, or a flat one. Raises `CheckpointError`, `ConfigError` or `TypeError`."""
-        raw, flat = read_json(Path(path)), dict[str, Any]()
-        stages = {stage: raw.pop(stage, {}) for stage in ("prefill_stage", "generation_stage")}
-        for stage, part in {"": {name: raw[name] for name in raw if name not in ("model", "size")}, **stages}.items():
+        flat = {name: value for name, value in read_json(Path(path)).items() if name not in ("model", "size")}
+        stages = {stage: flat.pop(stage, {}) for stage in ("prefill_stage", "generation_stage")}
+        for stage, part in stages.items():
             if not isinstance(part, dict):
                 raise ConfigError(f"{path}: {stage} is {part!r:.60}, expected an object")
             flat |= part

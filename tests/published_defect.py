@@ -94,11 +94,7 @@ def tokenizer_of(llm: LLM) -> Tokenizer:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison; returns the exit status."""
-    parser = Parser(
-        prog="published_defect.py",
-        allow_abbrev=False,
-        description="Quality with the defect and without it.",
-    )
+    parser = Parser(prog="published_defect.py", allow_abbrev=False, description="Quality with and without the defect.")
     parser.add_argument("--model", default=str(DEFAULT_MODEL), metavar="PATH_OR_REPO")
     parser.add_argument(
         "--context", type=int, default=1024, metavar="N", help="tokens of a story and a question (1024)"
