@@ -10,8 +10,6 @@ key/value heads, `G = H / K`, `D` head size, `S` slots of a cache's layer, `n` k
 voters, `U` generated tokens that are not judged yet.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,15 +46,15 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | No
 def attend_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor]:
     """The newest token of every sequence looks at the slots that its row holds.
 
-    q [B, H, D], keys and values [B, K, S, D], held [B, S] bool, None where all are
-    ->  [B, H * D], and the probabilities [B, K, G, S]
+    q [B, H, D] divided by sqrt(D), keys and values [B, K, S, D], held [B, S] bool, None where all are
+    ->  [B, H * D], and the probabilities [B, H, S]
     """
-    B, H, D = q.shape
-    K = keys.shape[1]
-    grouped = q.view(B, K, H // K, D) * (1 / math.sqrt(D))  # [B, K, G, D]
-    scores = grouped @ keys.transpose(-1, -2)  # [B, K, G, S]
+    (B, H, D), K = q.shape, keys.shape[1]
+    # Three axes and `bmm`: of four, `@` makes three by several views, a third of the time of one short sequence.
+    scores = torch.bmm(q.view(B * K, H // K, D), keys.flatten(0, 1).mT).view(B, H, -1)  # [B, H, S]
     if held is not None:
-        scores = scores.masked_fill_(~held[:, None, None], float("-inf"))
+        scores.masked_fill_(~held[:, None], float("-inf"))
     # The sum over many slots loses digits in bf16.
     probs = scores.softmax(-1, dtype=torch.float32)
-    return (probs.to(q.dtype) @ values).reshape(B, H * D), probs
+    mixed = torch.bmm(probs.to(q.dtype).view(B * K, H // K, -1), values.flatten(0, 1))  # [B * K, G, D]
+    return mixed.view(B, H * D), probs

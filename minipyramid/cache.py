@@ -91,7 +91,7 @@ class KVCache:
         return self.keys[layer][row, :, :end], self.values[layer][row, :, :end]
 
     def append_each(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write one token of every row, k and v [B, K, D], behind the `lengths` [B] that the layer holds.
+        """Write one token of every row, k and v [B, K, D], behind the `lengths` [L, B] that the layers hold.
 
         Returns the slabs [B, K, S, D] and which slots are held [B, S]; where all rows hold equally many in float32 on a
         CPU only those slots, and no mask. (In bf16 the products would copy such a slice.) The rows' own counts follow
@@ -102,20 +102,19 @@ class KVCache:
         if keys.stride(-1) > 1 and all(row.lengths[layer] == held for row in self.rows):
             keys[:, :, held], values[:, :, held] = k, v
             return keys[:, :, : held + 1], values[:, :, : held + 1], None
-        rows = torch.arange(len(k), device=k.device)
-        keys[rows, :, lengths] = k
-        values[rows, :, lengths] = v
-        return keys, values, torch.arange(keys.shape[2], device=k.device) <= lengths[:, None]
+        rows, ends = torch.arange(len(k), device=k.device), lengths[layer]
+        keys[rows, :, ends] = k
+        values[rows, :, ends] = v
+        return keys, values, torch.arange(keys.shape[2], device=k.device) <= ends[:, None]
 
-    def vote(self, layer: int, probs: Tensor, weights: Tensor, unjudged: Tensor, lengths: Tensor) -> None:
-        """Count the newest token's vote for every row's unjudged tokens, the last of its slots.
+    def vote(self, layer: int, probs: Tensor, weights: Tensor, slots: Tensor) -> None:
+        """Count the newest token's vote for every row's unjudged tokens.
 
-        probs [B, S], the heads' mean; weights [B, U] and unjudged [B] as `voting` tells them; lengths [B], the
-        layer's before this token
+        probs [B, H, S] of the layer; weights [B, U] and slots [L, B, U] as `voting` tells them. The heads' sum stands
+        for their mean, since only the order of votes counts.
         """
         B, U = weights.shape
-        slots = (lengths + 1 - unjudged)[:, None] + torch.arange(U, device=probs.device)  # [B, U]
-        self.votes[layer][:B, :U] += weights * probs.gather(1, slots.clamp(max=probs.shape[1] - 1))
+        self.votes[layer][:B, :U].addcmul_(weights, probs.sum(1).gather(1, slots[layer]))
 
     def advance(self) -> None:
         """One token more in every layer of every row; those whose time has come are judged."""
@@ -136,9 +135,9 @@ class KVCache:
             best = pivotal(votes[:gathered], count, sinks=0)
             start = end - unjudged
             end -= gathered - count
+            stay = torch.cat((best, torch.arange(gathered, unjudged, device=best.device)))
             for slab in (self.keys[layer], self.values[layer]):
-                waiting = slab[index, :, start : start + unjudged]
-                slab[index, :, start:end] = torch.cat((waiting[:, best], waiting[:, gathered:]), dim=1)
+                slab[index, :, start:end] = slab[index, :, start + stay]
             votes.copy_(torch.cat((votes[gathered:], votes.new_zeros(gathered))))
             row.lengths[layer] = end
             row.kept[layer] = torch.cat((row.kept[layer], oldest + best.int()))

@@ -157,12 +157,10 @@ class LLM:
             # Also for those that end here: their last token belongs in the cache, as the plan counts it.
             tokens = self._tensor([sequence.next_token for sequence in running])
             x = self.model.step(tokens, scheduler.caches)  # [B, hidden_size]
-            ended = scheduler.retire()
-            left = scheduler.in_order()
+            left = [i for i, sequence in enumerate(running) if not sequence.completion.finish_reason]
             if left:
-                # Retiring has moved rows, and so the order.
-                place = {sequence.index: i for i, sequence in enumerate(running)}
-                self._choose(self.model.logits(x[[place[sequence.index] for sequence in left]]), left)
+                self._choose(self.model.logits(x[left]), [running[i] for i in left])
+            ended = scheduler.retire()
             for sequence in running:
                 sequence.completion.decode_s += time.perf_counter() - began
             for sequence in ended:

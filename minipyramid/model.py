@@ -6,6 +6,7 @@ norms, projections and feed-forward need to know; only attention takes them apar
 every sequence of some caches.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -132,16 +133,18 @@ class Model(nn.Module):
         sizes = [len(cache.rows) for cache in caches]
         # Tokens held, of all layers in one copy to the device.  [L, B] of every cache
         lengths = [torch.tensor([row.lengths for row in cache.rows], device=ids.device).T for cache in caches]
-        votings = [voting([row.gathering for row in cache.rows if row.gathering], ids.device) for cache in caches]
+        gatherings = [[row.gathering for row in cache.rows if row.gathering] for cache in caches]
+        votings = [voting(gathering, held) for gathering, held in zip(gatherings, lengths, strict=True)]
         x = F.embedding(ids, self.embed_tokens)  # [B, hidden_size]
         for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
             mixed = []
-            qkv = [torch.split(t, sizes) for t in layer.qkv(x, cos, sin)]
-            for cache, vote, before, q, k, v in zip(caches, votings, lengths, *qkv, strict=True):
-                out, probs = attend_each(q, *cache.append_each(i, k, v, before[i]))  # [B, H * D]
+            q, k, v = layer.qkv(x, cos, sin)
+            each = [torch.split(t, sizes) for t in (q / math.sqrt(self.config.head_dim), k, v)]
+            for cache, vote, before, q, k, v in zip(caches, votings, lengths, *each, strict=True):
+                out, probs = attend_each(q, *cache.append_each(i, k, v, before))  # [B, H * D]
                 mixed.append(out)
                 if vote is not None:
-                    cache.vote(i, probs.mean((1, 2)), *vote, before[i])
+                    cache.vote(i, probs, *vote)
             x = layer.residual(x, torch.cat(mixed))
         for cache in caches:
             cache.advance()

@@ -175,21 +175,25 @@ class Gathering:
         return now
 
 
-def voting(gatherings: Sequence[Gathering], device: torch.device) -> tuple[Tensor, Tensor] | None:
+def voting(gatherings: Sequence[Gathering], lengths: Tensor) -> tuple[Tensor, Tensor] | None:
     """What one more generated token of every sequence counts in the judgement of those before it.
 
     A token's judgement and its voters are known when it is generated, so one running sum per token is all that is
     remembered: 4 bytes, where its key and value take hundreds. All gather equally many tokens at a time.
 
-    Returns what it counts for each unjudged token [B, U], the oldest first, and how many of these there are [B].
+    lengths [L, B] are what the layers hold before it  ->  None where it counts for nobody, else what it counts for
+    each unjudged token [B, U], the oldest first, and the slots in which these stand, the layer's last [L, B, U]
     """
-    if not gatherings:
-        return None
     rows = [gathering.count_one() for gathering in gatherings]
-    unjudged = [gathering.unjudged for gathering in gatherings]
+    if not any(map(any, rows)):
+        return None
+    unjudged = torch.tensor([gathering.unjudged for gathering in gatherings], device=lengths.device)
+    waiting = torch.arange(max(gathering.unjudged for gathering in gatherings), device=lengths.device)  # [U]
     padded = [row + [0.0] * (max(map(len, rows)) - len(row)) for row in rows]
-    judgement = torch.arange(max(unjudged), device=device) // gatherings[0].config.exceed_length_to_compress  # [U]
-    return torch.tensor(padded, device=device)[:, judgement], torch.tensor(unjudged, device=device)
+    judgement = waiting // gatherings[0].config.exceed_length_to_compress  # [U]
+    slots = (lengths + 1 - unjudged)[..., None] + waiting
+    # Of a row in which fewer wait, what is padded counts nothing, wherever it looks.
+    return torch.tensor(padded, device=lengths.device)[:, judgement], slots.minimum(lengths[..., None])
 
 
 def votes(config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | None) -> Tensor:
@@ -205,14 +209,15 @@ def votes(config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | No
     total = torch.zeros(K, H // K, n - V, device=q.device)
     for start in range(0, V, VOTERS):
         block = q[start : start + VOTERS]
-        grouped = block.view(-1, K, H // K, D).permute(1, 2, 0, 3).flatten(1, 2)  # [K, G * VOTERS, D]
+        # Divided here, where they are few, and not behind the product.
+        grouped = (block / math.sqrt(D)).view(-1, K, H // K, D).permute(1, 2, 0, 3).flatten(1, 2)  # [K, G * VOTERS, D]
         if logsumexp is None:
-            scores = (grouped @ keys.transpose(1, 2)).float().view(K, H // K, -1, n) / math.sqrt(D)
+            scores = (grouped @ keys.transpose(1, 2)).float().view(K, H // K, -1, n)
             unseen = torch.ones(len(block), n, dtype=torch.bool, device=q.device).triu(n - V + start + 1)
             probs = scores.masked_fill_(unseen, -math.inf).softmax(-1)[..., : n - V]
         else:  # all voters see all of the context, so nothing is masked and their own keys are not needed
             scores = (grouped @ keys[:, : n - V].transpose(1, 2)).float().view(K, H // K, -1, n - V)
-            probs = scores.div_(math.sqrt(D)).sub_(logsumexp[:, start : start + VOTERS].view(K, H // K, -1, 1)).exp_()
+            probs = scores.sub_(logsumexp[:, start : start + VOTERS].view(K, H // K, -1, 1)).exp_()
         total += weights[start : start + VOTERS] @ probs
     return (total.amax((0, 1)) if config.prefill_max_over_heads else total.mean((0, 1))) / V
 
