@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minipyramid.config import ModelConfig
 from minipyramid.plan import Need
-from minipyramid.pyramid import Gathering, PyramidConfig, pivotal
+from minipyramid.pyramid import Gathering, PyramidConfig, pivotal, voting
 
 
 @dataclass(eq=False)
@@ -90,47 +90,28 @@ class KVCache:
             return k.transpose(0, 1), v.transpose(0, 1)
         return self.keys[layer][row, :, :end], self.values[layer][row, :, :end]
 
-    def append_each(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write one token of every row, k and v [B, K, D], behind the `lengths` [L, B] that the layers hold.
-
-        Returns the slabs [B, K, S, D] and which slots are held [B, S]; where all rows hold equally many in float32 on a
-        CPU only those slots, and no mask. (In bf16 the products would copy such a slice.) The rows' own counts follow
-        in `advance`.
-        """
-        keys, values = (slabs[layer][: len(k)] for slabs in (self.keys, self.values))
-        held = self.rows[0].lengths[layer]
-        if keys.stride(-1) > 1 and all(row.lengths[layer] == held for row in self.rows):
-            keys[:, :, held], values[:, :, held] = k, v
-            return keys[:, :, : held + 1], values[:, :, : held + 1], None
-        rows, ends = torch.arange(len(k), device=k.device), lengths[layer]
-        keys[rows, :, ends] = k
-        values[rows, :, ends] = v
-        return keys, values, torch.arange(keys.shape[2], device=k.device) <= ends[:, None]
-
-    def vote(self, layer: int, probs: Tensor, weights: Tensor, slots: Tensor) -> None:
-        """Count the newest token's vote for every row's unjudged tokens.
-
-        probs [B, H, S] of the layer; weights [B, U] and slots [L, B, U] as `voting` tells them. The heads' sum stands
-        for their mean, since only the order of votes counts.
-        """
-        B, U = weights.shape
-        self.votes[layer][:B, :U].addcmul_(weights, probs.sum(1).gather(1, slots[layer]))
+    def before_step(self) -> "list[LayerStep]":
+        """Every layer as the next step finds it."""
+        held = list(zip(*(row.lengths for row in self.rows), strict=True))  # [layer][B]
+        lengths = torch.tensor(held, device=self.keys[0].device)  # [L, B], of all layers in one copy to the device
+        votings = voting([row.gathering for row in self.rows if row.gathering], lengths, self.need.unjudged)
+        slabs = ([t[: len(self.rows)] for t in by_layer] for by_layer in (self.keys, self.values, self.votes))
+        return [LayerStep(*of_layer) for of_layer in zip(*slabs, held, lengths, votings, strict=True)]
 
     def advance(self) -> None:
         """One token more in every layer of every row; those whose time has come are judged."""
         for i, row in enumerate(self.rows):
             row.lengths = [length + 1 for length in row.lengths]
             row.position += 1
-            unjudged = row.gathering.unjudged if row.gathering else 0  # before the oldest count as judged
             if row.gathering and row.gathering.judge_if_due():
-                survivors = row.gathering.config.survivors(len(row.lengths))
-                self._compact(i, unjudged, row.gathering.config.exceed_length_to_compress, survivors)
+                self._compact(i, row, row.gathering)
 
-    def _compact(self, index: int, unjudged: int, gathered: int, survivors: list[int]) -> None:
-        """Of the `gathered` oldest of a row's unjudged tokens, keep the `survivors[layer]` highest-voted, in place."""
-        row = self.rows[index]
+    def _compact(self, index: int, row: Row, gathering: Gathering) -> None:
+        """Of the oldest of a row's unjudged tokens, `gathered` many, keep each layer's highest-voted, in place."""
+        gathered = gathering.config.exceed_length_to_compress
+        unjudged = gathered + gathering.unjudged  # for these count as judged by now
         oldest = row.position - unjudged
-        for layer, count in enumerate(survivors):
+        for layer, count in enumerate(gathering.config.survivors(len(row.lengths))):
             votes, end = self.votes[layer][index], row.lengths[layer]
             best = pivotal(votes[:gathered], count, sinks=0)
             start = end - unjudged
@@ -156,6 +137,44 @@ class KVCache:
             k, v = (slabs[layer][0, :, :n].transpose(0, 1) for slabs in (source.keys, source.values))
             self.append(layer, row, k, v, torch.tensor(kept, device=k.device))
         self.rows[row].position = held.position
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """One layer of a cache as a step finds it: the rows in use, and where the next token of each goes."""
+
+    keys: Tensor  # [B, K, S, D]
+    values: Tensor  # [B, K, S, D]
+    votes: Tensor  # [B, U]
+    held: tuple[int, ...]  # [B] tokens
+    ends: Tensor  # [B] the same, on the device
+    voting: tuple[Tensor, Tensor] | None  # what the next tokens count for the unjudged, and the slots of these  [B, U]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write one token of every row, k and v [B, K, D], behind what the row holds.
+
+        Returns the slabs [B, K, S, D] and which slots are held [B, S]; where all rows hold equally many in float32 on a
+        CPU only those slots, and no mask. (In bf16 the products would copy such a slice.) The rows' own counts follow
+        in `advance`.
+        """
+        # A graph that is compiled must not depend on how many are held, or the next token would need another.
+        if not torch.compiler.is_compiling() and self.keys.stride(-1) > 1 and len(set(self.held)) == 1:
+            end = self.held[0]
+            self.keys[:, :, end], self.values[:, :, end] = k, v
+            return self.keys[:, :, : end + 1], self.values[:, :, : end + 1], None
+        rows = torch.arange(len(k), device=k.device)
+        self.keys[rows, :, self.ends] = k
+        self.values[rows, :, self.ends] = v
+        return self.keys, self.values, torch.arange(self.keys.shape[2], device=k.device) <= self.ends[:, None]
+
+    def vote(self, probs: Tensor) -> None:
+        """Count the newest token's vote for every row's unjudged tokens; probs [B, H, S].
+
+        The heads' sum stands for their mean, since only the order of votes counts.
+        """
+        if self.voting is not None:
+            weights, slots = self.voting
+            self.votes.addcmul_(weights, probs.sum(1).gather(1, slots))
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,6 @@ class ModelConfig:
         if not all(type(i) is int and 0 <= i < sizes["vocab_size"] for i in eos):
             where = f"{source}: eos_token_id (or that of generation_config.json)"
             raise ConfigError(f"{where} is {eos!r:.60}, expected ids below {sizes['vocab_size']}")
-        dtype = _one_of(DTYPES, source, "dtype", raw.get("dtype"), raw.get("torch_dtype"), "float32")
         tie = _one_of((False, True), source, "tie_word_embeddings", raw.get("tie_word_embeddings"), False)
         return cls(
             **sizes,
@@ -119,7 +118,7 @@ class ModelConfig:
             rms_norm_eps=_positive(raw, "rms_norm_eps", source, float, 1e-6),
             tie_word_embeddings=tie,
             rope=_rope(raw, source, context),
-            dtype=dtype,
+            dtype=_one_of(DTYPES, source, "dtype", raw.get("dtype"), raw.get("torch_dtype"), "float32"),
             eos_token_ids=tuple(dict.fromkeys(eos)),
         )
 

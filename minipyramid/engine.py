@@ -5,11 +5,11 @@ fit, their prompts are computed, and then every step takes one token of each run
 ended leaves its row and is computed no further (its last token still is, into the cache).
 """
 
+import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from itertools import accumulate
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from minipyramid.model import PIECES
 from minipyramid.plan import Need, Plan, Policy, make_plan, need, pick_pyramid
 from minipyramid.pyramid import PyramidConfig
 from minipyramid.request import Completion, Conversation, Params, Prefill, Prompt, Prompts, Sequence
-from minipyramid.sampling import SamplingParams, choose, make_generator
+from minipyramid.sampling import SamplingParams, choose
 from minipyramid.schedule import Scheduler, default_memory
 from minipyramid.tokenizer import TextStream, Tokenizer
 
@@ -48,11 +48,13 @@ class LLM:
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as bf16, and
             both as float32 where the processor has no bf16 instructions.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
+        compile: run decode steps as graphs by `torch.compile`. Worth it where steps are many, short and of few shapes:
+            every new number of sequences or size of a cache is compiled first, up to a minute on a CPU.
         revision: branch, tag or commit of a hub repository.
         progress: called with (parameters loaded, of how many) while loading.
 
     Raises:
-        CheckpointError, ConfigError, TokenizerError: what is wrong with the checkpoint.
+        CheckpointError, ConfigError, TokenizerError: what is wrong with the checkpoint, or cannot be done here.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class LLM:
         kv_memory: int | str | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        compile: bool = False,
         revision: str | None = None,
         progress: checkpoint.Progress | None = None,
     ) -> None:
@@ -76,6 +79,8 @@ class LLM:
         there = (directory / "tokenizer.model").is_file()  # without one it still runs on token ids
         self.tokenizer = Tokenizer(directory, self.config.vocab_size) if there else None
         self.model = checkpoint.load(directory, self.config, self.dtype, self.device, progress)
+        if compile:
+            self.model.compile_step()
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
         """Continue any number of prompts; texts or token ids in, completions in their order out.
@@ -87,7 +92,7 @@ class LLM:
             RequestError: a prompt is empty, too long, not of this vocabulary, or needs more than `kv_memory` alone.
             TokenizerError: texts are given to a checkpoint without a readable tokenizer.
         """
-        return [completion for _, completion in sorted(self.completions(prompts, params), key=itemgetter(0))]
+        return [completion for _, completion in sorted(self.completions(prompts, params), key=lambda done: done[0])]
 
     def completions(
         self, prompts: Prompts, params: Params = None, progress: OnStep = None
@@ -140,9 +145,7 @@ class LLM:
         return make_plan(self.config, self.policy, prompt_lengths, max_new_tokens, self.dtype)
 
     def _pieces(self, sequence: Sequence, scheduler: Scheduler) -> Generator[str, None, Completion]:
-        for _, piece in self._run(scheduler):
-            if piece:
-                yield piece
+        yield from (piece for _, piece in self._run(scheduler) if piece)
         return sequence.completion
 
     @torch.inference_mode()
@@ -237,7 +240,8 @@ class LLM:
             # A space before the first word belongs to the text only if something stands before it.
             at_start = self.tokenizer is not None and not self.tokenizer.decode(before.token_ids + ids, continues=True)
             sequence.stream = TextStream(self.tokenizer, p.stop, at_start=at_start)
-            sequence.generator = make_generator(p, self.device)
+            seed = secrets.randbits(63) if p.seed is None else p.seed
+            sequence.generator = torch.Generator(self.device).manual_seed(seed)
             sequence.eos_ids = () if p.ignore_eos else self.config.eos_token_ids
             if p.repetition_penalty != 1:
                 sequence.seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)

@@ -5,6 +5,7 @@ Every message is one sentence that names the thing, what was expected and, where
 program can print it as it stands and a person can act on it. A value of the wrong Python type raises `TypeError`.
 """
 
+from dataclasses import field
 from typing import Any
 
 
@@ -34,6 +35,11 @@ class BudgetError(MiniPyramidError):
     def __init__(self, message: str, smallest: float = 1.0) -> None:
         super().__init__(message)
         self.smallest = smallest
+
+
+def number(default: Any, lowest: float, highest: float, kind: type | None = None) -> Any:
+    """A dataclass's field with the limits that it is to be checked against; its `kind` is the default's."""
+    return field(default=default, metadata={"limits": (kind or type(default), lowest, highest)})
 
 
 Limits = tuple[type, float, float]  # what kind of number, and the lowest and highest that it may be

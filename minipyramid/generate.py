@@ -58,6 +58,7 @@ def build_parser() -> Parser:
         metavar="PATH_OR_REPO",
         help="checkpoint directory or hub repository (default: the embedded checkpoint)",
     )
+    parser.add_argument("--compile", action="store_true", help="compile decode steps; slow to start")
     parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
     parser.add_argument(
         "--pyramid",
@@ -149,6 +150,7 @@ def run(args: argparse.Namespace) -> None:
             kv_memory=args.kv_memory,
             dtype=args.dtype,
             device=args.device,
+            compile=args.compile,
             revision=args.revision,
             progress=None if args.quiet else line.update,
         )

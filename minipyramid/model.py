@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipyramid.attention import attend, attend_each
-from minipyramid.cache import KVCache, Span
+from minipyramid.cache import KVCache, LayerStep, Span
 from minipyramid.config import ModelConfig
+from minipyramid.errors import ConfigError
 from minipyramid.linear import Linear
-from minipyramid.pyramid import keep, voting
+from minipyramid.pyramid import keep
 from minipyramid.rope import inverse_frequencies, rotate_, rotations
 
 # Tokens that the feed-forward runs over at a time, by device, for its activation (2 * intermediate_size) is the widest
@@ -66,6 +67,18 @@ class Layer(nn.Module):
             piece.add_(self.down_proj(F.silu(gate).mul_(up)))
         return x
 
+    def step(self, x: Tensor, angles: tuple[Tensor, Tensor], parts: Sequence[LayerStep]) -> Tensor:
+        """One token of every row of some caches, of which `parts` are this layer's.  [B, hidden_size] -> same"""
+        q, k, v = self.qkv(x, *angles)
+        rows = [len(part.ends) for part in parts]
+        each = [torch.split(t, rows) for t in (q / math.sqrt(self.config.head_dim), k, v)]
+        mixed = []
+        for part, q, k, v in zip(parts, *each, strict=True):
+            out, probs = attend_each(q, *part.append(k, v))  # [B, H * D]
+            part.vote(probs)
+            mixed.append(out)
+        return self.residual(x, torch.cat(mixed))
+
 
 class Model(nn.Module):
     """Parameters are created where the caller says (`torch.device("meta")` to load a checkpoint)."""
@@ -79,6 +92,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         self.lm_head = Linear(config.vocab_size, config.hidden_size)
+        self.layer_step = Layer.step  # or what that is compiled to
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
     def extend(self, ids: Tensor, spans: Sequence[Span], *, every: bool = False) -> Tensor:
@@ -129,26 +143,25 @@ class Model(nn.Module):
         ids [B], the caches' rows one after the other  ->  the last layer's hidden states [B, hidden_size]
         """
         positions = torch.tensor([row.position for cache in caches for row in cache.rows], device=ids.device)
-        cos, sin = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # [B, 1, D / 2]
-        sizes = [len(cache.rows) for cache in caches]
-        # Tokens held, of all layers in one copy to the device.  [L, B] of every cache
-        lengths = [torch.tensor([row.lengths for row in cache.rows], device=ids.device).T for cache in caches]
-        gatherings = [[row.gathering for row in cache.rows if row.gathering] for cache in caches]
-        votings = [voting(gathering, held) for gathering, held in zip(gatherings, lengths, strict=True)]
+        angles = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # two of [B, 1, D / 2]
         x = F.embedding(ids, self.embed_tokens)  # [B, hidden_size]
-        for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
-            mixed = []
-            q, k, v = layer.qkv(x, cos, sin)
-            each = [torch.split(t, sizes) for t in (q / math.sqrt(self.config.head_dim), k, v)]
-            for cache, vote, before, q, k, v in zip(caches, votings, lengths, *each, strict=True):
-                out, probs = attend_each(q, *cache.append_each(i, k, v, before))  # [B, H * D]
-                mixed.append(out)
-                if vote is not None:
-                    cache.vote(i, probs, *vote)
-            x = layer.residual(x, torch.cat(mixed))
+        for layer, *parts in zip(self.layers, *(cache.before_step() for cache in caches), strict=True):
+            x = self.layer_step(layer, x, angles, parts)
         for cache in caches:
             cache.advance()
         return x
+
+    def compile_step(self) -> None:
+        """From now on every layer's part of a step is one compiled graph for all layers.
+
+        Raises `ConfigError` where there is nothing to compile with.
+        """
+        try:
+            torch.compile(torch.neg)(self.norm)
+        except RuntimeError as error:
+            told = f"compile cannot be used here ({str(error).strip().splitlines()[0]})"
+            raise ConfigError(f"{told}; leave it out, or install a C++ compiler") from error
+        self.layer_step = torch.compile(Layer.step, dynamic=True)
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores of the next token.  [T, hidden_size] -> [T, vocab_size] float32"""

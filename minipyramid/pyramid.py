@@ -175,32 +175,32 @@ class Gathering:
         return now
 
 
-def voting(gatherings: Sequence[Gathering], lengths: Tensor) -> tuple[Tensor, Tensor] | None:
+def voting(gatherings: Sequence[Gathering], lengths: Tensor, room: int) -> Sequence[tuple[Tensor, Tensor] | None]:
     """What one more generated token of every sequence counts in the judgement of those before it.
 
     A token's judgement and its voters are known when it is generated, so one running sum per token is all that is
     remembered: 4 bytes, where its key and value take hundreds. All gather equally many tokens at a time.
 
-    lengths [L, B] are what the layers hold before it  ->  None where it counts for nobody, else what it counts for
-    each unjudged token [B, U], the oldest first, and the slots in which these stand, the layer's last [L, B, U]
+    lengths [L, B] are what the layers hold before it, and U is the `room` for those that wait  ->  by layer: None where
+    nothing will be judged, else what it counts for each of them [B, U], the oldest first, and the slots in which they
+    stand, the layer's last [B, U]. Where fewer wait, the rest counts nothing, so its slots may be any.
     """
     rows = [gathering.count_one() for gathering in gatherings]
-    if not any(map(any, rows)):
-        return None
+    if not any(gathering.compactions for gathering in gatherings):
+        return [None] * len(lengths)
+    waiting, gathered = torch.arange(room, device=lengths.device), gatherings[0].config.exceed_length_to_compress
+    padded = [row + [0.0] * (room // gathered + 1 - len(row)) for row in rows]
+    weights = torch.tensor(padded, device=lengths.device)[:, waiting // gathered]
     unjudged = torch.tensor([gathering.unjudged for gathering in gatherings], device=lengths.device)
-    waiting = torch.arange(max(gathering.unjudged for gathering in gatherings), device=lengths.device)  # [U]
-    padded = [row + [0.0] * (max(map(len, rows)) - len(row)) for row in rows]
-    judgement = waiting // gatherings[0].config.exceed_length_to_compress  # [U]
-    slots = (lengths + 1 - unjudged)[..., None] + waiting
-    # Of a row in which fewer wait, what is padded counts nothing, wherever it looks.
-    return torch.tensor(padded, device=lengths.device)[:, judgement], slots.minimum(lengths[..., None])
+    slots = (lengths + 1 - unjudged)[..., None] + waiting  # [L, B, U]
+    return [(weights, of_layer) for of_layer in slots.minimum(lengths[..., None])]
 
 
 def votes(config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | None) -> Tensor:
     """How much the newest tokens look at each token of the context before them.
 
     q [V, H, D] are the voters' queries, keys [K, n, D] all that the layer holds, the voters' last, and
-    logsumexp [H, V] the log of what the voters' softmax divides by, where attention has told it  ->  [n - V]
+    logsumexp [H, n] the log of what a softmax divides by, where attention has told it  ->  [n - V]
     The voters' probabilities are computed a block at a time, so no n x n matrix is ever held. With the published
     settings 3 % of the time of a prompt of 512 tokens, 6 % of 2,048 (12 layers, hidden size 768, float32, two cores).
     """
@@ -217,7 +217,7 @@ def votes(config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | No
             probs = scores.masked_fill_(unseen, -math.inf).softmax(-1)[..., : n - V]
         else:  # all voters see all of the context, so nothing is masked and their own keys are not needed
             scores = (grouped @ keys[:, : n - V].transpose(1, 2)).float().view(K, H // K, -1, n - V)
-            probs = scores.sub_(logsumexp[:, start : start + VOTERS].view(K, H // K, -1, 1)).exp_()
+            probs = scores.sub_(logsumexp[:, -V:][:, start : start + VOTERS].view(K, H // K, -1, 1)).exp_()
         total += weights[start : start + VOTERS] @ probs
     return (total.amax((0, 1)) if config.prefill_max_over_heads else total.mean((0, 1))) / V
 
@@ -244,8 +244,7 @@ def keep(
     if layer + 1 < config.prefill_full_layers:  # by age, for layers that do not look back yet cannot judge
         vote = torch.arange(n - tail, device=q.device).float()
     else:
-        known = logsumexp[:, n - tail :] if logsumexp is not None else None
-        vote, near = votes(config, q[n - tail :], keys, known)[-(n - tail) :], config.prefill_vote_neighbours
+        vote, near = votes(config, q[n - tail :], keys, logsumexp)[-(n - tail) :], config.prefill_vote_neighbours
         vote = F.avg_pool1d(vote[None], 2 * near + 1, 1, near, count_include_pad=False)[0]
     context = pivotal(vote, lengths[layer + 1] - tail, config.streamingllm_sink_len)
     return torch.cat((context, torch.arange(n - tail, n, device=q.device)))

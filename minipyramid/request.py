@@ -80,13 +80,14 @@ class Sequence:
     span: Span = field(init=False)  # where its prompt goes, once it has started
     next_token: int = -1  # chosen, not yet accepted
 
-    def start(self, cache: KVCache) -> None:
-        """Take a row of a cache, with what former turns left."""
+    def start(self, cache: KVCache) -> Row:
+        """Take a row of a cache, with what former turns left, and return it."""
         new = self.params.max_new_tokens
         row = cache.add_row(Gathering(self.pyramid, len(self.prompt), new) if self.pyramid else None)
         if self.before.held:
             cache.adopt(row, *self.before.held)
         self.span = Span(cache, row, len(self.prompt), self.pyramid)
+        return cache.rows[row]
 
     def accept(self) -> str:
         """Take the token that was chosen; returns the text that became certain with it."""

@@ -5,25 +5,12 @@ seed and never on what else is in the batch.
 """
 
 import math
-import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from minipyramid.errors import Limits, RequestError, check_number
-
-LIMITS: dict[str, Limits] = {
-    "max_new_tokens": (int, 1, 10**9),
-    "temperature": (float, 0, 1e30),
-    "top_k": (int, 0, 10**9),
-    "top_p": (float, math.ulp(0.0), 1),
-    "min_p": (float, 0, 1),
-    "repetition_penalty": (float, 0.01, 100),
-    "seed": (int, 0, 2**63 - 1),
-    "ignore_eos": (bool, False, True),
-    "logprobs": (bool, False, True),
-}
+from minipyramid.errors import RequestError, check_number, number
 
 
 @dataclass(frozen=True)
@@ -47,33 +34,28 @@ class SamplingParams:
         TypeError: a value has the wrong type.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    max_new_tokens: int = number(64, 1, 10**9)
+    temperature: float = number(0.0, 0, 1e30)
+    top_k: int = number(0, 0, 10**9)
+    top_p: float = number(1.0, math.ulp(0.0), 1)
+    min_p: float = number(0.0, 0, 1)
+    repetition_penalty: float = number(1.0, 0.01, 100)
     stop: str | tuple[str, ...] | list[str] = ()
-    seed: int | None = None
-    ignore_eos: bool = False
-    logprobs: bool = False
+    seed: int | None = number(None, 0, 2**63 - 1, int)
+    ignore_eos: bool = number(False, False, True)
+    logprobs: bool = number(False, False, True)
 
     def __post_init__(self) -> None:
-        for name, limits in LIMITS.items():
-            value = getattr(self, name)
-            if name != "seed" or value is not None:
-                object.__setattr__(self, name, check_number(name, value, limits, RequestError, TypeError))
+        for field in fields(self):
+            value, limits = getattr(self, field.name), field.metadata.get("limits")
+            if limits and value is not field.default:  # which may be None
+                object.__setattr__(self, field.name, check_number(field.name, value, limits, RequestError, TypeError))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) for s in stop):
             raise TypeError(f"stop is {self.stop!r}, expected a text or a list of texts")
         if "" in stop:
             raise RequestError("stop holds an empty text, which would end every generation at once; leave it out")
         object.__setattr__(self, "stop", tuple(stop))
-
-
-def make_generator(params: SamplingParams, device: torch.device) -> torch.Generator:
-    """A sequence's own source of random numbers, from its seed or a fresh one."""
-    return torch.Generator(device).manual_seed(secrets.randbits(63) if params.seed is None else params.seed)
 
 
 def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator, seen: Tensor | None) -> Tensor:

@@ -54,16 +54,16 @@ class Scheduler:
             free = [cache for cache in self.caches if cache.takes(sequence.need)]
             if free:
                 tightest = min(free, key=lambda cache: cache.need.bytes(self.per_token))
-                admitted.append(self._start(sequence, tightest))
+                self.running[sequence.start(tightest)] = sequence
             elif sequence.need.bytes(self.per_token) <= room:
                 fresh.setdefault(sequence.need, []).append(sequence)
                 room -= sequence.need.bytes(self.per_token)
             else:
                 break
-            self.waiting.popleft()
+            admitted.append(self.waiting.popleft())
         for need, together in fresh.items():
             self.caches.append(self.allot(need, len(together)))
-            admitted += [self._start(sequence, self.caches[-1]) for sequence in together]
+            self.running |= {sequence.start(self.caches[-1]): sequence for sequence in together}
         return admitted
 
     def in_order(self) -> list[Sequence]:
@@ -82,11 +82,6 @@ class Scheduler:
         self.caches = [cache for cache in self.caches if cache.rows]
         self.finished += len(ended)
         return sorted(ended, key=lambda sequence: sequence.index)
-
-    def _start(self, sequence: Sequence, cache: KVCache) -> Sequence:
-        sequence.start(cache)
-        self.running[cache.rows[-1]] = sequence
-        return sequence
 
 
 def default_memory(device: torch.device) -> int:

@@ -6,13 +6,13 @@ ran a misspelt strategy as `constant`, without a word.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from minipyramid.config import read_json
-from minipyramid.errors import ConfigError, Limits, check_number
+from minipyramid.errors import ConfigError, check_number, number
 
 # What differs from the defaults, and the layers of the model that it was published for.
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -23,21 +23,6 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "llama3-70b": (80, {"layerwise_downsample_interval": 3}),
 }
 STRATEGY_NAMES = ("cosine", "linear", "constant")
-LIMITS: dict[str, Limits] = {
-    "recent_ratio": (float, 0, 1),
-    "prefill_decay_ratio": (float, 0, 1),
-    "min_context_length": (int, 0, 10**9),
-    "layerwise_downsample_interval": (int, 1, 10**9),
-    "streamingllm_sink_len": (int, 0, 10**9),
-    "distance_weight": (float, 1e-3, 1e3),
-    "gen_decay_ratio": (float, 0, 1),
-    "exceed_length_to_compress": (int, 1, 10**9),
-    "gen_compress_ratio": (float, 0, 1),
-    "prefill_max_over_heads": (bool, False, True),
-    "prefill_vote_neighbours": (int, 0, 10**4),
-    "prefill_full_layers": (int, 1, 10**9),
-    "prefill_full_ratio": (float, 0, 1),
-}
 Settings = TypeVar("Settings", bound="PublishedSettings")
 
 
@@ -69,27 +54,27 @@ class PublishedSettings:
         TypeError: a value has the wrong type.
     """
 
-    recent_ratio: float = 0.2
-    prefill_decay_ratio: float = 0.9
+    recent_ratio: float = number(0.2, 0, 1)
+    prefill_decay_ratio: float = number(0.9, 0, 1)
     prefill_decay_strategy: str = "cosine"
-    min_context_length: int = 64
-    layerwise_downsample_interval: int = 1
-    streamingllm_sink_len: int = 4
-    distance_weight: float = 1.2
-    gen_decay_ratio: float = 0.1
+    min_context_length: int = number(64, 0, 10**9)
+    layerwise_downsample_interval: int = number(1, 1, 10**9)
+    streamingllm_sink_len: int = number(4, 0, 10**9)
+    distance_weight: float = number(1.2, 1e-3, 1e3)
+    gen_decay_ratio: float = number(0.1, 0, 1)
     gen_decay_strategy: str = "cosine"
-    exceed_length_to_compress: int = 16
-    gen_compress_ratio: float = 0.9
-    prefill_max_over_heads: bool = False
-    prefill_vote_neighbours: int = 0
-    prefill_full_layers: int = 1
-    prefill_full_ratio: float = 1.0
+    exceed_length_to_compress: int = number(16, 1, 10**9)
+    gen_compress_ratio: float = number(0.9, 0, 1)
+    prefill_max_over_heads: bool = number(False, False, True)
+    prefill_vote_neighbours: int = number(0, 0, 10**4)
+    prefill_full_layers: int = number(1, 1, 10**9)
+    prefill_full_ratio: float = number(1.0, 0, 1)
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value: Any = getattr(self, field.name)
-            if field.name in LIMITS:
-                check_number(field.name, value, LIMITS[field.name], ConfigError, TypeError)
+            if "limits" in field.metadata:
+                check_number(field.name, value, field.metadata["limits"], ConfigError, TypeError)
             elif not isinstance(value, str):
                 raise TypeError(f"{field.name} is {value!r}, expected str")
             elif value not in STRATEGY_NAMES:
@@ -128,8 +113,7 @@ class PublishedSettings:
             raise ConfigError(f"{path}: {error}") from error
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: str, valid: Collection[str]) -> str:
     """What was probably meant, and otherwise all that could be."""
-    names = list(valid)
-    close = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
+    close = difflib.get_close_matches(str(name), valid, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(valid)}"

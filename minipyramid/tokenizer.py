@@ -46,7 +46,7 @@ class Tokenizer:
         # Embeddings are often padded to a round number of rows, but not by more than this.
         if not vocab_size - 512 < (size := len(self._bytes)) <= vocab_size:
             raise TokenizerError(f"{file} has {size} tokens, but the model has {vocab_size}; expected the model's own")
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def encode(self, text: str, name: str = "the text", *, continues: bool = False) -> list[int]:
         """Token ids of a text; one that `continues` another gets no beginning-of-text token and no space before it.
@@ -58,8 +58,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise RequestError(f"{name} is not valid Unicode ({error.reason}); give UTF-8 text") from error
         ids = [self.bos_id] if self.add_bos and not continues else []
-        parts = self._split.split(text) if self._split else [text]
-        for i, part in enumerate(parts):
+        for i, part in enumerate(self._split.split(text)):
             if part in self._special:
                 ids.append(self._special[part])
             elif part and (i or continues):  # inside a text
