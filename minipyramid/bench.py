@@ -93,8 +93,8 @@ def config_of(args: argparse.Namespace) -> ModelConfig:
 
 
 def policy_of(method: str, args: argparse.Namespace, layers: int) -> Policy:
-    """What a method keeps: `full`, `budget`, a preset or a file, each also in `fixed` batches."""
-    name = method.removeprefix("fixed ")
+    """What a method keeps: `full`, `budget`, a preset or a file, each also in `fixed` batches or `compiled`."""
+    name = method.removeprefix("fixed ").removeprefix("compiled ")
     pyramid = pick_pyramid({"full": "off", "budget": "auto"}.get(name, name), Path(args.model), layers)
     return Policy(pyramid, args.kv_budget if name == "budget" else None)
 
@@ -134,6 +134,8 @@ def our_engine(policy: Policy, args: argparse.Namespace) -> LLM:
 def our_method(name: str, args: argparse.Namespace) -> Run:
     """`full`, `budget`, a preset or a file: this engine under those settings."""
     llm = our_engine(policy_of(name, args, config_of(args).num_hidden_layers), args)
+    if name.startswith("compiled "):
+        llm.model.compile_step()
     work = make_work(args, llm.config)
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in work.new_tokens]
     size = args.fixed if name.startswith("fixed ") else len(work.prompts)
@@ -404,6 +406,7 @@ def build_parser() -> Parser:
     parser.add_argument("--kv-budget", type=float, metavar="SHARE", help="compare settings solved for this share, too")
     parser.add_argument("--kv-memory", metavar="SIZE", help="bound of the keys and values in flight")
     parser.add_argument("--fixed", type=int, default=0, metavar="N", help="compare with fixed batches of N, in order")
+    parser.add_argument("--compile", action="store_true", help="compare with compiled decode steps")
     parser.add_argument("--growth", action="store_true", help="only a decode step's time by the number of tokens held")
     parser.add_argument("--versus", choices=["transformers"], help="compare with this library, if it is installed")
     parser.add_argument("--dtype", default="auto")
@@ -422,7 +425,17 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) < low:
             raise RequestError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
     default = build_parser().parse_args([])
-    for name in ("prompt_tokens", "max_new_tokens", "ragged", "pyramid", "kv_budget", "kv_memory", "fixed", "versus"):
+    for name in (
+        "prompt_tokens",
+        "max_new_tokens",
+        "ragged",
+        "pyramid",
+        "kv_budget",
+        "kv_memory",
+        "fixed",
+        "compile",
+        "versus",
+    ):
         if args.growth and getattr(args, name) != getattr(default, name):
             raise RequestError(f"--growth has no use for --{name.replace('_', '-')}; leave one of them out")
 
@@ -435,7 +448,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     work = make_work(args, config)
     ours = ["full", *(name for name in args.pyramid.split(",") if name and name != "off")]
     ours += ["budget"] if args.kv_budget is not None else []
-    ours += [f"fixed {ours[-1]}"] if args.fixed else []
+    ours += [f"{how} {ours[-1]}" for how, asked in (("fixed", args.fixed), ("compiled", args.compile)) if asked]
     policies = {}
     for name in ours:
         policies[name] = policy_of(name, args, config.num_hidden_layers)
