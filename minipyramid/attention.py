@@ -50,7 +50,7 @@ def attend_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor | None) ->
     ->  [B, H * D], and the probabilities [B, H, S]
     """
     (B, H, D), K = q.shape, keys.shape[1]
-    # Three axes and `bmm`: of four, `@` makes three by several views, a third of the time of one short sequence.
+    # `@` would make three axes of four by views of its own: 5 % of a step of 12 caches with one sequence each.
     scores = torch.bmm(q.view(B * K, H // K, D), keys.flatten(0, 1).mT).view(B, H, -1)  # [B, H, S]
     if held is not None:
         scores.masked_fill_(~held[:, None], float("-inf"))

@@ -35,6 +35,7 @@ from minipyramid.cache import KVCache
 from minipyramid.checkpoint import parameter_sources
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
+from minipyramid.eval import DEFAULT_TEXT
 from minipyramid.generate import DEFAULT_MODEL, Parser, discard_output, print_error, set_threads
 from minipyramid.linear import pack
 from minipyramid.model import Model
@@ -42,6 +43,7 @@ from minipyramid.plan import Need, Policy, pick_pyramid
 from minipyramid.plan_table import readable
 from minipyramid.request import parse_bytes
 from minipyramid.shapes import PREFIX, shape_config, shape_dict
+from minipyramid.tokenizer import Tokenizer
 
 COLUMNS = (
     "method batch prompt_tokens new_tokens prefill_s decode_s total_s tokens_per_s kv_bytes kv_bytes_aux kv_share "
@@ -67,7 +69,10 @@ class Work:
 
 
 def make_work(args: argparse.Namespace, config: ModelConfig) -> Work:
-    """Random ids, different in every prompt, of one length, or with `--ragged` of lengths from 20 and 16 upwards."""
+    """Prompts that all differ, of one length, or with `--ragged` of lengths from 20 and 16 upwards.
+
+    They are windows of a book; random ids where there is no tokenizer, as of a shape, whose weights are random as well.
+    """
     rng = random.Random(args.seed)
     lengths, new = [args.prompt_tokens] * args.batch_size, [args.max_new_tokens] * args.batch_size
     if args.ragged:
@@ -75,7 +80,13 @@ def make_work(args: argparse.Namespace, config: ModelConfig) -> Work:
         new = [rng.randint(min(16, n), n) for n in new]
     for i, (prompt, n) in enumerate(zip(lengths, new, strict=True)):
         config.check_length(prompt, n, f"prompt {i}")
-    return Work([[rng.randrange(3, config.vocab_size) for _ in range(n)] for n in lengths], new)
+    tokens = [rng.randrange(3, config.vocab_size) for _ in range(max(lengths) * len(lengths))]
+    directory = Path(args.model)
+    if (directory / "tokenizer.model").is_file() and DEFAULT_TEXT.is_file():
+        tokens = Tokenizer(directory, config.vocab_size).encode(DEFAULT_TEXT.read_text(encoding="utf-8"))
+    first = rng.randrange(len(tokens))
+    starts = [first + i * len(tokens) // len(lengths) for i in range(len(lengths))]
+    return Work([[tokens[(s + i) % len(tokens)] for i in range(n)] for s, n in zip(starts, lengths, strict=True)], new)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -48,8 +48,8 @@ class LLM:
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as bf16, and
             both as float32 where the processor has no bf16 instructions.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
-        compile: run decode steps as graphs by `torch.compile`. Worth it where steps are many, short and of few shapes:
-            every new number of sequences or size of a cache is compiled first, up to a minute on a CPU.
+        compile: run decode steps through `torch.compile`. Worth it where steps are many and their layers small: the
+            first step compiles some ten seconds long, as does one of another number of caches.
         revision: branch, tag or commit of a hub repository.
         progress: called with (parameters loaded, of how many) while loading.
 

@@ -9,9 +9,12 @@ import pytest
 from conftest import TINY
 
 from minipyramid import PyramidConfig
-from minipyramid.bench import COLUMNS, Work, build_parser, floors, main, make_work
+from minipyramid.bench import COLUMNS, Work, build_parser, floors, main, make_work, our_method
 from minipyramid.config import ModelConfig
+from minipyramid.eval import DEFAULT_TEXT
+from minipyramid.model import Model
 from minipyramid.plan import Policy
+from minipyramid.tokenizer import Tokenizer
 
 CONFIG = ModelConfig.from_dict(TINY)
 
@@ -38,6 +41,16 @@ def test_rows_hold_the_contracts_fields_and_count_generated_tokens_only(
     assert len([line for line in lines if line.startswith(tuple(rows))]) == 4
 
 
+def test_compiled_steps_are_a_method_of_their_own(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(Model, "compile_step", lambda model: compiled.append(type(model).__name__))
+    size = ["--batch-size", "2", "--prompt-tokens", "40", "--max-new-tokens", "3", "--kv-budget", "0.8"]
+    args = build_parser().parse_args(["--model", str(tiny_dir), *size, "--compile"])
+    plain, other = (our_method(name, args)() for name in ("budget", "compiled budget"))
+    assert compiled == ["Model"]
+    assert plain["kv_bytes"] == other["kv_bytes"]
+
+
 def test_prompts_differ(tiny_dir: Path) -> None:
     """Defect 8, the other half: one prompt copied over the batch."""
     args = build_parser().parse_args(["--batch-size", "20", "--prompt-tokens", "30"])
@@ -50,6 +63,14 @@ def test_prompts_differ(tiny_dir: Path) -> None:
     assert min(map(len, work.prompts)) >= 20
     assert min(work.new_tokens) >= 16
     assert make_work(ragged, CONFIG) == work
+
+
+def test_prompts_are_pieces_of_a_book_where_there_is_a_tokenizer(tiny_dir: Path) -> None:
+    args = build_parser().parse_args(["--model", str(tiny_dir), "--batch-size", "4", "--prompt-tokens", "40"])
+    tokenizer = Tokenizer(tiny_dir, CONFIG.vocab_size)
+    book = tokenizer.encode(DEFAULT_TEXT.read_text(encoding="utf-8"))
+    for prompt in make_work(args, CONFIG).prompts:
+        assert tokenizer.decode(prompt) in tokenizer.decode(book + book)
 
 
 def test_floors_of_a_model_that_can_be_counted_by_hand() -> None:
@@ -91,6 +112,7 @@ def test_growth_counts_the_bytes_of_a_step(tiny_dir: Path, capsys: pytest.Captur
         (["--growth", "--batch-size", "0"], "--batch-size is 0"),
         (["--growth", "--batch-size", "100000000"], "smaller --batch-size"),
         (["--growth", "--ragged"], "no use for --ragged"),
+        (["--growth", "--compile"], "no use for --compile"),
         (["--pyramid", "llama2-7", "--prompt-tokens", "9"], "'llama2-7b'"),
         (["--model", "shape:llama2-7b", "--prompt-tokens", "4096"], "context"),
         (["--model", "shape:llama-125m", "--kv-budget", "0.01"], "smallest"),
