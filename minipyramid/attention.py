@@ -7,7 +7,8 @@ share a key/value head are left to the kernel in the first, and folded into an a
 
 Letters, here and in every file: `B` sequences, `T` tokens (of one sequence or packed), `H` query heads, `K`
 key/value heads, `G = H / K`, `D` head size, `S` slots of a cache's layer, `n` keys of one sequence, `L` layers, `V`
-voters, `U` generated tokens that are not judged yet.
+voters, `U` places for generated tokens that are not judged
+yet.
 """
 
 import torch
@@ -46,11 +47,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | No
 def attend_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor]:
     """The newest token of every sequence looks at the slots that its row holds.
 
-    q [B, H, D] divided by sqrt(D), keys and values [B, K, S, D], held [B, S] bool, None where all are
-    ->  [B, H * D], and the probabilities [B, H, S]
+    q [B, H, D] dense and divided by sqrt(D) (once for all caches), keys and values [B, K, S, D], held [B, S] bool,
+    None where all are  ->  [B, H * D], and the probabilities [B, H, S]
     """
     (B, H, D), K = q.shape, keys.shape[1]
-    # `@` would make three axes of four by views of its own: 5 % of a step of 12 caches with one sequence each.
+    # `@` on four axes reshapes by itself, which took 5 % of a step (12 caches of one sequence each).
     scores = torch.bmm(q.view(B * K, H // K, D), keys.flatten(0, 1).mT).view(B, H, -1)  # [B, H, S]
     if held is not None:
         scores.masked_fill_(~held[:, None], float("-inf"))

@@ -1,8 +1,9 @@
-"""The key/value cache: a slab per layer, allotted once from a plan, written in place, a length per layer and row.
+"""The key/value cache: slabs per layer, allotted once from a plan, written in place, a length per layer and row.
 
 Layers may hold different numbers of tokens, as sequences do, so a token's *slot* says nothing
 about its *position*: keys are stored rotated, and the position of a sequence's next token is counted apart.
-The engine owns the cache and passes it to the model.
+The engine owns the cache and passes it to the model. Generated tokens are *unjudged* until the newest have voted on
+them (`minipyramid/pyramid.py`).
 """
 
 from dataclasses import dataclass, field
@@ -20,20 +21,20 @@ class Row:
     """What is held of one sequence."""
 
     lengths: list[int]  # [layer] tokens held
-    kept: list[Tensor]  # [layer] positions of what stays for good: all but the unjudged  [n] int32
+    kept: list[Tensor]  # [layer] positions of the prompt's, and of generated ones that outlived a judgement  [n] int32
     gathering: Gathering | None = None  # the generated tokens that are not judged yet
     position: int = 0  # of the next token
 
     def kept_positions(self) -> list[list[int]]:
         """Positions of all that each layer holds, ascending."""
         end, held = self.position, zip(self.lengths, self.kept, strict=True)
-        # Behind what stays for good come the generated tokens that are not judged yet.
+        # Behind these come the generated tokens that no judgement has reached.
         return [kept.tolist() + list(range(end - (length - len(kept)), end)) for length, kept in held]
 
 
 @dataclass
 class KVCache:
-    """Shapes: `B` rows in use, the first of those allotted, `K` key/value heads, `S` slots of a layer, `D` head size.
+    """Shapes: `B` rows in use, the first of `capacity`, `K` key/value heads, `S` slots of a layer, `D` head size.
 
     A layer's keys stand as [B, K, S, D], so a decode step reads them in one batched product, without a copy. In float32
     on a CPU the slots of a component lie side by side instead of the components of a slot: a step's attention over
@@ -41,9 +42,9 @@ class KVCache:
     finite, and masked.
     """
 
-    keys: list[Tensor]  # per layer [B, K, S, D]
-    values: list[Tensor]  # per layer [B, K, S, D]
-    votes: list[Tensor]  # per layer [B, U] float32, for the generated tokens that are not judged yet
+    keys: list[Tensor]  # per layer [capacity, K, S, D]
+    values: list[Tensor]  # per layer [capacity, K, S, D]
+    votes: list[Tensor]  # per layer [capacity, U] float32, for the generated tokens that are not judged yet
     config: ModelConfig
     need: Need  # what a row has room for
     bytes_per_token: int  # of one token in one layer
@@ -90,16 +91,17 @@ class KVCache:
             return k.transpose(0, 1), v.transpose(0, 1)
         return self.keys[layer][row, :, :end], self.values[layer][row, :, :end]
 
-    def before_step(self) -> "list[LayerStep]":
-        """Every layer as the next step finds it."""
-        held = list(zip(*(row.lengths for row in self.rows), strict=True))  # [layer][B]
-        lengths = torch.tensor(held, device=self.keys[0].device)  # [L, B], of all layers in one copy to the device
-        votings = voting([row.gathering for row in self.rows if row.gathering], lengths, self.need.unjudged)
+    def begin_step(self) -> "list[LayerCache]":
+        """Count one more generated token of every row, and give each layer as the step finds it; `end_step` follows."""
+        lengths = list(zip(*(row.lengths for row in self.rows), strict=True))  # [layer][B]
+        ends = torch.tensor(lengths, device=self.keys[0].device)  # [L, B], of all layers in one copy to the device
+        # All rows gather or none does, for settings are an engine's.
+        votings = voting([row.gathering for row in self.rows if row.gathering], ends, self.need.unjudged)
         slabs = ([t[: len(self.rows)] for t in by_layer] for by_layer in (self.keys, self.values, self.votes))
-        return [LayerStep(*of_layer) for of_layer in zip(*slabs, held, lengths, votings, strict=True)]
+        return [LayerCache(*of_layer) for of_layer in zip(*slabs, lengths, ends, votings, strict=True)]
 
-    def advance(self) -> None:
-        """One token more in every layer of every row; those whose time has come are judged."""
+    def end_step(self) -> None:
+        """Count the token that was written in every layer of every row; those whose time has come are judged."""
         for i, row in enumerate(self.rows):
             row.lengths = [length + 1 for length in row.lengths]
             row.position += 1
@@ -109,7 +111,7 @@ class KVCache:
     def _compact(self, index: int, row: Row, gathering: Gathering) -> None:
         """Of the oldest of a row's unjudged tokens, `gathered` many, keep each layer's highest-voted, in place."""
         gathered = gathering.config.exceed_length_to_compress
-        unjudged = gathered + gathering.unjudged  # for these count as judged by now
+        unjudged = gathered + gathering.unjudged  # from which `judge_if_due` has taken the gathered
         oldest = row.position - unjudged
         for layer, count in enumerate(gathering.config.survivors(len(row.lengths))):
             votes, end = self.votes[layer][index], row.lengths[layer]
@@ -140,26 +142,27 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class LayerStep:
-    """One layer of a cache as a step finds it: the rows in use, and where the next token of each goes."""
+class LayerCache:
+    """One layer of a cache as a step finds it: the rows in use, and where the new token of each goes."""
 
     keys: Tensor  # [B, K, S, D]
     values: Tensor  # [B, K, S, D]
     votes: Tensor  # [B, U]
-    held: tuple[int, ...]  # [B] tokens
-    ends: Tensor  # [B] the same, on the device
-    voting: tuple[Tensor, Tensor] | None  # what the next tokens count for the unjudged, and the slots of these  [B, U]
+    lengths: tuple[int, ...]  # [B] tokens held
+    ends: Tensor  # [B] the same on the device: the new token's slot
+    voting: tuple[Tensor, Tensor] | None  # weights of the new tokens' votes, and the slots they are for, two of [B, U]
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Write one token of every row, k and v [B, K, D], behind what the row holds.
 
         Returns the slabs [B, K, S, D] and which slots are held [B, S]; where all rows hold equally many in float32 on a
         CPU only those slots, and no mask. (In bf16 the products would copy such a slice.) The rows' own counts follow
-        in `advance`.
+        in `end_step`.
         """
-        # A graph that is compiled must not depend on how many are held, or the next token would need another.
-        if not torch.compiler.is_compiling() and self.keys.stride(-1) > 1 and len(set(self.held)) == 1:
-            end = self.held[0]
+        # A stride above 1 is float32's on a CPU. A compiled graph must not depend on how many are held, or each token
+        # would need another.
+        if not torch.compiler.is_compiling() and self.keys.stride(-1) > 1 and len(set(self.lengths)) == 1:
+            end = self.lengths[0]
             self.keys[:, :, end], self.values[:, :, end] = k, v
             return self.keys[:, :, : end + 1], self.values[:, :, : end + 1], None
         rows = torch.arange(len(k), device=k.device)
@@ -168,7 +171,7 @@ class LayerStep:
         return self.keys, self.values, torch.arange(self.keys.shape[2], device=k.device) <= self.ends[:, None]
 
     def vote(self, probs: Tensor) -> None:
-        """Count the newest token's vote for every row's unjudged tokens; probs [B, H, S].
+        """Add the newest token's vote to every row's sums; probs [B, H, S].
 
         The heads' sum stands for their mean, since only the order of votes counts.
         """

@@ -49,7 +49,7 @@ class LLM:
             both as float32 where the processor has no bf16 instructions.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
         compile: run decode steps through `torch.compile`. Worth it where steps are many and their layers small: the
-            first step compiles some ten seconds long, as does one of another number of caches.
+            first step compiles some ten seconds long, as do those of other kinds (README, Limits).
         revision: branch, tag or commit of a hub repository.
         progress: called with (parameters loaded, of how many) while loading.
 
@@ -163,7 +163,7 @@ class LLM:
             left = [i for i, sequence in enumerate(running) if not sequence.completion.finish_reason]
             if left:
                 self._choose(self.model.logits(x[left]), [running[i] for i in left])
-            ended = scheduler.retire()
+            ended = scheduler.retire()  # after the choice, for it moves rows
             for sequence in running:
                 sequence.completion.decode_s += time.perf_counter() - began
             for sequence in ended:

@@ -38,7 +38,7 @@ class BudgetError(MiniPyramidError):
 
 
 def number(default: Any, lowest: float, highest: float, kind: type | None = None) -> Any:
-    """A dataclass's field with the limits that it is to be checked against; its `kind` is the default's."""
+    """A dataclass's field with limits that it is to be checked against; its `kind` is the default's if not given."""
     return field(default=default, metadata={"limits": (kind or type(default), lowest, highest)})
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipyramid.attention import attend, attend_each
-from minipyramid.cache import KVCache, LayerStep, Span
+from minipyramid.cache import KVCache, LayerCache, Span
 from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError
 from minipyramid.linear import Linear
@@ -67,15 +67,15 @@ class Layer(nn.Module):
             piece.add_(self.down_proj(F.silu(gate).mul_(up)))
         return x
 
-    def step(self, x: Tensor, angles: tuple[Tensor, Tensor], parts: Sequence[LayerStep]) -> Tensor:
-        """One token of every row of some caches, of which `parts` are this layer's.  [B, hidden_size] -> same"""
-        q, k, v = self.qkv(x, *angles)
-        rows = [len(part.ends) for part in parts]
-        each = [torch.split(t, rows) for t in (q / math.sqrt(self.config.head_dim), k, v)]
+    def step(self, x: Tensor, rotation: tuple[Tensor, Tensor], caches: Sequence[LayerCache]) -> Tensor:
+        """One token of every row of some caches.  x [B, hidden_size], rotation two of [B, 1, D / 2]  ->  like x"""
+        q, k, v = self.qkv(x, *rotation)
+        counts = [len(cache.ends) for cache in caches]
+        by_cache = [torch.split(t, counts) for t in (q / math.sqrt(self.config.head_dim), k, v)]
         mixed = []
-        for part, q, k, v in zip(parts, *each, strict=True):
-            out, probs = attend_each(q, *part.append(k, v))  # [B, H * D]
-            part.vote(probs)
+        for cache, query, key, value in zip(caches, *by_cache, strict=True):
+            out, probs = attend_each(query, *cache.append(key, value))  # [rows of this cache, H * D]
+            cache.vote(probs)
             mixed.append(out)
         return self.residual(x, torch.cat(mixed))
 
@@ -133,7 +133,7 @@ class Model(nn.Module):
         return x
 
     def step(self, ids: Tensor, caches: Sequence[KVCache]) -> Tensor:
-        """Run one more token of every row of every cache, which votes for those generated before it.
+        """Run one more token of every row of every cache, and count its vote where it has one.
 
         Where the time goes, of 8 sequences with 540 tokens each (12 layers, hidden size 768, float32, two CPU cores):
         linear layers 57 %, attention's two products 29 %, copies into the cache and out of q, k and v 4 %, norms 3 %,
@@ -143,19 +143,19 @@ class Model(nn.Module):
         ids [B], the caches' rows one after the other  ->  the last layer's hidden states [B, hidden_size]
         """
         positions = torch.tensor([row.position for cache in caches for row in cache.rows], device=ids.device)
-        angles = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # two of [B, 1, D / 2]
+        rotation = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # two of [B, 1, D / 2]
         x = F.embedding(ids, self.embed_tokens)  # [B, hidden_size]
-        for layer, *parts in zip(self.layers, *(cache.before_step() for cache in caches), strict=True):
-            x = self.layer_step(layer, x, angles, parts)
+        for layer, *parts in zip(self.layers, *(cache.begin_step() for cache in caches), strict=True):
+            x = self.layer_step(layer, x, rotation, parts)
         for cache in caches:
-            cache.advance()
+            cache.end_step()
         return x
 
     def compile_step(self) -> None:
-        """From now on steps run compiled: a layer's part is one graph, the same for all layers.
+        """From now on steps run compiled, one graph per layer, the same for all layers.
 
-        Compiled as a whole, 12 layers took 54 s and no longer 8, and a step 11 ms instead of 12.5 (not compiled: 16;
-        8 sequences, hidden size 192). Raises `ConfigError` where there is nothing to compile with.
+        As one graph, all 12 layers took 54 s to compile instead of 8, and a step then 11 ms instead of 12.5 (uncompiled
+        16; 8 sequences, hidden size 192). Raises `ConfigError` where there is nothing to compile with.
         """
         try:
             torch.compile(torch.neg)(self.norm)

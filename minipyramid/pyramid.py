@@ -158,9 +158,9 @@ class Gathering:
         return self.generated - self.done * self.config.exceed_length_to_compress
 
     def count_one(self) -> list[float]:
-        """What one more generated token counts in the judgements of those that wait, the oldest first.
+        """Count one more generated token; returns what its vote weighs in each judgement that has tokens waiting.
 
-        A judgement is of `exceed_length_to_compress` tokens; in one that generation ends before, nothing counts.
+        The oldest first. A judgement is of `exceed_length_to_compress` tokens; 0 where generation ends before it.
         """
         self.generated += 1
         begun = math.ceil(self.generated / self.config.exceed_length_to_compress)
@@ -176,24 +176,24 @@ class Gathering:
 
 
 def voting(gatherings: Sequence[Gathering], lengths: Tensor, room: int) -> Sequence[tuple[Tensor, Tensor] | None]:
-    """What one more generated token of every sequence counts in the judgement of those before it.
+    """Count one more generated token of every sequence; returns what its vote weighs, and for which slots.
 
-    A token's judgement and its voters are known when it is generated, so one running sum per token is all that is
-    remembered: 4 bytes, where its key and value take hundreds. All gather equally many tokens at a time.
+    Which judgement a token falls into, and who votes in it, follow from its index, so one running sum is remembered: 4
+    bytes per token and layer, where its key and value take hundreds. All gather equally many tokens at a time.
 
-    lengths [L, B] are what the layers hold before it, and U is the `room` for those that wait  ->  by layer: None where
-    nothing will be judged, else what it counts for each of them [B, U], the oldest first, and the slots in which they
-    stand, the layer's last [B, U]. Where fewer wait, the rest counts nothing, so its slots may be any.
+    lengths [L, B] are what the layers hold before it, and U is the `room` of the cache for unjudged tokens  ->  by
+    layer the weights [B, U], the oldest token's first, and the slots [B, U]; None for all layers where nothing will be
+    judged. Behind the last unjudged token weights are 0, and slots clamped so that they exist.
     """
-    rows = [gathering.count_one() for gathering in gatherings]
+    by_judgement = [gathering.count_one() for gathering in gatherings]
     if not any(gathering.compactions for gathering in gatherings):
         return [None] * len(lengths)
-    waiting, gathered = torch.arange(room, device=lengths.device), gatherings[0].config.exceed_length_to_compress
-    padded = [row + [0.0] * (room // gathered + 1 - len(row)) for row in rows]
-    weights = torch.tensor(padded, device=lengths.device)[:, waiting // gathered]
-    unjudged = torch.tensor([gathering.unjudged for gathering in gatherings], device=lengths.device)
-    slots = (lengths + 1 - unjudged)[..., None] + waiting  # [L, B, U]
-    return [(weights, of_layer) for of_layer in slots.minimum(lengths[..., None])]
+    places, gathered = torch.arange(room, device=lengths.device), gatherings[0].config.exceed_length_to_compress
+    padded = [weights + [0.0] * (room // gathered + 1 - len(weights)) for weights in by_judgement]
+    by_token = torch.tensor(padded, device=lengths.device)[:, places // gathered]  # [B, U]
+    unjudged = torch.tensor([gathering.unjudged for gathering in gatherings], device=lengths.device)  # [B]
+    slots = (lengths + 1 - unjudged)[..., None] + places  # [L, B, U]
+    return [(by_token, of_layer) for of_layer in slots.minimum(lengths[..., None])]
 
 
 def votes(config: PyramidConfig, q: Tensor, keys: Tensor, logsumexp: Tensor | None) -> Tensor:

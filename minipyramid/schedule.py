@@ -1,7 +1,7 @@
 """Which requests run: as many as their planned bytes leave room for, in their order.
 
 Nothing is guessed: what a request will need at its longest is known before it starts, so none that runs is ever
-swapped out or started over, and the memory is never exceeded. Requests of one size that start together share the slabs
+swapped out or started over, and the memory is never exceeded. Requests of one size that start together are rows
 of one cache and attend in one product; those of other sizes have their own. The next starts when a row is free that is
 large enough for it, or when a cache whose rows have all ended has given back its bytes.
 """
