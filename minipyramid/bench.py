@@ -71,7 +71,8 @@ class Work:
 def make_work(args: argparse.Namespace, config: ModelConfig) -> Work:
     """Prompts that all differ, of one length, or with `--ragged` of lengths from 20 and 16 upwards.
 
-    They are windows of a book; random ids where there is no tokenizer, as of a shape, whose weights are random as well.
+    They are windows of a book, evenly spaced; of random ids where there is no tokenizer, as of a shape, whose weights
+    are random as well.
     """
     rng = random.Random(args.seed)
     lengths, new = [args.prompt_tokens] * args.batch_size, [args.max_new_tokens] * args.batch_size
@@ -80,10 +81,12 @@ def make_work(args: argparse.Namespace, config: ModelConfig) -> Work:
         new = [rng.randint(min(16, n), n) for n in new]
     for i, (prompt, n) in enumerate(zip(lengths, new, strict=True)):
         config.check_length(prompt, n, f"prompt {i}")
-    tokens = [rng.randrange(3, config.vocab_size) for _ in range(max(lengths) * len(lengths))]
     directory = Path(args.model)
     if (directory / "tokenizer.model").is_file() and DEFAULT_TEXT.is_file():
-        tokens = Tokenizer(directory, config.vocab_size).encode(DEFAULT_TEXT.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer(directory, config.vocab_size)
+        tokens = tokenizer.encode(DEFAULT_TEXT.read_text(encoding="utf-8"), continues=True)
+    else:
+        tokens = [rng.randrange(3, config.vocab_size) for _ in range(max(lengths) * len(lengths))]
     first = rng.randrange(len(tokens))
     starts = [first + i * len(tokens) // len(lengths) for i in range(len(lengths))]
     return Work([[tokens[(s + i) % len(tokens)] for i in range(n)] for s, n in zip(starts, lengths, strict=True)], new)
@@ -279,7 +282,9 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RequestError(f"the method {self.name} has ended (exit status {self.process.wait()})")
+            if self.process.wait() == 2:  # it has said why
+                raise SystemExit(2)
+            raise RequestError(f"the method {self.name} has ended (exit status {self.process.returncode})")
         figures: dict[str, Any] = json.loads(line)
         return figures
 
@@ -435,6 +440,10 @@ def check(args: argparse.Namespace) -> None:
     for name, low in least.items():
         if getattr(args, name) < low:
             raise RequestError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {low}")
+    for name in args.pyramid.split(","):
+        if name in ("full", "budget") or name.startswith(("fixed ", "compiled ")):
+            told = "expected presets and files; full is always there"
+            raise RequestError(f"--pyramid names {name!r}, {told}, for others give --kv-budget, --fixed or --compile")
     default = build_parser().parse_args([])
     for name in (
         "prompt_tokens",

@@ -70,6 +70,8 @@ class LLM:
         revision: str | None = None,
         progress: checkpoint.Progress | None = None,
     ) -> None:
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile is {compile!r}, expected bool")
         directory = locate(model, revision, progress=progress is not None)
         self.config = ModelConfig.load(directory)
         self.policy = Policy(pick_pyramid(pyramid, directory, self.config.num_hidden_layers), kv_budget)

@@ -6,13 +6,22 @@ linear layers of a 12-layer model with hidden size 768 took, in float32 on two A
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipyramid.device import quick_bf16
+
+# oneDNN's product under a name of ours, into which `torch.compile` does not look: it refuses weights that it has not
+# packed itself, and its own products took 68 ms where these took 26 (8 rows through all linear layers of the shape
+# above). Here and not at first use, for an operator can be defined once, and models may be loaded in several threads.
+PRODUCT = "minipyramid::packed_product"
+if not hasattr(torch.ops.minipyramid, "packed_product"):  # as it is where this file is imported again
+    torch.library.define(PRODUCT, "(Tensor x, Tensor w) -> Tensor")
+    torch.library.impl(PRODUCT, "default", lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
+    # By `shape`, for `len` would fix the number of rows, and each would have a graph of its own.
+    torch.library.register_fake(PRODUCT, lambda x, w: x.new_empty(x.shape[0], w.shape[0]))
 
 
 class Linear(nn.Module):
@@ -37,20 +46,4 @@ def pack(module: nn.Module) -> None:
             del module.weight
             # Tuned for the 8 rows of a decode step; for a prompt it hardly differs (8 against 512: within 10 %).
             module.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
-            module.product = packed_product()
-
-
-@cache
-def packed_product() -> Callable[[Tensor, Tensor], Tensor]:
-    """oneDNN's product, hidden from `torch.compile`, which refuses weights that it has not packed itself.
-
-    Kept, for an operator can be defined only once. The compiler's own products took 68 ms where these took 26 (all
-    linear layers of the shape above, 8 rows).
-    """
-    name = "minipyramid::packed_product"
-    torch.library.define(name, "(Tensor x, Tensor packed) -> Tensor")
-    product: Callable[[Tensor, Tensor], Tensor] = torch.ops.minipyramid.packed_product
-    multiply = torch.ops.mkldnn._linear_pointwise
-    torch.library.impl(name, "default", lambda x, packed: multiply(x, packed, None, "none", [], ""))
-    torch.library.register_fake(name, lambda x, packed: x.new_empty(len(x), len(packed)))
-    return product
+            module.product = torch.ops.minipyramid.packed_product

@@ -53,11 +53,12 @@ def test_compiled_steps_are_a_method_of_their_own(tiny_dir: Path, monkeypatch: p
 
 def test_prompts_differ(tiny_dir: Path) -> None:
     """Defect 8, the other half: one prompt copied over the batch."""
-    args = build_parser().parse_args(["--batch-size", "20", "--prompt-tokens", "30"])
+    shape = ["--model", "shape:llama-125m"]
+    args = build_parser().parse_args([*shape, "--batch-size", "20", "--prompt-tokens", "30"])
     work = make_work(args, CONFIG)
     assert len({tuple(prompt) for prompt in work.prompts}) == 20
     assert {len(prompt) for prompt in work.prompts} == {30}
-    ragged = build_parser().parse_args(["--batch-size", "50", "--prompt-tokens", "150", "--ragged"])
+    ragged = build_parser().parse_args([*shape, "--batch-size", "50", "--prompt-tokens", "150", "--ragged"])
     work = make_work(ragged, CONFIG)
     assert len({len(prompt) for prompt in work.prompts}) > 20
     assert min(map(len, work.prompts)) >= 20
@@ -68,7 +69,7 @@ def test_prompts_differ(tiny_dir: Path) -> None:
 def test_prompts_are_pieces_of_a_book_where_there_is_a_tokenizer(tiny_dir: Path) -> None:
     args = build_parser().parse_args(["--model", str(tiny_dir), "--batch-size", "4", "--prompt-tokens", "40"])
     tokenizer = Tokenizer(tiny_dir, CONFIG.vocab_size)
-    book = tokenizer.encode(DEFAULT_TEXT.read_text(encoding="utf-8"))
+    book = tokenizer.encode(DEFAULT_TEXT.read_text(encoding="utf-8"), continues=True)
     for prompt in make_work(args, CONFIG).prompts:
         assert tokenizer.decode(prompt) in tokenizer.decode(book + book)
 
@@ -113,6 +114,8 @@ def test_growth_counts_the_bytes_of_a_step(tiny_dir: Path, capsys: pytest.Captur
         (["--growth", "--batch-size", "100000000"], "smaller --batch-size"),
         (["--growth", "--ragged"], "no use for --ragged"),
         (["--growth", "--compile"], "no use for --compile"),
+        (["--pyramid", "auto,compiled auto"], "'compiled auto'"),
+        (["--pyramid", "budget"], "'budget'"),
         (["--pyramid", "llama2-7", "--prompt-tokens", "9"], "'llama2-7b'"),
         (["--model", "shape:llama2-7b", "--prompt-tokens", "4096"], "context"),
         (["--model", "shape:llama-125m", "--kv-budget", "0.01"], "smallest"),
