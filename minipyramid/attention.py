@@ -7,8 +7,7 @@ share a key/value head are left to the kernel in the first, and folded into an a
 
 Letters, here and in every file: `B` sequences, `T` tokens (of one sequence or packed), `H` query heads, `K`
 key/value heads, `G = H / K`, `D` head size, `S` slots of a cache's layer, `n` keys of one sequence, `L` layers, `V`
-voters, `U` places for generated tokens that are not judged
-yet.
+voters, `U` places for generated tokens that are not judged yet.
 """
 
 import torch

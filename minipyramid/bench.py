@@ -35,8 +35,7 @@ from minipyramid.cache import KVCache
 from minipyramid.checkpoint import parameter_sources
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
-from minipyramid.eval import DEFAULT_TEXT
-from minipyramid.generate import DEFAULT_MODEL, Parser, discard_output, print_error, set_threads
+from minipyramid.generate import DEFAULT_MODEL, DEFAULT_TEXT, Parser, discard_output, print_error, set_threads
 from minipyramid.linear import pack
 from minipyramid.model import Model
 from minipyramid.plan import Need, Policy, pick_pyramid
@@ -50,6 +49,7 @@ COLUMNS = (
     "peak_rss_mb prefill_floor_share decode_floor_share"
 ).split()
 SPREAD = 0.02  # of random weights
+NOT_FOR_GROWTH = "prompt_tokens max_new_tokens ragged pyramid kv_budget kv_memory fixed compile versus".split()
 GROWTH, GROWTH_STEPS = (512, 1024, 2048, 4096, 8192), 12  # tokens held, and steps that the median is of
 
 
@@ -445,17 +445,7 @@ def check(args: argparse.Namespace) -> None:
             told = "expected presets and files; full is always there"
             raise RequestError(f"--pyramid names {name!r}, {told}, for others give --kv-budget, --fixed or --compile")
     default = build_parser().parse_args([])
-    for name in (
-        "prompt_tokens",
-        "max_new_tokens",
-        "ragged",
-        "pyramid",
-        "kv_budget",
-        "kv_memory",
-        "fixed",
-        "compile",
-        "versus",
-    ):
+    for name in NOT_FOR_GROWTH:
         if args.growth and getattr(args, name) != getattr(default, name):
             raise RequestError(f"--growth has no use for --{name.replace('_', '-')}; leave one of them out")
 

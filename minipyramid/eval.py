@@ -39,14 +39,13 @@ from minipyramid.baselines import BASELINES, Seen, evenly, hold, hold_pyramid, k
 from minipyramid.budget import check_share
 from minipyramid.cache import KVCache, Span
 from minipyramid.demo import check_writable
-from minipyramid.generate import DEFAULT_MODEL, Parser, ProgressLine, exit_status, set_threads
+from minipyramid.generate import DEFAULT_MODEL, DEFAULT_TEXT, Parser, ProgressLine, exit_status, set_threads
 from minipyramid.hub import locate
 from minipyramid.picture import load_matplotlib
 from minipyramid.plan import Policy, pick_pyramid
 from minipyramid.plan_table import readable
 from minipyramid.stories import Story, story
 
-DEFAULT_TEXT = DEFAULT_MODEL.parent / "books-sample.txt"
 NAMES = ("full", "pyramid", *(name for name in BASELINES if name != "full"))
 RESAMPLES = 1000
 QUESTIONS = 4  # of a story, at most; each in the prompt costs a prompt of its own

@@ -21,6 +21,7 @@ from minipyramid.plan_table import as_dict, plan_of, table
 from minipyramid.schedule import Scheduler
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "weights" / "storyteller"
+DEFAULT_TEXT = DEFAULT_MODEL.parent / "books-sample.txt"  # to measure by
 SLOW_S, REFRESH_S = 1.0, 0.1  # what is quicker shows no progress, and how often it is written
 Line = TypeVar("Line", bound="ProgressLine")
 MOST_THREADS = 1024  # beyond, starting them fails

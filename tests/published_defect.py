@@ -23,8 +23,8 @@ from torch import Tensor
 from minipyramid import LLM, PyramidConfig, RequestError, TokenizerError
 from minipyramid.baselines import hold_pyramid
 from minipyramid.cache import KVCache
-from minipyramid.eval import DEFAULT_TEXT, interval, perplexity, planted
-from minipyramid.generate import DEFAULT_MODEL, Parser, exit_status
+from minipyramid.eval import interval, perplexity, planted
+from minipyramid.generate import DEFAULT_MODEL, DEFAULT_TEXT, Parser, exit_status
 from minipyramid.stories import filler
 from minipyramid.tokenizer import Tokenizer
 

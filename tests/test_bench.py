@@ -11,7 +11,7 @@ from conftest import TINY
 from minipyramid import PyramidConfig
 from minipyramid.bench import COLUMNS, Work, build_parser, floors, main, make_work, our_method
 from minipyramid.config import ModelConfig
-from minipyramid.eval import DEFAULT_TEXT
+from minipyramid.generate import DEFAULT_TEXT
 from minipyramid.model import Model
 from minipyramid.plan import Policy
 from minipyramid.tokenizer import Tokenizer
