@@ -1,23 +1,30 @@
-"""From a share of memory to a schedule: which settings hold so much of the full cache, and as little less as possible.
+"""From a share of memory to settings of PyramidInfer that hold at most so much of the full cache, and hardly
+less.
 
-The paper's headline is a share (45.4 % of the memory), its settings are ratios, and the published ones keep about
-three quarters of a 32-layer model's, more of a shallower one's. Every length follows from the settings, so they can
-be solved for without computing anything.
+The paper's headline is a share (45.4 % of the memory), its settings are ratios, and the published ones keep
+about three quarters of a 32-layer model's, more of a shallower one's. Every length follows from the settings,
+so they can be solved for without computing anything.
+
+The first of these that comes close is taken: the decay ratio is lowered (or, where generated tokens are most
+of it, they are pruned less than published); the schedule becomes `constant` with a ratio of its own, which
+drops from the first layer on, where cosine hardly does; on top of that `recent_ratio` falls to 0.05; fewer
+generated tokens stay; the first layers that drop drop more, down to `min_context_length`; that falls;
+`prefill_full_ratio` falls (there are only as many full layers as the settings have), with a decay ratio of
+0.05 behind them; `recent_ratio` falls to 0, last because the recent tokens are the voters.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from minipyramid.errors import BudgetError, ConfigError, check_number
+from minipyramid.errors import BudgetError
+from minipyramid.policy import Policy, check_share
 
-if TYPE_CHECKING:
-    from minipyramid.pyramid import PyramidConfig
+# Settings of PyramidInfer. They are known here by their names only, for their own file imports this one.
+Settings = TypeVar("Settings", bound=Policy)
 
 POINTS = 16  # steps of a stage that are tried, then as many between the neighbours of the best one
 ROUNDS = 5  # each is 8 times finer: a step of the last is a 65,536th of the stage
@@ -25,18 +32,16 @@ CLOSE = 0.99  # of the budget; a stage that comes no closer leaves it to the nex
 
 
 @lru_cache(maxsize=4096, typed=True)  # requests of one length are many; True is not 1.0
-def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> PyramidConfig:
+def solve(base: Settings, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> Settings:
     """Go along the `stages` until one comes close to the share without exceeding it."""
-    check_share(share)
-    full = layers * (prompt_tokens + new_tokens)
-    most = share * full * (1 + 1e-9)  # for 0.175 * 720 is a little less than 126
-    tried: list[tuple[int, PyramidConfig]] = []  # tokens held, and by which settings
+    most = most_tokens(share, prompt_tokens, new_tokens, layers)
+    tried: list[tuple[int, Settings]] = []  # tokens held, and by which settings
 
-    def best_of(start: PyramidConfig, end: PyramidConfig) -> tuple[int, PyramidConfig]:
+    def best_of(start: Settings, end: Settings) -> tuple[int, Settings]:
         """What holds most within the share, of this line between two configurations and all before it.
 
-        The share falls along a line, but not everywhere: a layer whose context would fall to `min_context_length`
-        drops nothing at all. So it is searched in rounds, and not by halving.
+        The share falls along a line, but not everywhere: a layer whose context would fall to
+        `min_context_length` drops nothing at all. So it is searched in rounds, and not by halving.
         """
         middle, width = 0.5, 0.5
         for _ in range(ROUNDS):
@@ -55,62 +60,84 @@ def solve(base: PyramidConfig, share: float, prompt_tokens: int, new_tokens: int
         if best[0] >= CLOSE * most:
             return best[1]
     if best[0] < 0:
-        least = math.ceil(1e4 * min(tried, key=itemgetter(0))[0] / full) / 1e4  # rounded up, for it must be taken
-        told = f"a budget of {share} cannot be held with {prompt_tokens} + {new_tokens} tokens in {layers} layers"
-        raise BudgetError(f"{told}; the smallest that can is {least:.4f}", least)
-    # A compaction drops a batch of tokens in every layer at once. What it left unused goes to the prompt, and what is
-    # left then to generated tokens.
-    best = best_of(replace(best[1], prefill_decay_ratio=1.0), best[1])
-    return best_of(replace(best[1], gen_decay_ratio=1.0, gen_compress_ratio=1.0), best[1])[1]
+        least = min(tried, key=itemgetter(0))[0]
+        raise refusal(share, least, prompt_tokens, new_tokens, layers)
+    # A compaction drops a batch of tokens in every layer at once. What it left unused goes to the prompt, and
+    # what is left then to generated tokens.
+    best = best_of(changed(best[1], prefill_decay_ratio=1.0), best[1])
+    return best_of(changed(best[1], gen_decay_ratio=1.0, gen_compress_ratio=1.0), best[1])[1]
 
 
-def check_share(share: float) -> None:
-    """Of the full cache: above 0 and at most 1."""
-    check_number("kv_budget", share, (float, 1e-9, 1.0), ConfigError, TypeError)
+def refusal(share: float, least: int, prompt_tokens: int, new_tokens: int, layers: int) -> BudgetError:
+    """The error for a share that cannot be held; `least` tokens over all layers are the fewest that can."""
+    share_of_least = least / (layers * (prompt_tokens + new_tokens))
+    smallest = math.ceil(1e4 * share_of_least) / 1e4  # rounded up, for it must be taken
+    told = f"a budget of {share} cannot be held with {prompt_tokens} + {new_tokens} tokens in {layers} layers"
+    return BudgetError(f"{told}; the smallest that can is {smallest:.4f}", smallest)
 
 
-def stages(base: PyramidConfig, prompt_tokens: int, layers: int) -> Iterator[tuple[PyramidConfig, PyramidConfig]]:
+def most_tokens(share: float, prompt_tokens: int, new_tokens: int, layers: int) -> float:
+    """Tokens over all layers that a share of the full cache is.
+
+    A hair more than that, for 0.175 * 720 comes to a little less than 126.
+    """
+    check_share(share)
+    return share * layers * (prompt_tokens + new_tokens) * (1 + 1e-9)
+
+
+def stages(base: Settings, prompt_tokens: int, layers: int) -> Iterator[tuple[Settings, Settings]]:
     """What is given up, in this order; a stage is a line between two configurations."""
     # No prompt is pruned, whatever a file's ratios are.
-    base = replace(base, prefill_decay_ratio=1.0, prefill_full_ratio=1.0)
-    few = min(base.recent_ratio, 0.05)  # it falls to this first, and to 0 only last
+    base = changed(base, prefill_decay_ratio=1.0, prefill_full_ratio=1.0)
+    given = asdict(base)
+    few = min(given["recent_ratio"], 0.05)  # it falls to this first, and to 0 only last
     context = max(1, prompt_tokens - 1 - int(prompt_tokens * few))
-    least = min(base.min_context_length, context - 1)
-    # The ratios of `constant` that leave just more than `least` after one layer, and after all that drop one by one.
-    drops = sum(i % base.layerwise_downsample_interval == 0 for i in range(base.prefill_full_layers - 1, layers - 1))
+    least = min(given["min_context_length"], context - 1)
+    # The ratios of `constant` that leave just more than `least` after one layer, and after all that drop one
+    # by one.
+    behind_full = range(given["prefill_full_layers"] - 1, layers - 1)
+    drops = sum(i % given["layerwise_downsample_interval"] == 0 for i in behind_full)
     steepest, even = ((1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in (1, max(1, drops)))
 
     # Nothing is dropped; then generated tokens are, by the settings.
-    yield replace(base, gen_decay_ratio=1.0, gen_compress_ratio=1.0), base
+    yield changed(base, gen_decay_ratio=1.0, gen_compress_ratio=1.0), base
     # The decay ratio, which is the method's own knob.
-    yield base, replace(base, prefill_decay_ratio=0.0)
+    yield base, changed(base, prefill_decay_ratio=0.0)
     # The same from the first layer on, for cosine hardly falls in the first layers of a model that has few.
-    sloping = replace(base, prefill_decay_strategy="constant", prefill_decay_ratio=min(1.0, even))
-    yield replace(sloping, prefill_decay_ratio=1.0), sloping
+    sloping = changed(base, prefill_decay_strategy="constant", prefill_decay_ratio=min(1.0, even))
+    yield changed(sloping, prefill_decay_ratio=1.0), sloping
     # Fewer of the recent.
-    yield sloping, replace(sloping, recent_ratio=few)
+    yield sloping, changed(sloping, recent_ratio=few)
     # Fewer generated tokens.
-    forgetful = replace(sloping, recent_ratio=few, gen_decay_ratio=0.0, gen_compress_ratio=0.0)
-    yield replace(sloping, recent_ratio=few), forgetful
+    forgetful = changed(sloping, recent_ratio=few, gen_decay_ratio=0.0, gen_compress_ratio=0.0)
+    yield changed(sloping, recent_ratio=few), forgetful
     # A cliff instead of a slope.
-    cliff = replace(forgetful, prefill_decay_ratio=min(1.0, steepest), min_context_length=least)
-    yield replace(forgetful, min_context_length=least), cliff
+    cliff = changed(forgetful, prefill_decay_ratio=min(1.0, steepest), min_context_length=least)
+    yield changed(forgetful, min_context_length=least), cliff
     # No least context.
-    small = replace(cliff, min_context_length=0, prefill_decay_ratio=min(1.0, (1 + 1e-6) / context))
+    small = changed(cliff, min_context_length=0, prefill_decay_ratio=min(1.0, (1 + 1e-6) / context))
     yield cliff, small
-    # Full layers that are not full, and a 20th in the first layer behind them; further ones, whose ratios multiply up,
-    # keep next to nothing. (0.02, 0.1 and 0.3 did no better on the embedded checkpoint at a quarter of the bytes. Of a
-    # short prompt it is more, for a layer that would keep nothing drops nothing.)
-    if base.prefill_full_layers > 1:
-        wide = replace(small, prefill_decay_ratio=min(1.0, max(0.05, 20 / context)))
-        small = replace(small, prefill_full_ratio=small.prefill_decay_ratio)
-        yield wide, replace(wide, prefill_full_ratio=small.prefill_full_ratio)
+    # Full layers that are not full, and a 20th in the first layer behind them; further ones, whose ratios
+    # multiply up, keep next to nothing. (0.02, 0.1 and 0.3 did no better on the embedded checkpoint at a
+    # quarter of the bytes. Of a short prompt it is more, for a layer that would keep nothing drops nothing.)
+    if given["prefill_full_layers"] > 1:
+        wide = changed(small, prefill_decay_ratio=min(1.0, max(0.05, 20 / context)))
+        ratio = asdict(small)["prefill_decay_ratio"]
+        small = changed(small, prefill_full_ratio=ratio)
+        yield wide, changed(wide, prefill_full_ratio=ratio)
     # No voter but the newest token.
-    yield small, replace(small, recent_ratio=0.0)
+    yield small, changed(small, recent_ratio=0.0)
 
 
-def between(start: PyramidConfig, end: PyramidConfig, t: float) -> PyramidConfig:
+def changed(settings: Settings, **changes: Any) -> Settings:
+    """Other settings, with these changes."""
+    return replace(settings, **changes)
+
+
+def between(start: Settings, end: Settings, t: float) -> Settings:
     """The configuration at `t` of the way, 0 to 1; a file may have a whole number where a ratio is meant."""
     pairs = {field.name: (getattr(start, field.name), getattr(end, field.name)) for field in fields(end)}
     kinds: dict[str, Any] = {"min_context_length": int}
-    return replace(end, **{n: kinds.get(n, float)(a + (b - a) * t) for n, (a, b) in pairs.items() if a != b and t < 1})
+    return changed(
+        end, **{n: kinds.get(n, float)(a + (b - a) * t) for n, (a, b) in pairs.items() if a != b and t < 1}
+    )

@@ -1,268 +1,303 @@
-"""The engine: prompts in, texts out, through the one decode loop of the project.
+"""The engine: requests in, tokens out, through the one decode loop of the project.
 
-A request becomes a `Sequence` that knows from its plan how much cache it will need. The scheduler starts as many as
-fit, their prompts are computed, and then every step takes one token of each running sequence. A sequence that has
-ended leaves its row and is computed no further (its last token still is, into the cache).
+A request becomes a `Sequence` that knows from its plan how much cache it will need. The scheduler starts as
+many as fit, their prompts are computed, and then every step takes one token of each running sequence. A
+sequence that has ended leaves its row and is computed no further (its last token still is, into the cache).
 """
 
 import secrets
+import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator
 from itertools import accumulate
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from minipyramid import checkpoint, request
-from minipyramid.cache import KVCache, Span
-from minipyramid.config import ModelConfig
-from minipyramid.device import pick_device, pick_dtype
-from minipyramid.errors import RequestError, TokenizerError
-from minipyramid.hub import locate
-from minipyramid.model import PIECES
-from minipyramid.plan import Need, Plan, Policy, make_plan, need, pick_pyramid
-from minipyramid.pyramid import PyramidConfig
-from minipyramid.request import Completion, Conversation, Params, Prefill, Prompt, Prompts, Sequence
+from minipyramid.cache import KVCache, Row, Span
+from minipyramid.errors import RequestError, TokenizerError, expect_type
+from minipyramid.model import Model
+from minipyramid.plan import Need, Planner, need_of
+from minipyramid.policy import FULL, Policy
+from minipyramid.request import Completion, Conversation, Prompt, Request, Sequence, check_ids
 from minipyramid.sampling import SamplingParams, choose
-from minipyramid.schedule import Scheduler, default_memory
+from minipyramid.scheduler import Scheduler
 from minipyramid.tokenizer import TextStream, Tokenizer
 
-OnStep = Callable[[Scheduler], None] | None  # hears of every step how many wait, run and are finished
+# Prompt tokens that are computed together, by device: more of them only make the activations larger.
+PROMPTS_AT_ONCE = {"cpu": 512, "cuda": 4096, "mps": 4096}
+
+News = tuple[Sequence, str | None]  # a piece of a sequence's text, or None: it has ended
+OnStep = Callable[[Scheduler], None] | None  # called after every step
 
 
-class LLM:
-    """A checkpoint, ready to generate.
+class Engine:
+    """Requests can be added at any time; `step` takes one token of each that runs.
+
+    Several threads may use one engine. One of them steps at a time; others that want to wait until its step
+    is over, for it has computed their sequences, too.
 
     Args:
-        model: a checkpoint's directory in the Hugging Face layout, or a hub repository id.
-        pyramid: "off", "auto" (the `pyramid.json` beside the checkpoint, else the preset nearest in depth), a
-            preset's name, the path of a JSON file, or a configuration.
-        kv_budget: hold at most this share of the full cache's keys and values once all `max_new_tokens` are
-            generated, by settings solved from `pyramid`'s for every request's length (`minipyramid/budget.py`). A text
-            that ends earlier may hold a larger share of its own. None for `pyramid` as it is.
-        kv_memory: bytes for the keys, values and votes of everything in flight, a number or as in "2GiB"; None for
-            half of what is free.
-        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as bf16, and
-            both as float32 where the processor has no bf16 instructions.
-        device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
-        compile: run decode steps through `torch.compile`. Worth it where steps are many and their layers small: the
-            first step compiles some ten seconds long, as do those of other kinds (README, Limits).
-        revision: branch, tag or commit of a hub repository.
-        progress: called with (parameters loaded, of how many) while loading.
-
-    Raises:
-        CheckpointError, ConfigError, TokenizerError: what is wrong with the checkpoint, or cannot be done here.
+        model: the decoder with its weights.
+        tokenizer: None for token ids only.
+        policy: what the layers compute and hold.
+        kv_budget: share of the full cache that each request may hold at its end; None for `policy` as it is.
+        kv_memory: bytes for the keys, values and votes of everything in flight; None for half of what is
+        free.
     """
 
     def __init__(
         self,
-        model: str | Path,
-        *,
-        pyramid: str | Path | PyramidConfig = "auto",
+        model: Model,
+        tokenizer: Tokenizer | None = None,
+        policy: Policy = FULL,
         kv_budget: float | None = None,
-        kv_memory: int | str | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        compile: bool = False,
-        revision: str | None = None,
-        progress: checkpoint.Progress | None = None,
+        kv_memory: int | None = None,
     ) -> None:
-        if not isinstance(compile, bool):
-            raise TypeError(f"compile is {compile!r}, expected bool")
-        directory = locate(model, revision, progress=progress is not None)
-        self.config = ModelConfig.load(directory)
-        self.policy = Policy(pick_pyramid(pyramid, directory, self.config.num_hidden_layers), kv_budget)
-        self.kv_memory = None if kv_memory is None else request.parse_bytes(kv_memory)
-        self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.config.dtype, self.device)
-        there = (directory / "tokenizer.model").is_file()  # without one it still runs on token ids
-        self.tokenizer = Tokenizer(directory, self.config.vocab_size) if there else None
-        self.model = checkpoint.load(directory, self.config, self.dtype, self.device, progress)
-        if compile:
-            self.model.compile_step()
+        self.model, self.tokenizer, self.config = model, tokenizer, model.config
+        self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
+        per_token = self.config.kv_bytes_per_token(self.dtype.itemsize)
+        self.planner = Planner(self.config, policy, kv_budget, per_token)
+        self.scheduler = Scheduler(self._allot, per_token, self.device, kv_memory)
+        self._turn = threading.Condition()  # guards the fields below; never held during a step
+        self._stepping = False
+        self._cancelled: deque[Sequence] = deque()
+        self._news: list[News] = []  # since the last step's end
 
-    def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
-        """Continue any number of prompts; texts or token ids in, completions in their order out.
+    # --- what callers do ---
 
-        As many run together as fit in `kv_memory`.
+    def add(self, request: Request) -> Sequence:
+        """Take a request; it starts as soon as there is room, and what is new of it is put into its `news`.
 
         Raises:
-            BudgetError: `kv_budget` cannot be reached for a prompt's length.
-            RequestError: a prompt is empty, too long, not of this vocabulary, or needs more than `kv_memory` alone.
-            TokenizerError: texts are given to a checkpoint without a readable tokenizer.
+            BudgetError: `kv_budget` cannot be reached for the prompt's length. RequestError: the prompt is
+            empty, too long, not of this vocabulary, or needs more than `kv_memory` alone. TokenizerError: a
+            text is given to a checkpoint without a readable tokenizer.
         """
-        return [completion for _, completion in sorted(self.completions(prompts, params), key=lambda done: done[0])]
+        sequence = self.prepare(request)
+        self.submit(sequence)
+        return sequence
 
-    def completions(
-        self, prompts: Prompts, params: Params = None, progress: OnStep = None
-    ) -> Iterator[tuple[int, Completion]]:
-        """Like `generate`, but each as it is finished, with the index of its prompt; `progress` hears of every step."""
-        scheduler = self._scheduler(self._sequences(request.as_list(prompts), params))
-        return ((s.index, s.completion) for s, piece in self._run(scheduler, progress) if piece is None)
+    def step(self) -> list[News]:
+        """Start what has room, and take one token of every running sequence; returns what is new of each.
 
-    def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, conversation: Conversation | None = None
-    ) -> Generator[str, None, Completion]:
-        """The same for one prompt, as pieces of text; joined they are the completion's text.
-
-        With a `conversation` the prompt is its next turn. The generator's return value is the `Completion`. Raises
-        like `generate`.
+        Where another thread is stepping, wait for its end and return nothing: all news stand in the
+        sequences.
         """
-        (sequence,) = self._sequences([prompt], params, conversation=conversation)
-        return self._pieces(sequence, self._scheduler([sequence]))
+        with self._turn:
+            if self._stepping:
+                self._turn.wait()
+                return []
+            self._stepping = True
+        try:
+            self._step()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            with self._turn:
+                self._release_cancelled()
+                self._stepping = False
+                self._turn.notify_all()
+                news, self._news = self._news, []
+        return news
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Give its row back at once, or behind the step that is being computed."""
+        with self._turn:
+            self._cancelled.append(sequence)
+            if not self._stepping:
+                self._stepping = True
+                self._release_cancelled()
+                self._stepping = False
+
+    def run(self, sequences: list[Sequence], on_step: OnStep = None) -> Iterator[News]:
+        """Submit prepared sequences and step until all have ended; closing it cancels those that are left."""
+        news: deque[News] = deque()
+        left = len(sequences)
+        try:
+            for sequence in sequences:
+                sequence.news = news
+                self.submit(sequence)
+            while left:
+                self.step()
+                while news:
+                    sequence, piece = news.popleft()
+                    if sequence.error:
+                        raise sequence.error
+                    left -= 1 if piece is None else 0
+                    yield sequence, piece
+                if on_step:
+                    on_step(self.scheduler)
+        finally:
+            for sequence in sequences:
+                self.cancel(sequence)
+
+    # --- from a request to a sequence ---
+
+    def prepare(self, request: Request) -> Sequence:
+        """Check a request, tokenise its prompt, and plan it; raises as `add` does, and starts nothing."""
+        params, name, given = request.params, request.name, request.given
+        expect_type("params", params, SamplingParams, "SamplingParams or a list of them")
+        conversation = Conversation() if request.conversation is None else request.conversation
+        expect_type("conversation", conversation, Conversation, "a Conversation")
+        # As it stands now, so that a turn that is added meanwhile, or twice, cannot mix with this one.
+        former, former_ids = conversation.held, list(conversation.token_ids)
+        if former and former.config is not self.config:
+            raise RequestError(
+                "the conversation was begun with another LLM, whose cache it holds; begin anew"
+            )
+        ids = self.encode(request.prompt, name, continues=bool(former_ids))
+        new_tokens = params.max_new_tokens if given is None else len(given)
+        self.config.check_length(len(former_ids) + len(ids), new_tokens, name)
+        if params.stop:
+            self.need_tokenizer()
+        policy, layers = self.planner.policy_for(len(ids), new_tokens), self.config.num_hidden_layers
+        if given is None:
+            need = need_of(policy, len(ids), new_tokens, layers)
+        else:  # nothing of what is given is dropped
+            need = need_of(policy, len(ids), 0, layers).plus([new_tokens] * layers)
+        if former:
+            need = need.plus(former.lengths)
+        # A space before the first word belongs to the text only if something stands before it.
+        at_start = self.tokenizer is not None and not self.tokenizer.decode(former_ids + ids, continues=True)
+        stream = TextStream(self.tokenizer, params.stop, at_start=at_start)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        generator = torch.Generator(self.device).manual_seed(seed)
+        completion = Completion(ids, [] if params.logprobs else None)
+        eos_ids = () if params.ignore_eos else self.config.eos_token_ids
+        held = (former, former_ids)
+        sequence = Sequence(request, ids, policy, need, completion, *held, eos_ids, stream, generator)
+        if params.repetition_penalty != 1:
+            sequence.seen_ids = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
+            sequence.seen_ids[self._tensor(former_ids + ids)] = True
+        self.scheduler.check(sequence)
+        return sequence
+
+    def submit(self, sequence: Sequence) -> None:
+        """Let a prepared sequence wait for its turn."""
+        self.scheduler.waiting.append(sequence)  # safe beside a step, which takes from the other end
+
+    def encode(self, given: Prompt, name: str, continues: bool = False) -> list[int]:
+        """Token ids of a text or of ids; neither may be empty."""
+        ids = given
+        if isinstance(given, str) and given:
+            ids = self.need_tokenizer().encode(given, name, continues=continues)
+        if isinstance(ids, (str, list)) and not ids:
+            raise RequestError(f"{name} is empty; give at least one token")
+        return check_ids(ids, name, self.config)
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer, where something cannot be done without one."""
+        if self.tokenizer is None:
+            raise TokenizerError("the checkpoint has no tokenizer.model (no other is read); give token ids")
+        return self.tokenizer
+
+    # --- one step ---
 
     @torch.inference_mode()
-    def prefill(self, prompts: Prompts) -> list[Prefill]:
-        """Compute prompts and tell what the cache holds of each, and the scores of the token that comes next."""
-        done = []
-        for sequence in self._sequences(request.as_list(prompts), SamplingParams(max_new_tokens=1), new=0):
-            self._scheduler([sequence]).admit()
-            logits, held = self._extend([sequence])[0], sequence.span.cache.rows[0]
-            done.append(Prefill(logits, held.kept_positions(), held.lengths))
-        return done
-
-    @torch.inference_mode()
-    def score(self, prompt: Prompt, continuation: Prompt) -> list[float]:
-        """Log-probability (nats) of each token of a continuation, given the prompt's cache and what precedes it.
-
-        The prompt is pruned as for generating so many tokens; what is scored is given, so nothing of it is judged.
-        """
-        ids = self._ids(continuation, "the continuation", continues=True)
-        (sequence,) = self._sequences([prompt], SamplingParams(max_new_tokens=len(ids)))
-        layers = self.config.num_hidden_layers
-        # Room for the whole continuation, since nothing of it is dropped.
-        sequence.need = need(sequence.pyramid, len(sequence.prompt), 0, layers).beside([len(ids)] * layers)
-        self._scheduler([sequence]).admit()
-        logits = self._extend([sequence])
-        x = self.model.extend(self._tensor(ids), [Span(sequence.span.cache, 0, len(ids))], every=True)
-        logits = torch.cat((logits, self.model.logits(x[:-1])))  # [T, vocab_size]
-        scores: list[float] = logits.log_softmax(-1).gather(1, self._tensor(ids)[:, None])[:, 0].tolist()
-        return scores
-
-    def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> Plan:
-        """What prompts of these lengths (tokens) will hold; nothing is allotted."""
-        return make_plan(self.config, self.policy, prompt_lengths, max_new_tokens, self.dtype)
-
-    def _pieces(self, sequence: Sequence, scheduler: Scheduler) -> Generator[str, None, Completion]:
-        yield from (piece for _, piece in self._run(scheduler) if piece)
-        return sequence.completion
-
-    @torch.inference_mode()
-    def _run(self, scheduler: Scheduler, progress: OnStep = None) -> Iterator[tuple[Sequence, str | None]]:
-        """The decode loop. Yields a sequence with each piece of its text, and with None when it is complete."""
-        while scheduler.waiting or scheduler.caches:
-            self._start(scheduler.admit())
-            running = scheduler.in_order()
-            for sequence in running:
-                yield sequence, sequence.accept()
-            began = time.perf_counter()
-            # Also for those that end here: their last token belongs in the cache, as the plan counts it.
-            tokens = self._tensor([sequence.next_token for sequence in running])
-            x = self.model.step(tokens, scheduler.caches)  # [B, hidden_size]
-            left = [i for i, sequence in enumerate(running) if not sequence.completion.finish_reason]
-            if left:
-                self._choose(self.model.logits(x[left]), [running[i] for i in left])
-            ended = scheduler.retire()  # after the choice, for it moves rows
-            for sequence in running:
-                sequence.completion.decode_s += time.perf_counter() - began
-            for sequence in ended:
-                yield sequence, None
-            if progress:
-                progress(scheduler)
+    def _step(self) -> None:
+        """The decode loop's body."""
+        self._start(self.scheduler.admit())
+        running = self.scheduler.in_order()
+        if not running:
+            return
+        began = time.perf_counter()
+        # Also for those that have ended: their last token belongs in the cache, as the plan counts it.
+        tokens = self._tensor([sequence.last_token for sequence in running])
+        x = self.model.step(tokens, self.scheduler.caches)  # [B, hidden_size]
+        self.scheduler.generated += len(running)
+        ended = [sequence for sequence in running if sequence.completion.finish_reason]
+        left = [i for i, sequence in enumerate(running) if not sequence.completion.finish_reason]
+        if left:
+            self._choose(self.model.logits(x[left]), [running[i] for i in left])
+        # Behind the transfer of tokens, for a device runs asynchronously.
+        seconds = time.perf_counter() - began
+        for sequence in running:
+            sequence.completion.decode_s += seconds
+        for sequence in ended:
+            self._end(sequence)
 
     def _start(self, admitted: list[Sequence]) -> None:
-        """Compute the prompts of those that start now, about a piece at a time, and choose each one's first token."""
-        while admitted:
+        """Compute the prompts of those that start, some at a time, and choose each one's first token."""
+        left = []
+        for sequence in admitted:
+            if sequence.row:
+                left.append((sequence, sequence.row))
+            else:  # there was no memory after all
+                self._end(sequence)
+        while left:
             began = time.perf_counter()
-            ends = accumulate(len(sequence.prompt) for sequence in admitted)
-            count = max(1, sum(end <= PIECES[self.device.type] for end in ends))
-            self._choose(self._extend(admitted[:count]), admitted[:count])
-            seconds = time.perf_counter() - began  # behind the transfer of tokens, for a device runs asynchronously
-            for sequence in admitted[:count]:
+            ends = accumulate(len(sequence.prompt) for sequence, _ in left)
+            count = max(1, sum(end <= PROMPTS_AT_ONCE[self.device.type] for end in ends))
+            together, left = left[:count], left[count:]
+            ids = self._tensor([token for sequence, _ in together for token in sequence.prompt])
+            spans = [Span(row, len(s.prompt), s.policy, seed=sum(s.prompt)) for s, row in together]
+            logits = self.model.logits(self.model.extend(ids, spans))  # [B, vocab_size]
+            writes = [i for i, (sequence, _) in enumerate(together) if sequence.request.given is None]
+            if writes:
+                self._choose(logits[writes], [together[i][0] for i in writes])
+            seconds = time.perf_counter() - began
+            for (sequence, row), scores in zip(together, logits, strict=True):
                 sequence.completion.prefill_s = seconds
-            admitted = admitted[count:]
+                if sequence.request.given is not None:
+                    self._read(sequence, row, sequence.request.given, scores[None])
 
-    def _extend(self, started: list[Sequence]) -> Tensor:
-        """Compute prompts into the cache; returns the scores of each one's next token.  [B, vocab_size]"""
-        ids = self._tensor([token for sequence in started for token in sequence.prompt])
-        return self.model.logits(self.model.extend(ids, [sequence.span for sequence in started]))
+    def _read(self, sequence: Sequence, row: Row, given: list[int], logits: Tensor) -> None:
+        """Append a given continuation, and note the scores behind the prompt and behind each given token."""
+        if given:
+            x = self.model.extend(self._tensor(given), [Span(row, len(given))], all_positions=True)
+            logits = torch.cat((logits, self.model.logits(x)))
+        sequence.logits = logits  # [1 + given, vocab_size]
+        self._end(sequence)
 
-    def _scheduler(self, sequences: list[Sequence]) -> Scheduler:
-        per_token = self.config.kv_bytes_per_token(self.dtype.itemsize)
-        memory = default_memory(self.device) if self.kv_memory is None else self.kv_memory
-        return Scheduler(self._allot, per_token, memory, sequences)
+    def _choose(self, logits: Tensor, sequences: list[Sequence]) -> None:
+        """The next token of every sequence, in one transfer from the device; logits [B, vocab_size]."""
+        rows = zip(logits, sequences, strict=True)
+        chosen = torch.stack([choose(row, s.request.params, s.generator, s.seen_ids) for row, s in rows])
+        logprobs: list[float | None] = [None] * len(sequences)
+        if any(sequence.request.params.logprobs for sequence in sequences):
+            logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
+        for sequence, token, logprob in zip(sequences, chosen.tolist(), logprobs, strict=True):
+            piece = sequence.accept(token, logprob)
+            if piece:
+                self._tell(sequence, piece)
+
+    def _end(self, sequence: Sequence) -> None:
+        """It is complete, or could not be started."""
+        if sequence.row:
+            sequence.note_held(sequence.row)
+        self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self.scheduler.retire(sequence)
+        sequence.ended = True
+        self._tell(sequence, None)
+
+    def _tell(self, sequence: Sequence, piece: str | None) -> None:
+        self._news.append((sequence, piece))
+        sequence.news.append((sequence, piece))
+
+    @torch.inference_mode()
+    def _release_cancelled(self) -> None:
+        while self._cancelled:
+            sequence = self._cancelled.popleft()
+            if not sequence.ended:
+                self._let_go(sequence)
+
+    def _fail(self, error: BaseException) -> None:
+        """A step that broke off leaves rows half written, so those that ran end; the others still wait."""
+        for sequence in self.scheduler.running.values():
+            sequence.error = RequestError(f"a step was broken off ({type(error).__name__}); ask again")
+            self._cancelled.append(sequence)
 
     def _allot(self, need: Need, rows: int) -> KVCache:
         try:
             return KVCache.allot(self.config, need, rows, self.dtype, self.device)
         except RuntimeError as error:
-            raise RequestError("the keys and values do not fit into memory; give a smaller kv_memory") from error
-
-    def _choose(self, logits: Tensor, running: list[Sequence]) -> None:
-        """The next token of every running sequence, in one transfer from the device."""
-        rows = zip(logits, running, strict=True)
-        chosen = torch.stack([choose(row, s.params, s.generator, s.seen) for row, s in rows])
-        if any(s.params.logprobs for s in running):
-            logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
-            for sequence, logprob in zip(running, logprobs, strict=True):
-                if sequence.completion.logprobs is not None:
-                    sequence.completion.logprobs.append(logprob)
-        for sequence, token in zip(running, chosen.tolist(), strict=True):
-            sequence.next_token = token
-
-    def _sequences(
-        self, prompts: list[Any], params: Params, new: int | None = None, conversation: Conversation | None = None
-    ) -> list[Sequence]:
-        """Check a call's prompts and parameters, tokenise, and plan; for `new` tokens if not for `max_new_tokens`."""
-        each = params if isinstance(params, list) else [SamplingParams() if params is None else params] * len(prompts)
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or as many")
-        # As it stands now, so that a turn that is added meanwhile, or twice, cannot mix with this one.
-        before = Conversation() if conversation is None else replace(conversation)
-        if before.held and before.held[0].config is not self.config:
-            raise RequestError("the conversation was begun with another LLM, whose cache it holds; begin a new one")
-        layers, made = self.config.num_hidden_layers, []
-        for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
-            if not isinstance(p, SamplingParams):
-                raise TypeError(f"params is {p!r}, expected SamplingParams or a list of them")
-            name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
-            ids = self._ids(prompt, name, continues=bool(before.token_ids))
-            lengths = (len(ids), p.max_new_tokens if new is None else new)
-            self.config.check_length(len(before.token_ids) + lengths[0], lengths[1], name)
-            if p.stop:
-                self._need_tokenizer()
-            settings = self.policy.settings(*lengths, layers)
-            done, needed = Completion(ids, [] if p.logprobs else None), need(settings, *lengths, layers)
-            sequence = Sequence(i, name, ids, p, settings, needed, done, before, conversation)
-            if before.held:
-                sequence.need = sequence.need.beside(before.held[1].lengths)
-            # A space before the first word belongs to the text only if something stands before it.
-            at_start = self.tokenizer is not None and not self.tokenizer.decode(before.token_ids + ids, continues=True)
-            sequence.stream = TextStream(self.tokenizer, p.stop, at_start=at_start)
-            seed = secrets.randbits(63) if p.seed is None else p.seed
-            sequence.generator = torch.Generator(self.device).manual_seed(seed)
-            sequence.eos_ids = () if p.ignore_eos else self.config.eos_token_ids
-            if p.repetition_penalty != 1:
-                sequence.seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
-                sequence.seen[self._tensor(before.token_ids + ids)] = True
-            made.append(sequence)
-        return made
-
-    def _ids(self, given: Any, name: str, continues: bool = False) -> list[int]:
-        """Token ids of a text or of ids; neither may be empty."""
-        text = isinstance(given, str) and given
-        ids = self._need_tokenizer().encode(given, name, continues=continues) if text else given
-        if isinstance(ids, (str, list)) and not ids:
-            raise RequestError(f"{name} is empty; give at least one token")
-        return request.check_ids(ids, name, self.config)
-
-    def _need_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise TokenizerError("the checkpoint has no tokenizer.model (no other is read); give token ids, or add it")
-        return self.tokenizer
+            problem = "the keys and values do not fit into memory; give a smaller kv_memory"
+            raise RequestError(problem) from error
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, device=self.device)

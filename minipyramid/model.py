@@ -1,9 +1,10 @@
-"""The Llama decoder: a packed list of tokens in, their last hidden states out, keys and values into the cache.
+"""The Llama decoder: a packed list of tokens in, their last hidden states out, keys and values into the
+cache.
 
-No padding is ever computed. The tokens of all sequences lie one after the other in one axis `T`, which is all that
-norms, projections and feed-forward need to know; only attention takes them apart again. It does so in two ways:
-`extend` runs many tokens of some sequences, prompts above all, and prunes between layers; `step` runs one token of
-every sequence of some caches.
+No padding is ever computed. The tokens of all sequences lie one after the other in one axis `T`, which is all
+that norms, projections and feed-forward need to know; only attention takes them apart again. It does so in
+two ways: `extend` runs many tokens of some sequences, prompts above all, and prunes between layers; `step`
+runs one token of every sequence of some caches.
 """
 
 import math
@@ -17,15 +18,14 @@ from torch import Tensor, nn
 from minipyramid.attention import attend, attend_each
 from minipyramid.cache import KVCache, LayerCache, Span
 from minipyramid.config import ModelConfig
-from minipyramid.errors import ConfigError
 from minipyramid.linear import Linear
-from minipyramid.pyramid import keep
+from minipyramid.policy import Seen
 from minipyramid.rope import inverse_frequencies, rotate_, rotations
 
-# Tokens that the feed-forward runs over at a time, by device, for its activation (2 * intermediate_size) is the widest
-# and is quickest where it stays near the processor: 8 prompts of 512 tokens took 7.4 s in pieces of 4,096 tokens on two
-# CPU cores, and 6.4 s in pieces of 512 (12 layers, hidden size 768, float32).
-PIECES = {"cpu": 512, "cuda": 4096, "mps": 4096}
+# Tokens that the feed-forward runs over at a time, by device. Its activation (2 * intermediate_size) is the
+# widest, and is quickest where it stays near the processor: 8 prompts of 512 tokens took 7.4 s in pieces of
+# 4,096 tokens on two CPU cores, and 6.4 s in pieces of 512 (12 layers, hidden size 768, float32).
+MLP_PIECE = {"cpu": 512, "cuda": 4096, "mps": 4096}
 
 
 def rms_norm(x: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
@@ -58,26 +58,66 @@ class Layer(nn.Module):
         rotate_(heads[:, : -self.heads[2]], cos, sin)
         return torch.split(heads, self.heads, dim=1)
 
-    def residual(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Add to the tokens what attention found, and SwiGLU of that.  [T, hidden_size], [T, H * D] -> like x"""
-        x = x + self.o_proj(mixed)
-        for piece in torch.split(x, PIECES[x.device.type]):
-            normed = rms_norm(piece, self.post_attention_layernorm, self.config)
-            gate, up = self.gate_up_proj(normed).chunk(2, dim=-1)
-            piece.add_(self.down_proj(F.silu(gate).mul_(up)))
+    def mlp(self, x: Tensor) -> Tensor:
+        """SwiGLU of the normed input.  [T, hidden_size] -> same"""
+        normed = rms_norm(x, self.post_attention_layernorm, self.config)
+        gate, up = self.gate_up_proj(normed).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate).mul_(up))
+
+    def add_attention_and_mlp(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The two residual additions.  [T, hidden_size], [T, H * D] -> like x"""
+        x = x + self.o_proj(attended)
+        for piece in torch.split(x, MLP_PIECE[x.device.type]):
+            piece.add_(self.mlp(piece))
         return x
 
     def step(self, x: Tensor, rotation: tuple[Tensor, Tensor], caches: Sequence[LayerCache]) -> Tensor:
-        """One token of every row of some caches.  x [B, hidden_size], rotation two of [B, 1, D / 2]  ->  like x"""
+        """One token of every row of some caches; rotation two of [B, 1, D / 2].  [B, hidden_size] -> same"""
         q, k, v = self.qkv(x, *rotation)
         counts = [len(cache.ends) for cache in caches]
         by_cache = [torch.split(t, counts) for t in (q / math.sqrt(self.config.head_dim), k, v)]
-        mixed = []
+        attended = []
         for cache, query, key, value in zip(caches, *by_cache, strict=True):
             out, probs = attend_each(query, *cache.append(key, value))  # [rows of this cache, H * D]
             cache.vote(probs)
-            mixed.append(out)
-        return self.residual(x, torch.cat(mixed))
+            attended.append(out)
+        return self.add_attention_and_mlp(x, torch.cat(attended))
+
+
+def attend_and_hold(
+    span: Span, layer: int, qkv: tuple[Tensor, ...], positions: Tensor, *, held: int, passed_on: int
+) -> tuple[Tensor, Tensor]:
+    """One layer's attention for the new tokens of one sequence; the policy then chooses what stays.
+
+    The tokens look at all that the layer holds and computes, so what it puts out is exact. Then it holds
+    `held` of them in its cache and passes `passed_on` of them on to the next layer.
+
+    qkv of the T tokens, positions [T]  ->  what attention found for those passed on [passed_on, H * D], and
+    which they are [passed_on]
+    """
+    q, k, v = qkv[0], qkv[1].transpose(0, 1), qkv[2].transpose(0, 1)  # [T, H, D], [K, T, D], [K, T, D]
+    T, row = len(q), span.row
+    keys, values = k, v
+    if row.lengths[layer]:
+        keys, values = (torch.cat(pair, 1) for pair in zip(row.read(layer), (k, v), strict=True))  # [K, n, D]
+    # Behind the last layer only the newest token is wanted, so no other query is asked.
+    last_layer = len(row.lengths) - 1
+    newest_only = passed_on == 1 and layer == last_layer
+    out, logsumexp = attend(q[-1:] if newest_only else q, keys, values)
+    whole = None if newest_only and T > 1 else logsumexp
+    seen = Seen(q, keys, values, whole, layer, span.count, span.seed * len(row.lengths) + layer)
+    if held < T:
+        chosen = span.policy.hold(seen, held)  # [held] or [K, held]
+        positions = positions[chosen]
+        slots = chosen.expand(len(k), -1)[..., None].expand(-1, -1, k.shape[2])  # [K, held, D]
+        k, v = k.gather(1, slots), v.gather(1, slots)
+    row.write(layer, k, v, positions)
+    if newest_only:
+        return out, torch.tensor([T - 1], device=q.device)
+    if passed_on < T:
+        stay = span.policy.pass_on(seen, passed_on)
+        return out[stay], stay
+    return out, torch.arange(T, device=q.device)
 
 
 class Model(nn.Module):
@@ -92,53 +132,56 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
         self.lm_head = Linear(config.vocab_size, config.hidden_size)
-        self.layer_step = Layer.step  # or what that is compiled to
+        self.layer_step = Layer.step  # or what `minipyramid/compiled.py` makes of it
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
-    def extend(self, ids: Tensor, spans: Sequence[Span], *, every: bool = False) -> Tensor:
+    def extend(self, ids: Tensor, spans: Sequence[Span], *, all_positions: bool = False) -> Tensor:
         """Append tokens of some sequences to what their caches hold.
 
-        They attend to what each layer holds and to themselves, causally. Those of a prompt are pruned: what is
-        dropped after a layer is in no deeper one.
+        They attend to what each layer holds and to themselves, causally. Prompt tokens are pruned between
+        layers; a token that layer i does not pass on never reaches layer i + 1.
 
-        ids [T] packed, span after span  ->  the last layer's hidden states, before the last norm, of each span's last
-        token [B, hidden_size], or of all [T, hidden_size] if `every` is asked for (and nothing pruned)
+        ids [T] packed, span after span  ->  the last layer's hidden states, before the last norm, of each
+        span's last token [B, hidden_size], or of all [T, hidden_size] if `all_positions` are asked for (and
+        nothing is pruned)
         """
-        layers = self.config.num_hidden_layers
-        positions = torch.cat([span.positions() for span in spans]).to(ids.device)  # [T]
+        L = self.config.num_hidden_layers
+        # They follow what each sequence has computed so far.
+        positions = torch.cat([span.row.position + torch.arange(span.count) for span in spans])  # [T]
+        positions = positions.to(ids.device)
         cos, sin = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # [T, 1, D / 2]
-        planned = [span.lengths(layers) for span in spans]
+        held = [span.policy.held(span.count, L) for span in spans]
+        computed = [
+            [*span.policy.computed(span.count, L), span.count if all_positions else 1] for span in spans
+        ]
         x = F.embedding(ids, self.embed_tokens)  # [T, hidden_size]
         for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
-            q, k, v = layer.qkv(x, cos, sin)
-            mixed, kept, start = [], [], 0
-            for span, lengths in zip(spans, planned, strict=True):
-                end = start + lengths[i]
-                keys, values = span.cache.append(i, span.row, k[start:end], v[start:end], positions[start:end])
-                # Of the last layer all keys and values are wanted, but only what it makes of the last token.
-                first = start if every or i < layers - 1 else end - 1
-                out, logsumexp = attend(q[first:end], keys, values)
-                mixed.append(out)
-                kept.append(torch.arange(first, end, device=ids.device))
-                if span.pyramid and i < layers - 1 and lengths[i + 1] < lengths[i]:
-                    best = keep(span.pyramid, q[start:end], keys, logsumexp, lengths=lengths, layer=i)
-                    mixed[-1], kept[-1] = out[best], start + best
+            counts = [lengths[i] for lengths in computed]
+            by_span = zip(*(torch.split(t, counts) for t in layer.qkv(x, cos, sin)), strict=True)
+            attended, passed_on, start = [], [], 0
+            for s, (span, qkv) in enumerate(zip(spans, by_span, strict=True)):
+                end = start + counts[s]
+                wanted = {"held": held[s][i], "passed_on": computed[s][i + 1]}
+                out, stay = attend_and_hold(span, i, qkv, positions[start:end], **wanted)
+                attended.append(out)
+                passed_on.append(start + stay)
                 start = end
             # Before the projection and feed-forward, which nobody would read of a dropped token.
-            if sum(map(len, kept)) < len(x):
-                x, positions, cos, sin = (t[torch.cat(kept)] for t in (x, positions, cos, sin))
-            x = layer.residual(x, torch.cat(mixed))
+            if sum(map(len, passed_on)) < len(x):
+                x, positions, cos, sin = (t[torch.cat(passed_on)] for t in (x, positions, cos, sin))
+            x = layer.add_attention_and_mlp(x, torch.cat(attended))
         for span in spans:
-            span.cache.rows[span.row].position += span.count
+            span.row.position += span.count
         return x
 
     def step(self, ids: Tensor, caches: Sequence[KVCache]) -> Tensor:
         """Run one more token of every row of every cache, and count its vote where it has one.
 
-        Where the time goes, of 8 sequences with 540 tokens each (12 layers, hidden size 768, float32, two CPU cores):
-        linear layers 57 %, attention's two products 29 %, copies into the cache and out of q, k and v 4 %, norms 3 %,
-        everything else less than 1 % each. 8 rows are too many for a product to run at the rate at which its weight is
-        read (1 row: 20 GB/s, 8 rows: 13), and too few for it to run at the rate of a prompt's.
+        Where the time goes, of 8 sequences with 540 tokens each (12 layers, hidden size 768, float32, two CPU
+        cores): linear layers 57 %, attention's two products 29 %, copies into the cache and out of q, k and v
+        4 %, norms 3 %, everything else less than 1 % each. 8 rows are too many for a product to run at the
+        rate at which its weight is read (1 row: 20 GB/s, 8 rows: 13), and too few for it to run at the rate
+        of a prompt's.
 
         ids [B], the caches' rows one after the other  ->  the last layer's hidden states [B, hidden_size]
         """
@@ -150,21 +193,6 @@ class Model(nn.Module):
         for cache in caches:
             cache.end_step()
         return x
-
-    def compile_step(self) -> None:
-        """From now on steps run compiled, one graph per layer, the same for all layers.
-
-        As one graph, all 12 layers took 54 s to compile instead of 8, and a step then 11 ms instead of 12.5 (uncompiled
-        16; 8 sequences, hidden size 192, float32, two CPU cores). Raises `ConfigError` where it cannot be done.
-        """
-        try:
-            torch.compile(torch.neg)(self.norm)
-        except (RuntimeError, OSError) as error:
-            inner = getattr(error, "inner_exception", error)  # what its first line would not say
-            why = (str(inner).strip() or type(inner).__name__).splitlines()[0]
-            raise ConfigError(f"compile cannot be used here; leave it out, or see to its compiler ({why})") from error
-        # The sizes of slabs differ by layer and request; as symbols they share one graph.
-        self.layer_step = torch.compile(Layer.step, dynamic=True)
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores of the next token.  [T, hidden_size] -> [T, vocab_size] float32"""

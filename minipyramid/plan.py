@@ -3,20 +3,16 @@
 The cache is allotted from a plan, once. With nothing pruned it is flat: prompt plus new tokens everywhere.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import add, index
-from pathlib import Path
 
-import torch
-
-from minipyramid.budget import check_share, solve
 from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError, RequestError
-from minipyramid.pyramid import PyramidConfig
+from minipyramid.policy import FULL, Policy, check_share
 from minipyramid.sampling import SamplingParams
 
-VOTE_BYTES = 4  # of one waiting token in one layer
+VOTE_BYTES = 4  # of one pending token in one layer
 
 
 @dataclass(frozen=True)
@@ -24,61 +20,57 @@ class Need:
     """What a row of the cache has to have room for."""
 
     slots: tuple[int, ...]  # [layer] tokens held at most
-    unjudged: int = 0  # generated tokens that wait for their judgement, at most
+    pending: int = 0  # generated tokens that wait for a compaction, at most
+    group: int = 1  # how many of them a compaction is of
 
     def bytes(self, per_token: int) -> int:
         """Keys, values and votes; `per_token` is the bytes of one token in one layer."""
-        return per_token * sum(self.slots) + VOTE_BYTES * self.unjudged * len(self.slots)
+        return per_token * sum(self.slots) + VOTE_BYTES * self.pending * len(self.slots)
 
-    def beside(self, held: list[int]) -> "Need":
-        """Room for what former turns left as well."""
-        return Need(tuple(map(add, self.slots, held)), self.unjudged)
-
-
-def need(pyramid: PyramidConfig | None, prompt_tokens: int, new_tokens: int, layers: int) -> "Need":
-    """Of one sequence."""
-    if pyramid is None:
-        return Need((prompt_tokens + new_tokens,) * layers)
-    peaks, unjudged = pyramid.peaks(prompt_tokens, new_tokens, layers)
-    return Need(tuple(peaks), unjudged)
+    def plus(self, held: Sequence[int]) -> "Need":
+        """Room for so many further tokens in each layer."""
+        return Need(tuple(map(add, self.slots, held)), self.pending, self.group)
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How much is kept: by fixed settings (None: everything), or by those that a budget makes of them.
-
-    Raises:
-        ConfigError: there is a budget and nothing to prune by, or it is no share.
-    """
-
-    pyramid: PyramidConfig | None
-    kv_budget: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.kv_budget is not None and self.pyramid is None:
-            raise ConfigError(f"kv_budget is {self.kv_budget}, but the pyramid is off; leave one of them out")
-        if self.kv_budget is not None:
-            check_share(self.kv_budget)
-
-    def settings(self, prompt_tokens: int, new_tokens: int, layers: int) -> PyramidConfig | None:
-        """Those of one request; raises `BudgetError`."""
-        if self.pyramid is None or self.kv_budget is None:
-            return self.pyramid
-        return solve(self.pyramid, self.kv_budget, prompt_tokens, new_tokens, layers)
+def need_of(policy: Policy, prompt_tokens: int, new_tokens: int, layers: int) -> Need:
+    """What one sequence needs at its longest, layer by layer."""
+    prompt, generation = policy.held(prompt_tokens, layers), policy.generation(prompt_tokens, layers)
+    if generation is None:
+        return Need(tuple(n + new_tokens for n in prompt))
+    group, done = generation.group, generation.compactions(new_tokens)
+    # (generated tokens, compactions) at the two longest moments: at the end, and just before the last
+    # compaction.
+    moments = [(new_tokens, done)]
+    if done:
+        moments.append((generation.moment(done - 1, new_tokens), done - 1))
+    slots = [
+        max(n + generated - compactions * (group - stay) for generated, compactions in moments)
+        for n, stay in zip(prompt, generation.stay, strict=True)
+    ]
+    pending = max(generated - compactions * group for generated, compactions in moments)
+    return Need(tuple(slots), pending, group)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What sequences hold, if all of them run to their last token."""
 
-    requests: list[tuple[PyramidConfig | None, int, int]]  # settings, prompt tokens and new tokens of each
+    requests: list[tuple[Policy, int, int]]  # policy, prompt tokens and new tokens of each
     layers: int
     bytes_per_token: int  # of one token in one layer
 
     def at(self, generated: int) -> list[list[int]]:
         """Tokens that each layer holds of each sequence after so many generated tokens.  [sequence][layer]"""
-        cut = [(pyramid, prompt, max(0, min(generated, new))) for pyramid, prompt, new in self.requests]
-        return [c.kv_lengths(p, n, self.layers) if c else [p + n] * self.layers for c, p, n in cut]
+        held = []
+        for policy, prompt, new in self.requests:
+            so_far = max(0, min(generated, new))
+            held.append(policy.kv_lengths(prompt, so_far, self.layers))
+        return held
+
+    @property
+    def computed(self) -> list[list[int]]:
+        """Tokens of each prompt that each layer computes.  [sequence][layer]"""
+        return [policy.computed(prompt, self.layers) for policy, prompt, _ in self.requests]
 
     @property
     def kv_lengths(self) -> list[list[int]]:
@@ -103,12 +95,12 @@ class Plan:
     @property
     def needs(self) -> list[Need]:
         """What is allotted for each sequence."""
-        return [need(*request, self.layers) for request in self.requests]
+        return [need_of(*request, self.layers) for request in self.requests]
 
     @property
     def votes_bytes(self) -> int:
-        """The running votes of the generated tokens that wait for their judgement."""
-        return VOTE_BYTES * self.layers * sum(need.unjudged for need in self.needs)
+        """The running votes on pending tokens."""
+        return VOTE_BYTES * self.layers * sum(need.pending for need in self.needs)
 
     @property
     def slack_bytes(self) -> int:
@@ -120,32 +112,40 @@ class Plan:
         return max(0, memory) // max(need.bytes(self.bytes_per_token) for need in self.needs)
 
 
-def make_plan(
-    config: ModelConfig, policy: Policy, prompt_lengths: Iterable[int], max_new_tokens: int, dtype: torch.dtype
-) -> Plan:
-    """Plan prompts of these lengths (tokens), each by the settings that it would run with."""
-    lengths, layers = [index(length) for length in prompt_lengths], config.num_hidden_layers
-    new = SamplingParams(max_new_tokens=max_new_tokens).max_new_tokens
-    if not lengths:
-        raise RequestError("no prompt lengths are given; give at least one")
-    for i, length in enumerate(lengths):
-        config.check_length(length, new, f"prompt {i}")
-    requests = [(policy.settings(length, new, layers), length, new) for length in lengths]
-    return Plan(requests, layers, config.kv_bytes_per_token(dtype.itemsize))
+@dataclass(frozen=True)
+class Planner:
+    """Plans requests of one model by one policy, or by what a budget makes of it."""
 
+    config: ModelConfig
+    policy: Policy
+    kv_budget: float | None  # share of the full cache that a request may hold at its end
+    bytes_per_token: int  # of one token in one layer
 
-def pick_pyramid(pyramid: str | Path | PyramidConfig, directory: Path, layers: int) -> PyramidConfig | None:
-    """The settings that a name, a file or a configuration stands for; None for `off`."""
-    if isinstance(pyramid, PyramidConfig):
-        return pyramid
-    if not isinstance(pyramid, (str, Path)):
-        raise TypeError(f"pyramid is {pyramid!r}, expected off, auto, a preset's name, a path or a PyramidConfig")
-    if pyramid == "off":
-        return None
-    if pyramid == "auto":
-        beside = directory / "pyramid.json"
-        there = beside.exists() or beside.is_symlink()  # one that leads nowhere is an error and not absent
-        return PyramidConfig.load(beside) if there else PyramidConfig.for_layers(layers)
-    if isinstance(pyramid, Path) or pyramid.endswith(".json"):
-        return PyramidConfig.load(pyramid)
-    return PyramidConfig.preset(pyramid)
+    def __post_init__(self) -> None:
+        if self.kv_budget is not None:
+            check_share(self.kv_budget)
+            if self.policy == FULL:
+                raise ConfigError(
+                    f"kv_budget is {self.kv_budget}, but policy full holds everything; leave one of them out"
+                )
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def policy_for(self, prompt_tokens: int, new_tokens: int) -> Policy:
+        """The policy of one request; raises `BudgetError`."""
+        if self.kv_budget is None:
+            return self.policy
+        return self.policy.within(self.kv_budget, prompt_tokens, new_tokens, self.layers)
+
+    def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> Plan:
+        """Plan prompts of these lengths (tokens), each by the policy that it would run with."""
+        lengths = [index(length) for length in prompt_lengths]
+        new = SamplingParams(max_new_tokens=max_new_tokens).max_new_tokens
+        if not lengths:
+            raise RequestError("no prompt lengths are given; give at least one")
+        for i, length in enumerate(lengths):
+            self.config.check_length(length, new, f"prompt {i}")
+        requests = [(self.policy_for(length, new), length, new) for length in lengths]
+        return Plan(requests, self.layers, self.bytes_per_token)

@@ -1,37 +1,61 @@
-"""A request on its way from a prompt to a completion, checked before anything is computed."""
+"""A request on its way from a prompt to a completion."""
 
 import re
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minipyramid.cache import KVCache, Row, Span
+from minipyramid.cache import HeldTokens, KVCache, Positions, Row
 from minipyramid.config import ModelConfig
 from minipyramid.errors import RequestError
 from minipyramid.plan import Need
-from minipyramid.pyramid import Gathering, PyramidConfig
+from minipyramid.policy import PendingTokens, Policy
 from minipyramid.sampling import SamplingParams
 from minipyramid.tokenizer import TextStream
 
 Prompt = str | list[int]
 Prompts = Prompt | list[str] | list[list[int]] | list[Prompt]
-
-
 Params = SamplingParams | list[SamplingParams] | None  # for all prompts, or one for each
+
+
+@dataclass(eq=False)
+class Conversation:
+    """What former turns have left. Given to each turn's call, it goes on from turn to turn; a turn cut short
+    is undone.
+
+    A turn's prompt is pruned among itself and sees what was kept of the turns before it, of which nothing
+    more is dropped. What is held is copied into the cache that the turn is allotted, and counts as in flight
+    meanwhile.
+    """
+
+    held: HeldTokens | None = None
+    token_ids: list[int] = field(default_factory=list)  # of all turns, prompts and replies
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the engine: to continue a prompt, or to score a given continuation of it."""
+
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    conversation: Conversation | None = None  # whose next turn the prompt is
+    given: list[int] | None = None  # a continuation to score, in place of generating one; it may be empty
+    name: str = "the prompt"  # what errors call it
 
 
 @dataclass
 class Completion:
-    """What became of one prompt. Text and ids are without the prompt; the ids end with the one that ended the text."""
+    """What became of one prompt. Text and ids are without it; the last id is the one that ended it."""
 
     prompt_token_ids: list[int]
     logprobs: list[float] | None = None  # nats, of each generated token, where asked for
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop": end of text or a stop string; "length": max_new_tokens
-    kept_positions: list[list[int]] = field(default_factory=list)  # [layer][slot] positions held at the end
+    kept_positions: list[Positions] = field(default_factory=list)  # [layer][slot] positions held at the end
     kv_lengths: list[int] = field(default_factory=list)  # per layer, tokens held at the end
     kv_bytes: int = 0  # of keys and values held at the end
     kv_bytes_full: int = 0  # what the full cache would hold
@@ -44,61 +68,63 @@ class Prefill:
     """What a prompt leaves behind: the scores of the next token, and what each layer kept."""
 
     logits: Tensor  # [vocab_size] float32
-    kept_positions: list[list[int]]  # [layer][slot]
+    kept_positions: list[Positions]  # [layer][slot]; [layer][head][slot] where heads hold different tokens
     kv_lengths: list[int]  # [layer]
 
 
 @dataclass(eq=False)
-class Conversation:
-    """What former turns have left. Given to each turn's call, it goes on from turn to turn; a turn cut short is undone.
-
-    A turn's prompt is pruned among itself and sees what was kept of the turns before it (of these nothing more goes).
-    What is held is copied once per turn, into the cache that the turn is allotted, and counts as in flight meanwhile.
-    """
-
-    held: tuple[KVCache, Row] | None = None  # a cache of one row
-    token_ids: list[int] = field(default_factory=list)  # of all turns, prompts and replies
-
-
-@dataclass
 class Sequence:
-    """A prompt that is being continued."""
+    """A request that the engine has taken: the handle that `Engine.add` returns."""
 
-    index: int  # place among the prompts of its call
-    name: str  # what errors call it
-    prompt: list[int]
-    params: SamplingParams
-    pyramid: PyramidConfig | None
+    request: Request
+    prompt: list[int]  # token ids
+    policy: Policy
     need: Need  # of the cache
     completion: Completion  # what has become of it so far
-    before: Conversation  # what former turns had left when it was planned
-    conversation: Conversation | None = None  # to which its turn is added at its end
-    eos_ids: tuple[int, ...] = ()  # that end it
-    stream: TextStream = field(init=False)
-    generator: torch.Generator = field(init=False)
-    seen: Tensor | None = None  # [vocab_size] bool, ids that the repetition penalty makes less likely
-    span: Span = field(init=False)  # where its prompt goes, once it has started
-    next_token: int = -1  # chosen, not yet accepted
+    former: HeldTokens | None  # what earlier turns had left when it was taken
+    former_ids: list[int]
+    eos_ids: tuple[int, ...]  # that end it
+    stream: TextStream
+    generator: torch.Generator
+    # What is new of it: a piece of its text at a time, and None once it has ended. A caller's sequences may
+    # share one.
+    news: "deque[tuple[Sequence, str | None]]" = field(default_factory=deque)
+    seen_ids: Tensor | None = None  # [vocab_size] bool, ids that the repetition penalty makes less likely
+    logits: Tensor | None = (
+        None  # [1 + given, vocab_size] behind the prompt and each given token, where some are given
+    )
+    row: Row | None = None  # where it is held, while it runs
+    last_token: int = -1  # accepted, and computed in the next step
+    ended: bool = False  # finished, cancelled or failed
+    error: Exception | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that may follow the prompt."""
+        given = self.request.given
+        return self.request.params.max_new_tokens if given is None else len(given)
 
     def start(self, cache: KVCache) -> Row:
         """Take a row of a cache, with what former turns left, and return it."""
-        new = self.params.max_new_tokens
-        row = cache.add_row(Gathering(self.pyramid, len(self.prompt), new) if self.pyramid else None)
-        if self.before.held:
-            cache.adopt(row, *self.before.held)
-        self.span = Span(cache, row, len(self.prompt), self.pyramid)
-        return cache.rows[row]
+        generation = self.policy.generation(len(self.prompt), len(cache.keys))
+        drops = generation is not None and self.request.given is None  # what is given is never dropped
+        self.row = cache.add_row(PendingTokens(generation, self.new_tokens) if generation and drops else None)
+        if self.former:
+            self.row.adopt(self.former)
+        return self.row
 
-    def accept(self) -> str:
+    def accept(self, token: int, logprob: float | None) -> str:
         """Take the token that was chosen; returns the text that became certain with it."""
-        done, token = self.completion, self.next_token
+        done, self.last_token = self.completion, token
         done.token_ids.append(token)
-        if self.seen is not None:
-            self.seen[token] = True
+        if done.logprobs is not None and logprob is not None:
+            done.logprobs.append(logprob)
+        if self.seen_ids is not None:
+            self.seen_ids[token] = True
         piece = self.stream.push(token)
         if token in self.eos_ids:
             done.finish_reason = "stop"
-        elif len(done.token_ids) == self.params.max_new_tokens:
+        elif len(done.token_ids) == self.new_tokens:
             done.finish_reason = "length"
         if done.finish_reason:
             piece += self.stream.finish()
@@ -107,21 +133,24 @@ class Sequence:
         done.text += piece
         return piece
 
-    def finish(self, cache: KVCache, held: Row) -> None:
-        """Note what is held of it at the end, and leave it to the next turn, if it has one."""
-        done = self.completion
-        done.kept_positions, done.kv_lengths = held.kept_positions(), list(held.lengths)
-        done.kv_bytes = cache.bytes_per_token * sum(held.lengths)
-        done.kv_bytes_full = cache.bytes_per_token * len(held.lengths) * held.position
-        if self.conversation is not None:
-            self.conversation.held = (cache, held)
-            self.conversation.token_ids = self.before.token_ids + self.prompt + done.token_ids
+    def note_held(self, row: Row) -> None:
+        """Write down what is held of it at its end, and leave it to the next turn, if there is one."""
+        done, per_token = self.completion, row.cache.bytes_per_token
+        done.kept_positions, done.kv_lengths = row.kept_positions(), list(row.lengths)
+        done.kv_bytes = per_token * sum(row.lengths)
+        done.kv_bytes_full = per_token * len(row.lengths) * row.position
+        conversation = self.request.conversation
+        if conversation is not None and not self.request.given:  # what is scored becomes no turn
+            conversation.held = row.copy_out()
+            conversation.token_ids = self.former_ids + self.prompt + done.token_ids
 
 
 def as_list(prompts: Any) -> list[Any]:
     """One prompt or several; a list of ids is one."""
     if not isinstance(prompts, (str, list)):
-        raise TypeError(f"prompts is a {type(prompts).__name__}, expected a text, a list of texts or of token id lists")
+        raise TypeError(
+            f"prompts is a {type(prompts).__name__}, expected a text, a list of texts or of token id lists"
+        )
     one = isinstance(prompts, str) or (prompts and all(isinstance(p, int) for p in prompts))
     return [prompts] if one else list(prompts)
 

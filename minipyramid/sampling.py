@@ -1,16 +1,16 @@
 """What a caller may ask of a continuation, and the way from logits to the next token.
 
-Each sequence has its own parameters and its own random generator and is treated by itself, so a text depends on its
-seed and never on what else is in the batch.
+Each sequence has its own parameters and its own random generator and is treated by itself. So a text depends
+on its seed and never on what else is in the batch.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minipyramid.errors import RequestError, check_number, number
+from minipyramid.errors import RequestError, check_fields, expect_type, number
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class SamplingParams:
         top_k: draw from the k likeliest (and those that tie with the last); 0 from all.
         top_p: draw from the likeliest tokens that together reach this probability.
         min_p: draw from tokens at least this fraction as likely as the likeliest.
-        repetition_penalty: above 1 makes tokens of the prompt and the text so far less likely (Keskar et al., 2019).
-        stop: texts that end the generation, themselves left out; kept as a tuple.
+        repetition_penalty: above 1 makes tokens of the prompt and the text so far less likely (Keskar et al.,
+            2019).
+        stop: texts that end the generation and are left out of it; kept as a tuple.
         seed: the same seed gives the same text; None draws one.
         ignore_eos: go on past the end-of-text token, to a fixed length.
         logprobs: report the log-probability of each generated token, before penalty and temperature.
@@ -46,15 +47,14 @@ class SamplingParams:
     logprobs: bool = number(False, False, True)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, limits = getattr(self, field.name), field.metadata.get("limits")
-            if limits and value is not field.default:  # which may be None
-                object.__setattr__(self, field.name, check_number(field.name, value, limits, RequestError, TypeError))
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) for s in stop):
-            raise TypeError(f"stop is {self.stop!r}, expected a text or a list of texts")
+        check_fields(self, RequestError)
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        expect_type("stop", stop, (list, tuple), "a text or a list of texts")
+        for text in stop:
+            expect_type("stop", text, str, "a text or a list of texts")
         if "" in stop:
-            raise RequestError("stop holds an empty text, which would end every generation at once; leave it out")
+            problem = "an empty text, which would end every generation at once"
+            raise RequestError(f"stop holds {problem}; leave it out")
         object.__setattr__(self, "stop", tuple(stop))
 
 
@@ -65,25 +65,31 @@ def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator, s
         seen: marks the ids that the repetition penalty makes less likely, [vocab_size] bool.
     """
     if seen is not None:
-        penalised = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        penalty = params.repetition_penalty
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
     if params.temperature == 0:
         return logits.argmax()
-    # Shifted, and the temperature kept from rounding to 0, so that neither end overflows to a NaN.
-    probs = ((logits - logits.max()) / max(params.temperature, 1e-30)).softmax(-1)  # [vocab_size]
+    # The largest logit becomes 0 and the temperature stays above 0, so that nothing overflows to a NaN.
+    shifted = logits - logits.max()
+    probs = (shifted / max(params.temperature, 1e-30)).softmax(-1)  # [vocab_size]
     probs = _filter(probs, params)
-    # The largest of p / e, e drawn from an exponential, is a draw from p: no sync, unlike torch.multinomial.
-    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax()
+    # The largest of p / e, with e from an exponential, is a draw from p. Unlike multinomial it needs no sync.
+    e = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / e).argmax()
 
 
 def _filter(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Set the tokens that top_k, top_p and min_p leave out to 0."""
+    """Set the tokens that top_k, top_p and min_p leave out to 0.  [vocab_size]"""
     if 0 < params.top_k < len(probs):
-        probs = torch.where(probs < probs.topk(params.top_k).values[-1], 0.0, probs)
-        probs = probs / probs.sum()  # top_p is a share of what top_k left
+        least = probs.topk(params.top_k).values[-1]
+        probs = torch.where(probs < least, 0.0, probs)
+        # top_p is a share of what top_k left.
+        probs = probs / probs.sum()
     if params.top_p < 1:
         ordered, ids = probs.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= params.top_p  # what stands before a token already suffices
-        beyond[0] = False  # a top_p that rounds to 0 leaves the likeliest
+        # The tokens before these suffice. The likeliest stays even if top_p rounds to 0.
+        beyond = ordered.cumsum(-1) - ordered >= params.top_p
+        beyond[0] = False
         probs = torch.zeros_like(probs).scatter(0, ids, ordered.masked_fill(beyond, 0.0))
     return torch.where(probs < params.min_p * probs.max(), 0.0, probs)

@@ -1,7 +1,8 @@
-"""PyramidInfer, one sequence, as its definition reads and as slowly: every probability is kept, every list rebuilt.
+"""PyramidInfer, one sequence, as its definition reads and as slowly: every probability is kept, every list
+rebuilt.
 
-Written from the specification, not from the engine: positions are kept token by token, votes are summed over the
-voters' remembered probabilities when a judgement is due.
+Written from the specification, not from the engine: positions are kept token by token, votes are summed over
+the voters' remembered probabilities when a judgement is due.
 """
 
 from __future__ import annotations
@@ -79,7 +80,11 @@ class SlowPyramid(Oracle):
             x = x + torch.stack(out) @ w[p + "self_attn.o_proj.weight"].T
             h = self.norm(x, w[p + "post_attention_layernorm.weight"])
             gate = h @ w[p + "mlp.gate_proj.weight"].T
-            x = x + (gate * gate.sigmoid() * (h @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
+            x = (
+                x
+                + (gate * gate.sigmoid() * (h @ w[p + "mlp.up_proj.weight"].T))
+                @ w[p + "mlp.down_proj.weight"].T
+            )
             s = ratio(cfg.prefill_decay_strategy, cfg.prefill_decay_ratio, i, layers)
             by_age = i == 0 and cfg.prefill_full_layers > 1
             if by_age:
@@ -88,10 +93,7 @@ class SlowPyramid(Oracle):
             count = int(len(context) * s)
             due = by_age or (i + 1 >= cfg.prefill_full_layers and i % cfg.layerwise_downsample_interval == 0)
             if is_prompt and due and len(context) > m and s < 1 and count > m:
-                alone = [self.vote(cache, tail, key, max_over_heads=cfg.prefill_max_over_heads) for key in context]
-                near = cfg.prefill_vote_neighbours
-                pooled = [alone[max(0, j - near) : j + near + 1] for j in range(len(context))]
-                votes = {key: sum(some) / len(some) for key, some in zip(context, pooled, strict=True)}
+                votes = {key: self.vote(cache, tail, key) for key in context}
                 if by_age:
                     votes = {key: float(key) for key in context}
                 votes |= dict.fromkeys(context[: cfg.streamingllm_sink_len], math.inf)
@@ -116,17 +118,19 @@ class SlowPyramid(Oracle):
             cache.positions = [s for s in cache.positions if s not in pending or s in stay]
         return len(pending)
 
-    def vote(self, cache: LayerCache, voters: list[int], key: int, *, max_over_heads: bool = False) -> float:
+    def vote(self, cache: LayerCache, voters: list[int], key: int) -> float:
         weights = torch.linspace(1, self.pyramid.distance_weight, len(voters)).tolist()
         none = torch.zeros(self.config["num_attention_heads"])
         looked = [w * cache.probs.get((v, key), none) for w, v in zip(weights, voters, strict=True)]
         heads = torch.stack(looked).sum(0) / len(voters)
-        return float(heads.max() if max_over_heads else heads.mean())
+        return float(heads.mean())
 
     @staticmethod
     def turn(x: Tensor, positions: list[int]) -> Tensor:
         D = x.shape[-1]
-        angles = torch.outer(torch.tensor(positions).double(), 10000.0 ** (-torch.arange(0, D, 2).double() / D))
+        angles = torch.outer(
+            torch.tensor(positions).double(), 10000.0 ** (-torch.arange(0, D, 2).double() / D)
+        )
         pairs = torch.complex(x[..., : D // 2].double(), x[..., D // 2 :].double())
         pairs = pairs * torch.polar(torch.ones(()).double(), angles)[:, None]
         return torch.cat((pairs.real, pairs.imag), -1).float()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_tensors, write_checkpoint
+from helpers import TINY, random_tensors, write_checkpoint
 from safetensors.torch import save_file
 
 from minipyramid import LLM, CheckpointError, ConfigError, MiniPyramidError, RequestError, SamplingParams
@@ -31,7 +31,9 @@ def shard(directory: Path) -> Path:
     for file, members in parts.items():
         save_file({n: tensors[n] for n in members}, directory / file)
     weight_map = {n: file for file, members in parts.items() for n in members}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return directory / "model-00002-of-00002.safetensors"
 
 
@@ -43,11 +45,17 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 # What is done to a whole checkpoint, and the words that its error must hold.
 DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no config.json": (lambda d: (d / "config.json").unlink(), ["config.json", "is missing"]),
-    "config.json is no JSON": (lambda d: (d / "config.json").write_text("{"), ["config.json", "cannot be read"]),
+    "config.json is no JSON": (
+        lambda d: (d / "config.json").write_text("{"),
+        ["config.json", "cannot be read"],
+    ),
     "config.json is a list": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "list"]),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), ["no weights", "model.safetensors"]),
     "weights truncated": (lambda d: truncate(d / "model.safetensors"), ["model.safetensors", "truncated"]),
-    "weights empty": (lambda d: (d / "model.safetensors").write_bytes(b""), ["model.safetensors", "truncated"]),
+    "weights empty": (
+        lambda d: (d / "model.safetensors").write_bytes(b""),
+        ["model.safetensors", "truncated"],
+    ),
     "shard missing": (lambda d: shard(d).unlink(), ["model-00002-of-00002.safetensors", "is missing"]),
     "shard truncated": (lambda d: truncate(shard(d)), ["model-00002-of-00002.safetensors", "truncated"]),
     "index without a map": (
@@ -72,7 +80,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         [Q, "not finite"],
     ),
     "shard outside": (
-        lambda d: (shard(d), (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')),
+        lambda d: (
+            shard(d),
+            (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'),
+        ),
         ["../b", "is missing"],
     ),
     "optional file is a dangling link": (
@@ -102,7 +113,9 @@ def test_leftover_rotary_tables_are_ignored(tmp_path: Path) -> None:
     assert LLM(tmp_path).prefill([[5]])
 
 
-@pytest.mark.parametrize("name", ["./no/such/directory", "/no/such/directory", "no/such/directory", "../nothing"])
+@pytest.mark.parametrize(
+    "name", ["./no/such/directory", "/no/such/directory", "no/such/directory", "../nothing"]
+)
 def test_a_missing_directory_is_named(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"{name} does not exist"):
         LLM(name)
@@ -124,19 +137,37 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "quantised": ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
     "short sliding window": ({"sliding_window": 128}, ["sliding_window 128", "256"]),
     "sliding window is a text": ({"sliding_window": "128"}, ["sliding_window", "'128'"]),
-    "original context is a text": ({"original_max_position_embeddings": "64"}, ["original_max_position", "'64'"]),
+    "original context is a text": (
+        {"original_max_position_embeddings": "64"},
+        ["original_max_position", "'64'"],
+    ),
     "dtype is a list": ({"torch_dtype": ["float32"]}, ["dtype", "float32"]),
     "rope type is a list": ({"rope_scaling": {"type": ["linear"]}}, ["rope_type"]),
     "size is true": ({"hidden_size": True}, ["hidden_size", "True"]),
     "epsilon is infinite": ({"rms_norm_eps": float("inf")}, ["rms_norm_eps", "inf"]),
-    "mistral's default window": ({"model_type": "mistral", "max_position_embeddings": 8192}, ["sliding_window 4096"]),
-    "unknown rope, new spelling": ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_type", "yarn", "llama3"]),
-    "unknown rope, old spelling": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type", "dynamic"]),
+    "mistral's default window": (
+        {"model_type": "mistral", "max_position_embeddings": 8192},
+        ["sliding_window 4096"],
+    ),
+    "unknown rope, new spelling": (
+        {"rope_parameters": {"rope_type": "yarn"}},
+        ["rope_type", "yarn", "llama3"],
+    ),
+    "unknown rope, old spelling": (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        ["rope_type", "dynamic"],
+    ),
     "rope without factor": ({"rope_scaling": {"type": "linear"}}, ["factor", "linear"]),
     "rope factor 0": ({"rope_scaling": {"type": "linear", "factor": 0}}, ["factor"]),
     "rope is a text": ({"rope_scaling": "linear"}, ["rope", "linear"]),
-    "partial rotary": ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary"]),
-    "heads do not divide": ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "num_attention_heads 4"]),
+    "partial rotary": (
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        ["partial_rotary"],
+    ),
+    "heads do not divide": (
+        {"num_key_value_heads": 3},
+        ["num_key_value_heads is 3", "num_attention_heads 4"],
+    ),
     "odd head": ({"head_dim": 7}, ["head_dim", "7"]),
     "size absent": ({"hidden_size": None}, ["hidden_size"]),
     "size is a text": ({"vocab_size": "320"}, ["vocab_size", "'320'"]),
@@ -211,7 +242,9 @@ def test_requests_are_refused_wherever_they_come_in(tiny: LLM) -> None:
     assert tiny.prefill([[5] * 256])[0].kv_lengths == [256] * 3
 
 
-@pytest.mark.parametrize("prompts", [None, 3, 3.5, [None], [[1.5]], [["fox"]], ("fox",), {"fox": 1}, [[True]], b"fox"])
+@pytest.mark.parametrize(
+    "prompts", [None, 3, 3.5, [None], [[1.5]], [["fox"]], ("fox",), {"fox": 1}, [[True]], b"fox"]
+)
 def test_a_prompt_of_a_wrong_type_raises_type_error(tiny: LLM, prompts: Any) -> None:
     with pytest.raises(TypeError):
         tiny.generate(prompts)
@@ -238,7 +271,8 @@ def test_other_wrong_types_raise_type_error(tiny: LLM, tiny_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"dtype": "float8"}, {"device": "tpu9"}, {"device": ""}, {"device": "cuda:99"}, {"device": "meta"}]
+    "setting",
+    [{"dtype": "float8"}, {"device": "tpu9"}, {"device": ""}, {"device": "cuda:99"}, {"device": "meta"}],
 )
 def test_settings_of_the_engine_are_refused_by_name(tiny_dir: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
@@ -250,7 +284,9 @@ def test_settings_of_the_engine_are_refused_by_name(tiny_dir: Path, setting: dic
     [([], 3, RequestError), ([0], 3, RequestError), ([-5], 3, RequestError), ([5], 0, RequestError),
      ([250], 64, RequestError), (["5"], 3, TypeError), ([5], 1.5, TypeError)],
 )  # fmt: skip
-def test_a_plan_that_makes_no_sense_is_refused(tiny: LLM, lengths: Any, new: Any, error: type[Exception]) -> None:
+def test_a_plan_that_makes_no_sense_is_refused(
+    tiny: LLM, lengths: Any, new: Any, error: type[Exception]
+) -> None:
     with pytest.raises(error):
         tiny.plan(lengths, new)
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, write_checkpoint
+from helpers import TINY, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 
 from minipyramid import LLM, SamplingParams
 from minipyramid.cache import KVCache
-from minipyramid.config import ModelConfig
+from minipyramid.formats.huggingface import config_of
 from minipyramid.plan import Need
 
 
@@ -25,7 +25,7 @@ def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_greedy_text_equals_that_of_a_path_without_a_cache(kv_heads: int, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, num_key_value_heads=kv_heads)
-    llm, oracle = LLM(tmp_path, pyramid="off"), Oracle(tmp_path)
+    llm, oracle = LLM(tmp_path, policy="full"), Oracle(tmp_path)
     prompts = prompts_of([1, 40, 7, 2, 100])
     new = [20, 5, 33, 1, 12]
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in new]
@@ -37,7 +37,7 @@ def test_greedy_text_equals_that_of_a_path_without_a_cache(kv_heads: int, tmp_pa
 def test_logits_equal_those_of_a_path_without_a_cache(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tie_word_embeddings=True)
     prompts = prompts_of([1, 30, 90])
-    for prompt, prefill in zip(prompts, LLM(tmp_path, pyramid="off").prefill(prompts), strict=True):
+    for prompt, prefill in zip(prompts, LLM(tmp_path, policy="full").prefill(prompts), strict=True):
         torch.testing.assert_close(prefill.logits, Oracle(tmp_path).logits(prompt)[-1], atol=2e-4, rtol=0)
         assert prefill.kv_lengths == [len(prompt)] * 3
         assert prefill.kept_positions == [list(range(len(prompt)))] * 3
@@ -60,7 +60,11 @@ def test_a_batch_of_eight_equals_eight_single_runs(params: SamplingParams, tiny:
 
 def test_each_prompt_has_its_own_parameters(tiny: LLM) -> None:
     prompts = prompts_of([9, 9, 9])
-    params = [SamplingParams(max_new_tokens=6), SAMPLED, SamplingParams(max_new_tokens=40, temperature=2.0, seed=3)]
+    params = [
+        SamplingParams(max_new_tokens=6),
+        SAMPLED,
+        SamplingParams(max_new_tokens=40, temperature=2.0, seed=3),
+    ]
     for prompt, p, completion in zip(prompts, params, tiny.generate(prompts, params), strict=True):
         assert completion.token_ids == tiny.generate([prompt], p)[0].token_ids
 
@@ -69,7 +73,7 @@ def test_more_prompts_than_one_prefill_takes(tiny: LLM, monkeypatch: pytest.Monk
     """The prompts of a batch are computed in groups; the groups must not show."""
     prompts = prompts_of([30, 3, 50, 20, 20, 1])
     expected = [c.token_ids for c in tiny.generate(prompts)]
-    monkeypatch.setattr("minipyramid.engine.PIECES", {"cpu": 40})
+    monkeypatch.setattr("minipyramid.engine.PROMPTS_AT_ONCE", {"cpu": 40})
     assert [c.token_ids for c in tiny.generate(prompts)] == expected
 
 
@@ -78,9 +82,13 @@ def test_a_finished_sequence_leaves_its_row(tiny: LLM, monkeypatch: pytest.Monke
     rows = []
     step = type(tiny.model).step
     monkeypatch.setattr(
-        type(tiny.model), "step", lambda self, ids, caches: (rows.append(len(ids)), step(self, ids, caches))[1]
+        type(tiny.model),
+        "step",
+        lambda self, ids, caches: (rows.append(len(ids)), step(self, ids, caches))[1],
     )
-    tiny.generate(prompts_of([4, 4, 4]), [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 5, 3)])
+    tiny.generate(
+        prompts_of([4, 4, 4]), [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 5, 3)]
+    )
     assert rows == [3, 3, 2, 1, 1]
 
 
@@ -91,7 +99,7 @@ def test_score_is_the_log_probability_without_a_cache(tmp_path: Path) -> None:
         logprobs = Oracle(tmp_path).logits(prompt + ids)[len(prompt) - 1 : -1].log_softmax(-1)
         expected = logprobs[torch.arange(len(ids)), ids]
         torch.testing.assert_close(
-            torch.tensor(LLM(tmp_path, pyramid="off").score(prompt, ids)), expected, atol=1e-4, rtol=0
+            torch.tensor(LLM(tmp_path, policy="full").score(prompt, ids)), expected, atol=1e-4, rtol=0
         )
 
 
@@ -105,21 +113,20 @@ def test_logprobs_of_generated_tokens_are_their_scores(tiny: LLM) -> None:
 
 
 @given(
-    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6),
-    steps=st.lists(st.integers(0, 5), max_size=4),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6), steps=st.lists(st.integers(0, 5), max_size=4)
 )
 @settings(max_examples=60, deadline=None)
 def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int]) -> None:
-    """Keys, values, lengths and positions of the rows that stay are what they were, under their new numbers."""
-    config = ModelConfig.from_dict(TINY)
+    """Keys, values, lengths and positions of the rows that stay are what they were, under new numbers."""
+    config = config_of(TINY)
     device = torch.device("cpu")
     cache = KVCache.allot(config, Need((8, 8, 8), 2), len(lengths), torch.float32, device)
     for row, n in enumerate(lengths):
-        assert cache.add_row() == row
+        assert cache.add_row().index == row
         cache.rows[row].position = n
         for layer in range(3):
             k, v = torch.full((n, 2, 8), 10.0 * row + layer), torch.full((n, 2, 8), -10.0 * row)
-            cache.append(layer, row, k, v, torch.arange(n))
+            cache.rows[row].write(layer, k.transpose(0, 1), v.transpose(0, 1), torch.arange(n))
     alive = list(range(len(lengths)))
     for step in steps:
         if step >= len(alive):

@@ -1,7 +1,7 @@
 """The demo's page in a real Chromium, by a real pointer and real keys.
 
-Driven through the W3C WebDriver protocol, which is JSON over HTTP, so nothing but `chromedriver` is needed. The page's
-script is run by nothing else in these tests: what Python wrote is covered by `test_demo.py`.
+Driven through the W3C WebDriver protocol, which is JSON over HTTP, so nothing but `chromedriver` is needed.
+The page's script is run by nothing else in these tests: what Python wrote is covered by `test_demo.py`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ from typing import Any
 
 import pytest
 
-from minipyramid.demo import build_parser, check, compare
-from minipyramid.picture import Picture, Token, page
+from minipyramid.demo.__main__ import build_parser, check
+from minipyramid.demo.kept import Kept
+from minipyramid.demo.page import page
+from minipyramid.demo.picture import Picture, Token
+from minipyramid.demo.sides import compare
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver (Debian: chromium, chromium-driver)"
+    not (CHROMIUM and CHROMEDRIVER),
+    reason="needs chromium and chromedriver (Debian: chromium, chromium-driver)",
 )
 
 SCRIPT = "<script>alert(1)</script>"
 PROMPT = (
-    f"</script>{SCRIPT} <img src=x onerror=alert(2)> The fox said: \u201cwho is there?\u201d The fox went home again. "
-    * 2
-)
+    f"</script>{SCRIPT} <img src=x onerror=alert(2)> "
+    "The fox said: \u201cwho is there?\u201d The fox went home again. "
+) * 2
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name for a reference to an element
 STARTS_S, ANSWERS_S = 30.0, 30.0  # how long a driver and an answer are waited for
 LEFT, RIGHT, END = "\ue012", "\ue014", "\ue010"  # the protocol's names for keys
@@ -49,7 +53,13 @@ class Browser:
     def __init__(self, driver: str) -> None:
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by a proxy
         self.url = driver
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1000,900"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--window-size=1000,900",
+        ]
         options = {"binary": CHROMIUM, "args": flags}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         # Unhandled dialogs stay, so that one can be noticed.
@@ -83,7 +93,12 @@ class Browser:
     def point(self, selector: str, x: int = 0, y: int = 0) -> None:
         """Move the pointer to a place in an element, from its middle."""
         move = {"type": "pointerMove", "duration": 0, "origin": self.find(selector), "x": x, "y": y}
-        pointer = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
+        pointer = {
+            "type": "pointer",
+            "id": "mouse",
+            "parameters": {"pointerType": "mouse"},
+            "actions": [move],
+        }
         self.call("POST", "/actions", {"actions": [pointer]})
 
     def press(self, key: str) -> None:
@@ -103,7 +118,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A driver in a process group and a folder of its own, which end with the tests, whatever happens in them."""
+    """A driver in a process group and a folder of its own, which end with the tests, whatever happens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -137,10 +152,18 @@ def wait_for(port: int, driver: subprocess.Popen[bytes]) -> None:
     pytest.fail(f"chromedriver did not start within {STARTS_S:.0f} s")
 
 
-@pytest.fixture(scope="module")
-def picture(tiny_dir: Path) -> Picture:
+POLICIES = {
+    "pyramid": [],
+    "snapkv": ["--policy", "snapkv", "--kv-budget", "0.5"],
+    "random-split": ["--policy", "random-split", "--kv-budget", "0.5"],
+}
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def picture(request: pytest.FixtureRequest, tiny_dir: Path) -> Picture:
     """Of a prompt that would run as a script if it were not escaped."""
-    args = build_parser().parse_args(["--model", str(tiny_dir), "--max-new-tokens", "8", "--prompt", PROMPT])
+    flags = ["--model", str(tiny_dir), "--max-new-tokens", "8", "--prompt", PROMPT, *POLICIES[request.param]]
+    args = build_parser().parse_args(flags)
     return compare(args, check(args))
 
 
@@ -156,10 +179,19 @@ def opened(browser: Browser, picture: Picture, tmp_path: Path) -> Iterator[Brows
 
 def expected(picture: Picture, position: int) -> str:
     """What the page tells about a token."""
-    token, depth = picture.tokens[position], picture.pruned.depth[position]
-    where = "layer 0" if depth == 1 else f"layers 0 to {depth - 1}"
+    token, kept = picture.tokens[position], picture.pruned.kept
+    where = kept.where(kept.columns[position])
+    if picture.pruned.name == "pyramid":  # whose layers are nested
+        depth = depths(picture)[position]
+        layers = "layer 0" if depth == 1 else f"layers 0 to {depth - 1}"
+        assert where == f"kept by {depth} of {picture.layers} layers, in {layers}"
     name = json.dumps(token.text or token.name, ensure_ascii=False)
-    return f"position {position}: {name}, kept by {depth} of {picture.layers} layers, in {where}"
+    return f"position {position}: {name}, {where}"
+
+
+def depths(picture: Picture) -> list[int]:
+    """How many layers keep each token."""
+    return [sum(count > 0 for count in column) for column in picture.pruned.kept.columns]
 
 
 def readout(browser: Browser) -> Any:
@@ -200,11 +232,14 @@ def test_a_prompt_with_a_script_is_shown_and_not_run(opened: Browser, picture: P
     assert readout(opened) == expected(picture, 0)
 
 
-def test_a_script_within_one_token_is_shown_and_not_run(browser: Browser, picture: Picture, tmp_path: Path) -> None:
-    """The tiny tokenizer cuts tags to pieces; one that has them whole would not. So for all texts of the page."""
+def test_a_script_within_one_token_is_shown_and_not_run(
+    browser: Browser, picture: Picture, tmp_path: Path
+) -> None:
+    """The tiny tokenizer cuts tags to pieces; one that has them whole would not. So for all texts."""
     hostile = [Token(PROMPT, PROMPT), Token("", f'">{PROMPT}')]
-    side = replace(picture.full, tokens=hostile, token_ids=[5, 6], depth=[3, 2])
-    other = replace(side, token_ids=[5, 7])
+    kept = Kept(1, [[1, 1], [1, 1], [1, 0]], [2, 2, 1])
+    side = replace(picture.full, tokens=hostile, token_ids=[5, 6], kept=kept)
+    other = replace(side, name=PROMPT, token_ids=[5, 7])
     shown = replace(picture, title=PROMPT, tokens=hostile, answer=PROMPT, full=side, pruned=other)
     (tmp_path / "page.html").write_text(page(shown), encoding="utf-8", newline="")
     browser.open(tmp_path / "page.html")
@@ -218,10 +253,13 @@ def test_a_script_within_one_token_is_shown_and_not_run(browser: Browser, pictur
 
 
 def test_pointing_at_the_map_tells_about_the_token_there(opened: Browser, picture: Picture) -> None:
-    """The depths differ, so a wrong column would show."""
-    n, width = len(picture.tokens), opened.run("return document.getElementById('map').getBoundingClientRect().width")
-    depth = picture.pruned.depth
-    shallow, deep = depth.index(1), n - 2
+    """The layers that keep them differ, so a wrong column would show."""
+    n, width = (
+        len(picture.tokens),
+        opened.run("return document.getElementById('map').getBoundingClientRect().width"),
+    )
+    depth = depths(picture)
+    shallow, deep = depth.index(min(depth)), n - 2
     for position in (shallow, deep, n // 2, 0, n - 1):
         opened.point("#map", round(((position + 0.5) / n - 0.5) * width), 7)
         assert readout(opened) == expected(picture, position)
@@ -239,7 +277,10 @@ def test_pointing_at_a_token_highlights_its_column(opened: Browser, picture: Pic
 
 
 def test_arrow_keys_move_along_the_tokens(opened: Browser, picture: Picture) -> None:
-    n, width = len(picture.tokens), opened.run("return document.getElementById('map').getBoundingClientRect().width")
+    n, width = (
+        len(picture.tokens),
+        opened.run("return document.getElementById('map').getBoundingClientRect().width"),
+    )
     opened.point("#map", round((10.5 / n - 0.5) * width))
     for key, position in ((RIGHT, 11), (RIGHT, 12), (LEFT, 11)):
         opened.press(key)
@@ -261,13 +302,35 @@ def test_the_map_is_a_slider_for_those_who_do_not_see_it(opened: Browser, pictur
 
 
 def test_the_map_is_filled_where_a_layer_kept_a_token(opened: Browser, picture: Picture) -> None:
-    """Asked of the browser's own geometry, for every position and layer."""
+    """Asked of the browser's own geometry, for every position and layer: how dark it is there."""
     filled = opened.run(
-        "const kept = document.querySelector('#map .kept'), box = document.getElementById('map').viewBox.baseVal;"
-        "const at = (x, y) => kept.isPointInFill(new DOMPoint(x + 0.5, y + 0.5));"
-        "return [...Array(box.width).keys()].map(x => [...Array(box.height).keys()].filter(y => at(x, y)).length)"
+        "const kept = [...document.querySelectorAll('#map .kept')];"
+        "const box = document.getElementById('map').viewBox.baseVal;"
+        "const at = (x, y) => kept.filter(path => path.isPointInFill(new DOMPoint(x + 0.5, y + 0.5)))"
+        ".map(path => Number(path.style.fillOpacity));"
+        "return [...Array(box.width).keys()].map(x => [...Array(box.height).keys()].map(y => at(x, y)))"
     )
-    assert filled == picture.pruned.depth
+    kept = picture.pruned.kept
+    shades = {0: [], 1: [0.5], 2: [1]}  # by the heads that keep the token, of two
+    assert filled == [[shades[count] for count in column] for column in kept.columns]
+    if picture.pruned.name == "pyramid":
+        assert [sum(bool(shade) for shade in column) for column in filled] == depths(picture)
+
+
+def test_the_bars_are_as_long_as_the_layers_kept_and_computed(opened: Browser, picture: Picture) -> None:
+    """In the place of the map's layers, and as parts of the whole prompt."""
+    drawn = opened.run(
+        "const box = id => document.getElementById(id).getBoundingClientRect(), whole = box('bars');"
+        "return [box('map').top - whole.top, box('map').height - whole.height,"
+        " ...['kept', 'computed'].map(name => [...document.querySelectorAll('#bars .' + name)].map("
+        "bar => Math.round(bar.getBoundingClientRect().width / whole.width * 1000)))]"
+    )
+    kept, n = picture.pruned.kept, len(picture.tokens)
+    assert drawn[:2] == [0, 0]
+    assert drawn[2] == pytest.approx([1000 * count / n for count in kept.counts], abs=4)
+    more = [layer for layer, count in enumerate(kept.counts) if kept.computed[layer] != count]
+    assert drawn[3] == pytest.approx([1000 * kept.computed[layer] / n for layer in more], abs=4)
+    assert bool(more) == (picture.pruned.name != "pyramid")
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_checkpoint
+from helpers import CONFIGS, prompts_of, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pyramid import CONFIGS, prompts_of, with_pyramid
 
 from minipyramid import LLM, BudgetError, ConfigError, PyramidConfig, SamplingParams
+from minipyramid.cache import KVCache
 from minipyramid.generate import main
-from minipyramid.plan import Policy
 
 BUDGETS = (0.9, 0.75, 0.6, 0.454, 0.3)
 
@@ -34,9 +33,13 @@ def test_budgets_are_met_within_two_per_cent(prompt: int, new: int, layers: int)
         assert 0.98 * budget <= share_of(config, prompt, new, layers) <= budget
 
 
-@given(share=st.floats(0.01, 1.0), prompt=st.integers(1, 300), new=st.integers(0, 300), layers=st.integers(1, 40))
+@given(
+    share=st.floats(0.01, 1.0), prompt=st.integers(1, 300), new=st.integers(0, 300), layers=st.integers(1, 40)
+)
 @settings(max_examples=150, deadline=None)
-def test_a_budget_is_held_or_refused_with_one_that_can_be(share: float, prompt: int, new: int, layers: int) -> None:
+def test_a_budget_is_held_or_refused_with_one_that_can_be(
+    share: float, prompt: int, new: int, layers: int
+) -> None:
     lengths: dict[str, Any] = {"prompt_tokens": prompt, "new_tokens": new, "layers": layers}
     try:
         config = PyramidConfig.for_budget(share, **lengths)
@@ -52,9 +55,8 @@ def test_layers_that_are_to_be_full_stay_full_as_long_as_the_budget_allows() -> 
         prefill_full_layers=4, prefill_decay_strategy="constant", recent_ratio=0.02, min_context_length=4
     )
     for budget in (0.75, 0.5, 0.36, 0.3, 0.15):
-        config = Policy(base, budget).settings(1024, 0, 12)
-        assert config is not None
-        lengths = config.prompt_lengths(1024, 12)
+        config = base.within(budget, 1024, 0, 12)
+        lengths = config.computed(1024, 12)
         assert 0.98 * budget <= sum(lengths) / (12 * 1024) <= budget
         assert config.prefill_full_layers == 4
         assert lengths[3] == lengths[1] > lengths[4]  # and where it does not, they hold equally much
@@ -62,22 +64,20 @@ def test_layers_that_are_to_be_full_stay_full_as_long_as_the_budget_allows() -> 
 
 
 @pytest.mark.parametrize(
-    ("prompt", "new", "layers"),
-    [(29, 1, 12), (56, 4, 12), (40, 0, 10), (23, 2, 2), (100, 0, 8)],
+    ("prompt", "new", "layers"), [(29, 1, 12), (56, 4, 12), (40, 0, 10), (23, 2, 2), (100, 0, 8)]
 )
 def test_the_smallest_share_that_is_named_is_taken(prompt: int, new: int, layers: int) -> None:
     """0.175 of 720 tokens came to a little less than 126, so the share that was named was refused as well."""
     base = PyramidConfig(prefill_full_layers=4, recent_ratio=0.02)
     with pytest.raises(BudgetError) as refusal:
-        Policy(base, 1e-6).settings(prompt, new, layers)
-    config = Policy(base, refusal.value.smallest).settings(prompt, new, layers)
-    assert config is not None
+        base.within(1e-6, prompt, new, layers)
+    config = base.within(refusal.value.smallest, prompt, new, layers)
     assert share_of(config, prompt, new, layers) == pytest.approx(refusal.value.smallest, abs=1e-4)
 
 
 @pytest.mark.parametrize("layers", [40, 80])
 def test_generated_tokens_are_given_up_behind_the_prompt_s_context(layers: int) -> None:
-    """Layers that an interval skips were counted among those that drop, so the slope was never steep enough."""
+    """Layers that an interval skips were counted among those that drop: the slope was never steep enough."""
     config = PyramidConfig.for_budget(0.454, prompt_tokens=2048, new_tokens=512, layers=layers)
     published = PyramidConfig.for_layers(layers)
     assert config.layerwise_downsample_interval == published.layerwise_downsample_interval > 1
@@ -100,24 +100,24 @@ def test_a_share_is_no_truth_value_even_if_it_was_solved_before() -> None:
 def test_a_cut_of_full_layers_in_a_file_does_not_bound_a_budget(budget: float) -> None:
     """A file's prefill_full_ratio of 0.5 held 0.55 of the cache where 0.9 was asked for, without a word."""
     base = PyramidConfig(prefill_full_layers=4, prefill_full_ratio=0.5, recent_ratio=0.02)
-    config = Policy(base, budget).settings(1024, 0, 12)
-    assert config is not None
+    config = base.within(budget, 1024, 0, 12)
     assert 0.98 * budget <= share_of(config, 1024, 0, 12) <= budget
 
 
 def test_a_cut_of_full_layers_that_there_are_not_is_refused() -> None:
     with pytest.raises(ConfigError, match="prefill_full_layers"):
         PyramidConfig(prefill_full_ratio=0.5)
-    assert PyramidConfig.for_budget(0.05, prompt_tokens=1024, new_tokens=64, layers=32).prefill_full_ratio == 1
+    assert (
+        PyramidConfig.for_budget(0.05, prompt_tokens=1024, new_tokens=64, layers=32).prefill_full_ratio == 1
+    )
 
 
 @pytest.mark.parametrize(("prompt", "budget"), [(60, 0.3), (60, 0.25), (80, 0.28), (128, 0.22), (300, 0.15)])
 def test_short_prompts_keep_more_in_full_layers_than_behind_them(prompt: int, budget: float) -> None:
     """A 20th of a few tokens is none, and a layer that would keep none drops none: all layers held alike."""
     base = PyramidConfig(prefill_full_layers=4, prefill_decay_strategy="constant", recent_ratio=0.02)
-    config = Policy(base, budget).settings(prompt, 0, 12)
-    assert config is not None
-    lengths = config.prompt_lengths(prompt, 12)
+    config = base.within(budget, prompt, 0, 12)
+    lengths = config.computed(prompt, 12)
     assert lengths[3] > 1.5 * lengths[4]
     assert sum(lengths) >= 0.9 * budget * prompt * 12
 
@@ -126,7 +126,7 @@ def test_full_layers_raise_no_smallest_share() -> None:
     smallest = []
     for full in (1, 4):
         with pytest.raises(BudgetError) as refusal:
-            Policy(PyramidConfig(prefill_full_layers=full), 1e-6).settings(1024, 16, 12)
+            PyramidConfig(prefill_full_layers=full).within(1e-6, 1024, 16, 12)
         smallest.append(refusal.value.smallest)
     assert smallest[0] == smallest[1]
 
@@ -160,13 +160,12 @@ def test_a_budget_of_the_wrong_type_or_without_a_pyramid_is_refused(tiny_dir: Pa
     for wrong in ("0.5", True):
         with pytest.raises(TypeError, match="kv_budget"):
             LLM(tiny_dir, kv_budget=wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="pyramid is off"):
-        LLM(tiny_dir, pyramid="off", kv_budget=0.5)
+    with pytest.raises(ConfigError, match="policy full holds everything"):
+        LLM(tiny_dir, policy="full", kv_budget=0.5)
 
 
 def test_every_request_of_a_batch_keeps_to_the_budget(tiny: LLM) -> None:
-    llm = with_pyramid(tiny, None)
-    llm.policy = Policy(PyramidConfig.preset("llama2-7b"), 0.7)
+    llm = tiny.under("llama2-7b", kv_budget=0.7)
     lengths = [120, 40, 90, 120]
     prompts = prompts_of(lengths)
     completions = llm.generate(prompts, SamplingParams(max_new_tokens=30, ignore_eos=True))
@@ -183,8 +182,7 @@ def _prefilled(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) ->
     """Prefill each prompt by the settings that generation solved for."""
     done = []
     for prompt, lengths in zip(prompts, expected, strict=True):
-        settings_ = llm.policy.settings(len(prompt), 30, llm.config.num_hidden_layers)
-        done += with_pyramid(llm, settings_).prefill([prompt])
+        done += llm.under(llm.engine.planner.policy_for(len(prompt), 30)).prefill([prompt])
         assert done[-1].kv_lengths == lengths
     return done
 
@@ -234,10 +232,10 @@ def test_a_plan_of_nonsense_is_refused(
 
 def test_a_plan_counts_what_is_allotted(tiny: LLM) -> None:
     """Keys, values, votes and slack are the tensors of the cache, to the byte."""
-    llm = with_pyramid(tiny, PyramidConfig(recent_ratio=0.1, min_context_length=4, exceed_length_to_compress=8))
+    llm = tiny.under(PyramidConfig(recent_ratio=0.1, min_context_length=4, exceed_length_to_compress=8))
     plan = llm.plan([70], 50)
     (need,) = plan.needs
-    cache = llm._allot(need, 1)
+    cache = KVCache.allot(llm.config, need, 1, llm.dtype, llm.device)
     slabs = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values))
     votes = sum(t.numel() * t.element_size() for t in cache.votes)
     assert slabs == plan.kv_bytes + plan.slack_bytes

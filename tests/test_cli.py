@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WEIGHTS
+from helpers import WEIGHTS
 
 from minipyramid import LLM, PyramidConfig, SamplingParams
 from minipyramid.generate import LoadingLine, build_parser, main
 
 FIELDS = [
-    "text", "token_ids", "finish_reason", "prompt_tokens", "new_tokens", "kv_lengths", "kv_bytes", "kv_bytes_full",
-    "kv_share", "prefill_s", "decode_s", "tokens_per_s", "pyramid", "kept_positions",
+    "text", "token_ids", "finish_reason", "prompt_tokens", "new_tokens", "kv_lengths", "kv_bytes",
+    "kv_bytes_full", "kv_share", "prefill_s", "decode_s", "tokens_per_s", "policy", "pyramid",
+    "kept_positions",
 ]  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def run(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Call the command on the tiny checkpoint; returns (exit status, stdout, stderr)."""
 
     def call(*argv: str) -> tuple[int, str, str]:
-        status = main(["--pyramid", "off", *argv, "--model", str(tiny_dir)])
+        status = main(["--policy", "full", *argv, "--model", str(tiny_dir)])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -37,8 +38,29 @@ def run(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_stdout_is_the_text(run: Any, tiny: LLM) -> None:
-    flags = ["--max-new-tokens", "20", "--temperature", "1.5", "--seed", "3", "--top-k", "40", "--top-p", "0.9"]
-    flags += ["--min-p", "0.01", "--repetition-penalty", "1.1", "--stop", "fox", "--stop", "qq", "--ignore-eos"]
+    flags = [
+        "--max-new-tokens",
+        "20",
+        "--temperature",
+        "1.5",
+        "--seed",
+        "3",
+        "--top-k",
+        "40",
+        "--top-p",
+        "0.9",
+    ]
+    flags += [
+        "--min-p",
+        "0.01",
+        "--repetition-penalty",
+        "1.1",
+        "--stop",
+        "fox",
+        "--stop",
+        "qq",
+        "--ignore-eos",
+    ]
     params = SamplingParams(
         max_new_tokens=20, temperature=1.5, seed=3, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.1,
         stop=("fox", "qq"), ignore_eos=True,
@@ -48,8 +70,8 @@ def test_stdout_is_the_text(run: Any, tiny: LLM) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--temperature", "3"), ("--top-k", "1"), ("--top-p", "0.01"), ("--min-p", "1"), ("--repetition-penalty", "9"),
-     ("--seed", "4"), ("--max-new-tokens", "5")],
+    [("--temperature", "3"), ("--top-k", "1"), ("--top-p", "0.01"), ("--min-p", "1"),
+     ("--repetition-penalty", "9"), ("--seed", "4"), ("--max-new-tokens", "5")],
 )  # fmt: skip
 def test_every_sampling_flag_changes_the_text(run: Any, flag: str, value: str) -> None:
     """No flag is parsed and ignored."""
@@ -66,14 +88,16 @@ def test_json_holds_the_fields_of_the_contract(run: Any, tiny: LLM) -> None:
     assert figures["token_ids"] == completion.token_ids
     assert figures["kv_lengths"] == [figures["prompt_tokens"] + 7] * 3
     assert figures["kv_bytes"] == figures["kv_bytes_full"] == sum(figures["kv_lengths"]) * 2 * 2 * 8 * 4
-    assert (figures["kv_share"], figures["pyramid"], figures["finish_reason"]) == (1.0, "off", "length")
+    assert (figures["kv_share"], figures["pyramid"], figures["finish_reason"]) == (1.0, "full", "length")
     assert figures["tokens_per_s"] == pytest.approx(7 / figures["decode_s"])
 
 
 def test_several_prompts_come_in_order(run: Any, tiny: LLM, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("a time\n")
     prompts = ["the fox", "once", "a time\n"]
-    status, out, _ = run("the fox", "--prompt", "once", "--prompt-file", str(tmp_path / "prompt.txt"), "--json")
+    status, out, _ = run(
+        "the fox", "--prompt", "once", "--prompt-file", str(tmp_path / "prompt.txt"), "--json"
+    )
     texts = [completion["text"] for completion in json.loads(out)["completions"]]
     assert status == 0
     assert texts == [c.text for c in tiny.generate(prompts)]
@@ -112,8 +136,8 @@ def test_stats_go_to_stderr(run: Any) -> None:
         (["fox", "--device", "tpu"], "tpu"),
         (["fox", "--threads", "0"], "--threads"),
         (["fox", "--threads", "9999999999"], "--threads"),
-        (["fox", "--pyramid", "llama9"], "llama3-8b"),
-        (["fox", "--pyramid", "none.json"], "none.json"),
+        (["fox", "--policy", "llama9"], "llama3-8b"),
+        (["fox", "--policy", "none.json"], "none.json"),
         (["fox", "--prompt-file", "/no/such/file"], "/no/such/file"),
         (["fox", "--pyramids", "auto"], "--pyramids"),
     ],
@@ -166,7 +190,15 @@ def test_flags_are_not_guessed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="no embedded checkpoint in this tree")
 def test_the_main_job_streams_text_in_any_locale() -> None:
     """The README's command in a process of its own: text on stdout piece by piece, nothing on stderr."""
-    argv = [sys.executable, "-m", "minipyramid.generate", "Once upon a time", "--max-new-tokens", "200", "--ignore-eos"]
+    argv = [
+        sys.executable,
+        "-m",
+        "minipyramid.generate",
+        "Once upon a time",
+        "--max-new-tokens",
+        "200",
+        "--ignore-eos",
+    ]
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
         assert process.stdout is not None
@@ -209,9 +241,12 @@ def test_interrupted_while_streaming(tiny_dir: Path) -> None:
     """A real SIGINT in a real process: the text so far stands on stdout, and no traceback on stderr."""
     argv = [sys.executable, "-m", "minipyramid.generate", "the fox", "--model", str(tiny_dir), "--ignore-eos"]
     argv += ["--max-new-tokens", "250", "--temperature", "1", "--seed", "1"]
-    slow = "import time, minipyramid.engine as e; c = e.choose; e.choose = lambda *a: (time.sleep(0.05), c(*a))[1];"
+    slow = "import time, minipyramid.engine as e; c = e.choose; "
+    slow += "e.choose = lambda *a: (time.sleep(0.05), c(*a))[1];"
     code = f"{slow} import sys; from minipyramid.generate import main; sys.exit(main({argv[3:]!r}))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         first = os.read(process.stdout.fileno(), 1)
@@ -236,19 +271,24 @@ def test_progress_shows_only_on_a_terminal_and_only_when_slow(monkeypatch: pytes
         ("no terminal", io.StringIO(), False, -1.0),
     ):
         monkeypatch.setattr("sys.stderr", stream)
-        monkeypatch.setattr("minipyramid.generate.SLOW_S", slow_after)
-        monkeypatch.setattr("minipyramid.generate.REFRESH_S", -1.0)
+        monkeypatch.setattr("minipyramid.cli.terminal.SLOW_S", slow_after)
+        monkeypatch.setattr("minipyramid.cli.terminal.REFRESH_S", -1.0)
         with LoadingLine(quiet) as line:
             line.update(1, 4)
         shown[name] = stream.getvalue()
-    assert shown == {"slow": "\rloading weights  25 %\x1b[K\r\x1b[K", "quick": "", "quiet": "", "no terminal": ""}
+    assert shown == {
+        "slow": "\rloading weights  25 %\x1b[K\r\x1b[K",
+        "quick": "",
+        "quiet": "",
+        "no terminal": "",
+    }
 
 
 def test_many_prompts_tell_how_many_wait_run_and_are_finished(
     run: Any, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    monkeypatch.setattr("minipyramid.generate.ProgressLine.write", lambda self, text: lines.append(text))
+    monkeypatch.setattr("minipyramid.cli.terminal.ProgressLine.write", lambda self, text: lines.append(text))
     need = LLM(tiny_dir).plan([4], 3).needs[0].bytes(2 * 2 * 8 * 4)
     flags = ["--max-new-tokens", "3", "--ignore-eos", "--kv-memory", str(2 * need)]
     assert run("the fox", "--prompt", "the fox", "--prompt", "the fox", *flags)[0] == 0
@@ -261,7 +301,7 @@ def test_the_pyramid_is_heeded(run: Any, tmp_path: Path) -> None:
     settings = {"recent_ratio": 0.1, "exceed_length_to_compress": 4}
     (tmp_path / "p.json").write_text(json.dumps(settings))
     flags = ["the fox", "--json", "--max-new-tokens", "60", "--ignore-eos"]
-    full, pruned = (json.loads(run(*flags, "--pyramid", p)[1]) for p in ("off", str(tmp_path / "p.json")))
+    full, pruned = (json.loads(run(*flags, "--policy", p)[1]) for p in ("full", str(tmp_path / "p.json")))
     assert pruned["kv_lengths"] == PyramidConfig(**settings).kv_lengths(full["prompt_tokens"], 60, 3)
     assert pruned["kv_lengths"] == [len(kept) for kept in pruned["kept_positions"]]
     assert pruned["kv_share"] < full["kv_share"] == 1
@@ -277,7 +317,9 @@ def test_threads_are_set(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dtype_is_heeded(run: Any) -> None:
     flags = ["the fox", "--json", "--max-new-tokens", "4", "--ignore-eos"]
-    full, half = (json.loads(run(*flags, "--dtype", dtype)[1])["kv_bytes"] for dtype in ("float32", "bfloat16"))
+    full, half = (
+        json.loads(run(*flags, "--dtype", dtype)[1])["kv_bytes"] for dtype in ("float32", "bfloat16")
+    )
     assert full == 2 * half
 
 

@@ -1,4 +1,4 @@
-"""Compiled decode steps do what the others do, in one graph, and are refused where nothing can compile them."""
+"""Compiled decode steps do what the others do, in one graph, and are refused where nothing compiles."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_checkpoint
+from helpers import write_checkpoint
 from torch._dynamo.utils import counters
 
 from minipyramid import LLM, ConfigError, PyramidConfig, SamplingParams
 from minipyramid.generate import main
 from minipyramid.model import Model
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"
+)
 # Judged twice within 40 tokens, by a tail that is shorter than the text.
 OFTEN_JUDGED = PyramidConfig(recent_ratio=0.05, exceed_length_to_compress=8, min_context_length=8)
 
@@ -34,13 +36,14 @@ def fresh_compiler() -> Iterator[None]:
 @needs_compiler
 @pytest.mark.usefixtures("fresh_compiler")
 def test_tokens_and_what_is_kept_are_the_same_from_one_graph_for_all(tmp_path: Path) -> None:
-    """A graph that breaks, or is compiled anew for every layer, length or token, is slower than none, without a word.
+    """A graph that breaks, or is compiled anew for every layer, length or token, is slower than none, without
+    a word.
 
-    Nor for every number of rows, as it once was: sequences end at different steps here. A single row has its own, for
-    torch takes a size of 1 as fixed. In float32, for in bf16 a fused sum is rounded less often.
+    Nor for every number of rows, as it once was: sequences end at different steps here. A single row has its
+    own, for torch takes a size of 1 as fixed. In float32, for in bf16 a fused sum is rounded less often.
     """
     write_checkpoint(tmp_path, eos_token_id=list(range(3, 12)))  # so some of them end early
-    plain, compiled = (LLM(tmp_path, pyramid=OFTEN_JUDGED, compile=c) for c in (False, True))
+    plain, compiled = (LLM(tmp_path, policy=OFTEN_JUDGED, compile=c) for c in (False, True))
     before = counters["stats"]["unique_graphs"]  # the trial of the compiler
     written = set()
     for length, count in ((50, 5), (70, 3)):  # each of another number of slots in every layer
@@ -76,12 +79,12 @@ def test_the_flag_compiles(flags: list[str], tiny_dir: Path, monkeypatch: pytest
     def refuse(_: Model) -> None:
         raise ConfigError("asked to compile")
 
-    monkeypatch.setattr(Model, "compile_step", refuse)
+    monkeypatch.setattr("minipyramid.compiled.compile_step", refuse)
     assert main(["Once", "--model", str(tiny_dir), "--max-new-tokens", "2", *flags]) == (2 if flags else 0)
 
 
 def test_models_may_be_loaded_in_several_threads_and_by_a_module_imported_again(tiny_dir: Path) -> None:
-    """An operator can be registered once; two threads that load, or a notebook's reload, once tried it twice."""
+    """An operator can be registered once; two threads, or a notebook's reload, once tried it twice."""
     script = (
         "import importlib, sys, threading, minipyramid.linear as linear\n"
         "from minipyramid import LLM\n"
@@ -94,7 +97,9 @@ def test_models_may_be_loaded_in_several_threads_and_by_a_module_imported_again(
         "importlib.reload(linear)\n"
         "print(len(done))\n"
     )
-    ran = subprocess.run([sys.executable, "-c", script, str(tiny_dir)], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_dir)], capture_output=True, text=True, check=False
+    )
     assert (ran.returncode, ran.stdout) == (0, "4\n"), ran.stderr
 
 

@@ -3,49 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import write_checkpoint
+from helpers import STEEP, prompts_of, say, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_pyramid import SlowPyramid
-from test_pyramid import STEEP, prompts_of, with_pyramid
 
 from minipyramid import LLM, Conversation, RequestError, SamplingParams
-from minipyramid.cache import Span
+from minipyramid.cache import KVCache, Span
 from minipyramid.plan import Need
 
 EIGHT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 
-def say(llm: LLM, prompt: Any, params: SamplingParams, conversation: Conversation) -> Any:
-    pieces = llm.stream(prompt, params, conversation)
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as end:
-            return end.value
+def positions_of(conversation: Conversation) -> list[list[int]]:
+    assert conversation.held
+    return [positions.tolist() for _, _, positions in conversation.held.layers]
 
 
 @given(pieces=st.lists(st.integers(1, 30), min_size=1, max_size=5))
 @settings(max_examples=40, deadline=None)
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(tiny: LLM, pieces: list[int]) -> None:
     (prompt,) = prompts_of([sum(pieces)])
-    expected = with_pyramid(tiny, None).prefill([prompt])[0].logits
-    cache = tiny._allot(Need((len(prompt),) * 3), 1)
-    cache.add_row()
+    expected = tiny.prefill([prompt])[0].logits
+    cache = KVCache.allot(tiny.config, Need((len(prompt),) * 3), 1, tiny.dtype, tiny.device)
+    row = cache.add_row()
     with torch.inference_mode():
         for n, ids in zip(pieces, torch.tensor(prompt).split(pieces), strict=True):
-            x = tiny.model.extend(ids, [Span(cache, 0, n)])
+            x = tiny.model.extend(ids, [Span(row, n)])
         logits = tiny.model.logits(x)[0]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    assert cache.rows[0].kept_positions() == [list(range(len(prompt)))] * 3
+    assert row.kept_positions() == [list(range(len(prompt)))] * 3
 
 
 def test_turns_onto_a_full_cache_are_one_long_text(tiny: LLM) -> None:
-    llm, conversation = with_pyramid(tiny, None), Conversation()
+    llm, conversation = tiny, Conversation()
     first, second = prompts_of([20, 15])
     one = say(llm, first, EIGHT, conversation)
     two = say(llm, second, EIGHT, conversation)
@@ -57,10 +51,10 @@ def test_turns_onto_a_full_cache_are_one_long_text(tiny: LLM) -> None:
 
 def test_a_turn_is_pruned_among_itself_and_sees_what_was_kept(tiny: LLM) -> None:
     """Section 5 of the method: N is the number of new tokens, positions go on, what is held stays."""
-    llm, conversation = with_pyramid(tiny, STEEP), Conversation()
+    llm, conversation = tiny.under(STEEP), Conversation()
     lengths, held, position = (60, 40, 1), [0, 0, 0], 0
     for n, prompt in zip(lengths, prompts_of(list(lengths)), strict=True):
-        before = conversation.held[1].kept_positions() if conversation.held else [[], [], []]
+        before = positions_of(conversation) if conversation.held else [[], [], []]
         turn = say(llm, prompt, SamplingParams(max_new_tokens=25, ignore_eos=True), conversation)
         held = [a + b for a, b in zip(held, STEEP.kv_lengths(n, 25, 3), strict=True)]
         assert turn.kv_lengths == held
@@ -77,7 +71,7 @@ def test_a_pruned_turn_equals_the_slow_version(tmp_path: Path) -> None:
     """A second prompt onto a pruned cache, by the specification: logits and what every layer keeps of it."""
     write_checkpoint(tmp_path)
     first, second = prompts_of([50, 40])
-    slow, llm, conversation = SlowPyramid(tmp_path, STEEP), LLM(tmp_path, pyramid=STEEP), Conversation()
+    slow, llm, conversation = SlowPyramid(tmp_path, STEEP), LLM(tmp_path, policy=STEEP), Conversation()
     tokens, _ = slow.run(first, 30)
     turn = say(llm, first, SamplingParams(max_new_tokens=30, ignore_eos=True), conversation)
     assert turn.token_ids == tokens
@@ -89,26 +83,28 @@ def test_a_pruned_turn_equals_the_slow_version(tmp_path: Path) -> None:
 
 
 def test_a_later_turn_depends_on_the_earlier(tiny: LLM) -> None:
-    llm = with_pyramid(tiny, STEEP)
+    llm = tiny.under(STEEP)
     first, other, second = prompts_of([50, 50, 10])
     replies = []
     for prompt in (first, other):
         conversation = Conversation()
         say(llm, prompt, EIGHT, conversation)
-        replies.append(say(llm, second, SamplingParams(max_new_tokens=8, logprobs=True), conversation).logprobs)
+        replies.append(
+            say(llm, second, SamplingParams(max_new_tokens=8, logprobs=True), conversation).logprobs
+        )
     assert replies[0] != replies[1]
 
 
 def test_a_turn_cut_short_is_undone(tiny: LLM) -> None:
-    llm, conversation = with_pyramid(tiny, STEEP), Conversation()
+    llm, conversation = tiny.under(STEEP), Conversation()
     first, second = prompts_of([30, 20])
     say(llm, first, EIGHT, conversation)
-    kept = conversation.held[1].kept_positions() if conversation.held else []
+    kept = positions_of(conversation) if conversation.held else []
     pieces = llm.stream(second, EIGHT, conversation)
     next(pieces)
     pieces.close()
     assert conversation.held
-    assert conversation.held[1].kept_positions() == kept
+    assert positions_of(conversation) == kept
     again, fresh = say(llm, second, EIGHT, conversation), Conversation()
     say(llm, first, EIGHT, fresh)
     assert again.token_ids == say(llm, second, EIGHT, fresh).token_ids
@@ -132,7 +128,7 @@ def test_a_turn_of_text_begins_without_a_beginning(tiny_dir: Path) -> None:
 
 def test_streams_on_one_conversation_do_not_mix(tiny: LLM) -> None:
     """Each turn goes on from what stood when it was planned; the last to finish is the one that is kept."""
-    llm, conversation = with_pyramid(tiny, STEEP), Conversation()
+    llm, conversation = tiny.under(STEEP), Conversation()
     first, second, third = prompts_of([20, 30, 10])
     streams = [llm.stream(prompt, EIGHT, conversation) for prompt in (first, second)]
     for stream in streams:
@@ -140,17 +136,17 @@ def test_streams_on_one_conversation_do_not_mix(tiny: LLM) -> None:
     for stream in streams:
         list(stream)
     assert conversation.held
-    assert conversation.held[1].position == len(conversation.token_ids) == len(second) + 8
+    assert conversation.held.position == len(conversation.token_ids) == len(second) + 8
     assert conversation.token_ids[: len(second)] == second
     say(llm, third, EIGHT, conversation)
-    assert conversation.held[1].position == len(conversation.token_ids) == len(second) + len(third) + 16
+    assert conversation.held.position == len(conversation.token_ids) == len(second) + len(third) + 16
 
 
 def test_a_conversation_stays_with_its_engine(tiny: LLM, tmp_path: Path) -> None:
     conversation = Conversation()
     (prompt,) = prompts_of([20])
     say(tiny, prompt, EIGHT, conversation)
-    other = LLM(write_checkpoint(tmp_path, num_hidden_layers=2), pyramid="off")
+    other = LLM(write_checkpoint(tmp_path, num_hidden_layers=2), policy="full")
     with pytest.raises(RequestError, match="another LLM"):
         other.stream(prompt, EIGHT, conversation)
     for wrong in ("x", 5, [], Conversation):
@@ -163,4 +159,4 @@ def test_a_completion_is_the_callers_own(tiny: LLM) -> None:
     (prompt,) = prompts_of([20])
     say(tiny, prompt, EIGHT, conversation).kv_lengths[0] = 1
     assert conversation.held
-    assert conversation.held[1].lengths == [28, 28, 28]
+    assert conversation.held.lengths == [28, 28, 28]

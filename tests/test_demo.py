@@ -1,4 +1,4 @@
-"""The demo: both sides are the engine's own, nothing is counted that was not generated, and the picture is exact."""
+"""The demo: both sides are the engine's own, only generated tokens are counted, and the picture is exact."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WEIGHTS
+from helpers import STEEP, WEIGHTS
 
-from minipyramid import LLM, PyramidConfig, SamplingParams
-from minipyramid.demo import (
-    Case,
-    build_parser,
-    check,
-    compare,
-    depth_of,
-    main,
-    run_side,
-    style_of_stdout,
-    tell_one,
-    tokens_of,
+from minipyramid import LLM, SamplingParams
+from minipyramid.demo.__main__ import build_parser, check, main
+from minipyramid.demo.cases import Case, tell_one
+from minipyramid.demo.kept import Kept, layers_in_words
+from minipyramid.demo.page import page
+from minipyramid.demo.picture import (
+    Picture,
+    Side,
+    Token,
+    computed_in_words,
+    difference,
+    first_difference,
+    legend,
 )
-from minipyramid.picture import (
+from minipyramid.demo.screen import (
     INVERSE,
     MOST_LINES,
     PLAIN,
-    Picture,
-    Side,
+    UNDERLINED,
     Style,
-    Token,
     bar,
     breaks,
-    difference,
     excerpt,
-    first_difference,
-    kept_by_layer,
     marked,
-    page,
     screen,
+    style_of_stdout,
 )
-from minipyramid.tokenizer import Tokenizer
+from minipyramid.demo.sides import compare, run_side
+from minipyramid.demo.tokens import tokens_of
+from minipyramid.tokenizer import load_tokenizer
 
 INJECTION = (
-    "The fox </script><script>alert(1)</script><img src=x onerror=alert(2)> & \"who\" 'there'\r\n\u00e9\U0001f98a" * 2
-)
+    "The fox </script><script>alert(1)</script><img src=x onerror=alert(2)> "
+    "& \"who\" 'there'\r\n\u00e9\U0001f98a"
+) * 2
 SHORT = ["--max-new-tokens", "12", "--kv-budget", "0.7"]
+FOXES = "the fox went home again. " * 6
 
 
 def compared(tiny_dir: Path, *argv: str) -> Picture:
@@ -64,6 +64,18 @@ def compared(tiny_dir: Path, *argv: str) -> Picture:
 @pytest.fixture(scope="module")
 def picture(tiny_dir: Path) -> Picture:
     return compared(tiny_dir, *SHORT, "--prompt", INJECTION)
+
+
+@pytest.fixture(scope="module")
+def snapkv(tiny_dir: Path) -> Picture:
+    """A policy whose layers and heads choose for themselves."""
+    return compared(tiny_dir, *SHORT, "--prompt", INJECTION, "--policy", "snapkv")
+
+
+@pytest.fixture(scope="module")
+def split(tiny_dir: Path) -> Picture:
+    """As many tokens as the pyramid in each layer, and others."""
+    return compared(tiny_dir, *SHORT, "--prompt", INJECTION, "--policy", "random-split")
 
 
 @pytest.fixture
@@ -81,17 +93,29 @@ def command(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
-def made_up(depth: list[int], layers: int, texts: list[str] | None = None) -> Picture:
+def nested(depth: list[int], layers: int) -> Kept:
+    """Each token is kept by the first so many layers, as PyramidInfer does it."""
+    holders = [[int(d > layer) for d in depth] for layer in range(layers)]
+    return Kept(1, holders, [sum(row) for row in holders])
+
+
+# Two heads that choose for themselves in layer 1, and a layer 2 that keeps what layer 1 dropped.
+LOOSE = Kept(2, [[2, 2, 2, 2], [2, 1, 1, 0], [0, 0, 2, 2]], [4, 4, 3])
+
+
+def made_up(kept: Kept, texts: list[str] | None = None) -> Picture:
     """A picture without a run."""
-    tokens = [Token(text, text) for text in texts or [f" w{i}" for i in range(len(depth))]]
-    side = Side("full cache", 1.0, 3.0, 8, 4096, 4096, 1, [5, 6], [Token(" a", " a"), Token(" b", " b")], depth)
+    tokens = [Token(text, text) for text in texts or [f" w{i}" for i in range(kept.computed[0])]]
+    side = Side(
+        "full cache", 1.0, 3.0, 8, 4096, 4096, 1, [5, 6], [Token(" a", " a"), Token(" b", " b")], kept
+    )
     other = replace(
         side, name="pyramid", kv_bytes=2048, token_ids=[5, 7], tokens=[Token(" a", " a"), Token("<c>", "<c>")]
     )
-    return Picture("a title", tokens, layers, 2, 1, None, 1, side, other)
+    return Picture("a title", tokens, 2, 1, None, 1, side, other)
 
 
-# --- Tokens and depths -------------------------------------------------------------------------------------------
+# --- Tokens, and who keeps them -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,22 +155,89 @@ def test_tokens_without_a_text_have_a_name(tiny: LLM) -> None:
     assert names[names.index("<0xE6>") :][:3] == ["<0xE6>", "<0xBC>", "\u6f22"]
 
 
-def test_the_depth_is_what_the_layers_kept(tiny_dir: Path) -> None:
-    """What is dropped stays away, so one number per token tells each layer's positions."""
-    steep = PyramidConfig(
-        recent_ratio=0.1, prefill_decay_ratio=0.5, prefill_decay_strategy="constant", min_context_length=4
+def test_the_picture_holds_what_the_layers_kept(tiny_dir: Path) -> None:
+    """PyramidInfer: what is dropped stays away, so each token is kept by the first so many layers."""
+    steep = replace(STEEP, prefill_decay_strategy="constant")
+    llm = LLM(tiny_dir, policy=steep)
+    (completion,) = llm.generate(
+        "the fox went home again. " * 5, SamplingParams(max_new_tokens=9, ignore_eos=True)
     )
-    llm, prompt = LLM(tiny_dir, pyramid=steep), "the fox went home again. " * 5
-    (completion,) = llm.generate(prompt, SamplingParams(max_new_tokens=9, ignore_eos=True))
     n = len(completion.prompt_token_ids)
-    depth = depth_of(completion.kept_positions, n)
+    kept = Kept.of(completion.kept_positions, 2, steep.computed(n, 3))
+    depth = [sum(column) // 2 for column in kept.columns]
     assert set(depth) == {1, 2, 3}
-    for layer, kept in enumerate(completion.kept_positions):
-        assert [p for p, d in enumerate(depth) if d > layer] == [p for p in kept if p < n]
-        assert kept_by_layer(depth, 3)[layer] == sum(p < n for p in kept)
+    for layer, positions in enumerate(completion.kept_positions):
+        of_prompt = [p for p in positions if isinstance(p, int) and p < n]
+        assert [p for p, d in enumerate(depth) if d > layer] == of_prompt
+        assert [p for p, held in enumerate(kept.holders[layer]) if held] == of_prompt
+        assert kept.counts[layer] == len(of_prompt)
+    assert kept.counts == kept.computed == steep.held(n, 3)
+    assert not kept.heads_differ
 
 
-# --- The comparison ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("policy", ["snapkv", "streaming", "random-split", "h2o"])
+def test_the_picture_holds_what_each_head_kept(tiny: LLM, policy: str) -> None:
+    """A count of heads for every layer and token, whether positions are told once or for each head."""
+    llm = tiny.under(policy, kv_budget=0.5)
+    (completion,) = llm.generate(FOXES, SamplingParams(max_new_tokens=4, ignore_eos=True))
+    n = len(completion.prompt_token_ids)
+    plan = llm.plan([n], 4)
+    kept = Kept.of(completion.kept_positions, 2, plan.computed[0])
+    for positions, row in zip(completion.kept_positions, kept.holders, strict=True):
+        heads = positions if isinstance(positions[0], list) else [positions, positions]
+        assert row == [sum(p in head for head in heads) for p in range(n)]
+    assert kept.counts == plan.at(0)[0]
+    assert kept.computed == [n] * 3
+    assert kept.heads_differ == (policy != "streaming")
+
+
+def test_who_keeps_a_token_is_told_in_words() -> None:
+    assert layers_in_words([3]) == "layer 3"
+    assert layers_in_words([0, 1, 2]) == "layers 0 to 2"
+    assert layers_in_words([0, 2]) == "layers 0 and 2"
+    assert layers_in_words([0, 1, 4, 6, 7]) == "layers 0 to 1, 4 and 6 to 7"
+    assert [LOOSE.where(column) for column in LOOSE.columns] == [
+        "kept by 2 of 3 layers, in layers 0 to 1",
+        "kept by 1 of 3 layers, in layer 0; kept by some heads of layer 1",
+        "kept by 2 of 3 layers, in layers 0 and 2; kept by some heads of layer 1",
+        "kept by 2 of 3 layers, in layers 0 and 2",
+    ]
+    assert LOOSE.where((0, 0, 0)) == "kept by no layer"
+    assert LOOSE.where((1, 0, 1)) == "kept by some heads of layers 0 and 2"
+
+
+def test_only_what_all_heads_keep_is_drawn_darkest() -> None:
+    eight = Kept(8, [[8]], [1])
+    assert [eight.shade(count) for count in range(9)] == [0, 1, 1, 2, 2, 2, 3, 3, 4]
+    assert [LOOSE.shade(count) for count in range(3)] == [0, 2, 4]
+    assert [nested([1], 1).shade(count) for count in range(2)] == [0, 4]
+
+
+def test_the_legend_tells_of_the_layer_that_keeps_least() -> None:
+    pyramid = made_up(nested([3, 1, 2, 3, 3, 3], 3))
+    assert legend(pyramid) == (
+        "The last layer kept 4 of the prompt's 6 tokens: the newest 2, which vote, the first 1, "
+        "1 that were voted for. No other layer holds less."
+    )
+    other = replace(pyramid, newest=0, sinks=0)  # of policies that are not PyramidInfer no more is known
+    assert legend(other) == "The last layer kept 4 of the prompt's 6 tokens. No other layer holds less."
+    assert legend(made_up(nested([2, 2], 2))) == "The last layer kept all of the prompt's 2 tokens."
+    heads = replace(made_up(LOOSE), newest=0, sinks=0)
+    assert legend(heads) == "The last layer kept 2 of the prompt's 4 tokens. No other layer holds less."
+    turned = replace(heads, pruned=replace(heads.pruned, kept=Kept(2, [LOOSE.holders[1], [2] * 4], [4, 4])))
+    assert legend(turned) == (
+        "Layer 0 kept 2 of the prompt's 4 tokens in each of its 2 heads: 1 in all of them, 2 in some. "
+        "No other layer holds less."
+    )
+
+
+def test_what_was_computed_is_told_in_words() -> None:
+    assert computed_in_words(nested([2, 1], 2)) == "Each layer computed just the tokens that it kept."
+    assert computed_in_words(Kept(1, [[1, 0]], [2])) == "Each layer computed all tokens of the prompt."
+    assert computed_in_words(LOOSE) == "The deeper layers computed fewer tokens of the prompt."
+
+
+# --- The comparison -----------------------------------------------------------------------------------------
 
 
 def test_both_sides_are_what_the_engine_does_alone(tiny_dir: Path, tiny: LLM, picture: Picture) -> None:
@@ -155,8 +246,26 @@ def test_both_sides_are_what_the_engine_does_alone(tiny_dir: Path, tiny: LLM, pi
         (alone,) = llm.generate(INJECTION, params)
         assert alone.token_ids[: len(side.token_ids)] == side.token_ids
         assert (alone.kv_bytes, alone.kv_bytes_full) == (side.kv_bytes, side.kv_bytes_full)
-        assert depth_of(alone.kept_positions, len(picture.tokens)) == side.depth
+        computed = llm.plan([len(picture.tokens)], 12).computed[0]
+        assert Kept.of(alone.kept_positions, 2, computed) == side.kept
     assert picture.pruned.kv_bytes <= 0.7 * picture.full.kv_bytes == 0.7 * picture.full.kv_bytes_full
+    assert (picture.full.name, picture.pruned.name) == ("full cache", "pyramid")
+    assert picture.newest > 1
+    assert picture.sinks == 4
+
+
+def test_another_policy_is_shown_as_it_is(snapkv: Picture, split: Picture, picture: Picture) -> None:
+    """Its layers are not nested, its heads differ, and nothing is said of votes that it may not have."""
+    for shown, name in ((snapkv, "snapkv"), (split, "random-split")):
+        assert shown.pruned.name == name
+        assert (shown.newest, shown.sinks) == (0, 0)
+        assert shown.pruned.kept.heads_differ
+        assert shown.pruned.kept.computed == [len(shown.tokens)] * 3
+        assert shown.pruned.kv_bytes <= 0.7 * shown.full.kv_bytes
+        shallow, deep = shown.pruned.kept.holders[1:]
+        assert any(below > above for above, below in zip(shallow, deep, strict=True))
+        assert shown.full == replace(picture.full, prompt_s=shown.full.prompt_s, decode_s=shown.full.decode_s)
+    assert split.pruned.kept.counts == picture.pruned.kept.counts
 
 
 def test_only_generated_tokens_count_as_throughput(tiny_dir: Path) -> None:
@@ -181,7 +290,8 @@ def test_the_stories_of_a_batch_differ(tiny: LLM) -> None:
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="no embedded checkpoint in this tree")
 @pytest.mark.parametrize("tokens", [128, 512, 2000])
 def test_a_story_has_the_length_that_was_asked_for_and_the_answer_stands_in_it(tokens: int) -> None:
-    tokenizer = Tokenizer(WEIGHTS, 4096)
+    tokenizer = load_tokenizer(WEIGHTS, 4096)
+    assert tokenizer is not None
     for seed in range(5):
         case = tell_one(random.Random(seed), tokens, tokenizer)
         assert 0.9 * tokens < len(tokenizer.encode(case.prompt)) <= tokens
@@ -197,31 +307,43 @@ def test_a_right_answer_is_counted(tiny: LLM) -> None:
     assert run_side("full cache", tiny, tiny.tokenizer, cases, 6).right == 1
 
 
-def test_what_follows_the_end_of_text_is_computed_and_not_shown(tiny_dir: Path) -> None:
+def test_what_follows_the_end_of_text_is_computed_and_not_shown(
+    tiny: LLM, tiny_dir: Path, tmp_path: Path
+) -> None:
     """Both sides do equal work, and a text is still shown as it would have ended."""
-    llm = LLM(tiny_dir, pyramid="off")
+    ids = tiny.generate("the fox", SamplingParams(max_new_tokens=10, ignore_eos=True))[0].token_ids
+    config = json.loads((tiny_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": ids[3]}))
+    for name in ("tokenizer.model", "model.safetensors"):
+        (tmp_path / name).symlink_to(tiny_dir / name)
+    llm = LLM(tmp_path, policy="full")
     assert llm.tokenizer is not None
-    ids = llm.generate("the fox", SamplingParams(max_new_tokens=10, ignore_eos=True))[0].token_ids
-    llm.config = replace(llm.config, eos_token_ids=(ids[3],))
     side = run_side("full cache", llm, llm.tokenizer, [Case("the fox")], 10)
     assert side.token_ids == ids[: ids.index(ids[3]) + 1]
     assert len(side.tokens) == len(side.token_ids)
     assert side.generated == 10
 
 
-# --- On a terminal -----------------------------------------------------------------------------------------------
+# --- On a terminal ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("left", "right", "at"),
-    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([4, 2], [1, 2], 0), ([1, 2], [1], 1), ([], [1], 0), ([], [], None)],
+    [
+        ([1, 2], [1, 2], None),
+        ([1, 2], [1, 3], 1),
+        ([4, 2], [1, 2], 0),
+        ([1, 2], [1], 1),
+        ([], [1], 0),
+        ([], [], None),
+    ],
 )
 def test_the_first_difference(left: list[int], right: list[int], at: int | None) -> None:
     assert first_difference(left, right) == at
 
 
 def test_the_difference_names_both_tokens() -> None:
-    picture = made_up([2, 1], 2)
+    picture = made_up(nested([2, 1], 2))
     assert "token 1: ' b' (full cache), '<c>' (pyramid)" in difference(picture)
     ended = replace(picture.pruned, token_ids=[5], tokens=picture.pruned.tokens[:1])
     assert "token 1: ' b' (full cache), its end (pyramid)" in difference(replace(picture, pruned=ended))
@@ -251,6 +373,15 @@ def test_marks_stand_around_runs_of_kept_tokens() -> None:
     ]
 
 
+def test_what_some_heads_keep_has_marks_of_its_own() -> None:
+    texts, shares = ["The", " fox", " went", " home", ".\n", "Then"], [0.5, 1, 1, 0.25, 0.75, 0]
+    assert marked(texts, shares, Style(80, True, False)) == ["{The}[ fox went]{ home.}\n", "Then"]
+    assert marked(texts, shares, Style(80, True, True)) == [
+        f"{UNDERLINED}The{PLAIN}{INVERSE} fox went{PLAIN}{UNDERLINED} home.{PLAIN}\n",
+        "Then",
+    ]
+
+
 def test_a_long_prompt_is_shown_in_part_and_says_so() -> None:
     lines = [f"line {i}\n" for i in range(100)]
     shown = excerpt(lines)
@@ -265,14 +396,50 @@ def test_a_long_prompt_is_shown_in_part_and_says_so() -> None:
 def test_the_screen_shows_everything(picture: Picture) -> None:
     lines = screen(picture, Style(100, False, False))
     text = "\n".join(lines)
-    n, kept = len(picture.tokens), kept_by_layer(picture.pruned.depth, 3)
-    for word in ("prompt, seconds", "generation, seconds", "tokens/s", "keys and values held", "100.0%", "full cache"):
+    n, kept = len(picture.tokens), picture.pruned.kept.counts
+    for word in (
+        "prompt, seconds",
+        "generation, seconds",
+        "tokens/s",
+        "keys and values held",
+        "100.0%",
+        "full cache",
+    ):
         assert word in text
     for layer, count in enumerate(kept):
         assert f"{layer:5} {count:7} {count / n:6.1%} {'#' * round(40 * count / n)}" in lines
     assert f"kept {kept[-1]} of the prompt's {n} tokens" in text.replace("\n", " ")
     assert "\x1b" not in text
     assert INVERSE in "\n".join(screen(picture, Style(100, True, True)))
+    assert "Kept of the prompt, layer by layer:" in lines
+
+
+def test_the_screen_shows_what_was_computed_and_not_kept(snapkv: Picture, split: Picture) -> None:
+    """Lighter, behind the bar; and what only some heads of the smallest layer kept has other marks."""
+    for shown in (snapkv, split):
+        n = len(shown.tokens)
+        lines = screen(shown, Style(100, False, False))
+        for layer, count in enumerate(shown.pruned.kept.counts):
+            filled = round(40 * count / n)
+            line = f"{layer:5} {count:7} {count / n:6.1%} {'#' * filled}{'.' * (40 - filled)} {n} computed"
+            assert line in lines
+        text = " ".join(lines)
+        assert "(. computed and not kept)" in text
+        assert "Each layer computed all tokens of the prompt." in text
+        assert "in brackets" in text
+        assert "in braces" in text
+        coloured = "\n".join(screen(shown, Style(100, True, True)))
+        assert "(\u2591 computed and not kept)" in coloured
+        assert INVERSE in coloured
+        assert UNDERLINED in coloured
+
+
+def test_the_columns_are_as_wide_as_the_policy_s_name(split: Picture) -> None:
+    long = replace(split, pruned=replace(split.pruned, name="a-policy-of-a-long-name"))
+    lines = screen(long, Style(100, False, False))
+    (head,) = [line for line in lines if line.startswith("    ") and line.endswith("a-policy-of-a-long-name")]
+    (share,) = [line for line in lines if line.startswith("share of the full cache")]
+    assert len(head) == len(share)
 
 
 class Terminal(io.TextIOWrapper):
@@ -293,7 +460,7 @@ def test_marks_and_blocks_depend_on_what_stdout_can_show(monkeypatch: pytest.Mon
     assert not style_of_stdout().colour
 
 
-# --- The command -------------------------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------------------
 
 
 def test_the_script_runs_in_any_locale(tiny_dir: Path, tmp_path: Path) -> None:
@@ -310,30 +477,44 @@ def test_the_script_runs_in_any_locale(tiny_dir: Path, tmp_path: Path) -> None:
 
 def test_prompts_come_from_flags_and_from_a_file(tiny_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("the fox went home again. " * 4)
-    picture = compared(tiny_dir, *SHORT, "--prompt", "the fox " * 12, "--prompt-file", str(tmp_path / "prompt.txt"))
+    picture = compared(
+        tiny_dir, *SHORT, "--prompt", "the fox " * 12, "--prompt-file", str(tmp_path / "prompt.txt")
+    )
     assert picture.prompts == 2
     assert "".join(token.text for token in picture.tokens) == "the fox " * 12
     assert picture.answer is None
 
 
-def test_the_budget_and_the_pyramid_are_heeded(tiny_dir: Path, tmp_path: Path) -> None:
+def test_the_budget_and_the_policy_are_heeded(tiny_dir: Path, tmp_path: Path) -> None:
     """Half by default; settings that are named run as they are, unless a budget is given with them."""
     (tmp_path / "p.json").write_text(json.dumps({"recent_ratio": 0.1, "min_context_length": 8}))
-    flags = ["--prompt", "the fox went home again. " * 6, "--max-new-tokens", "12"]
-    runs = ([], ["--kv-budget", "0.8"], ["--pyramid", str(tmp_path / "p.json")], ["--pyramid", "llama2-7b"])
+    flags = ["--prompt", FOXES, "--max-new-tokens", "12"]
+    runs: tuple[list[str], ...] = (
+        [],
+        ["--kv-budget", "0.8"],
+        ["--policy", str(tmp_path / "p.json")],
+        ["--policy", "llama2-7b"],
+    )
     half, most, own, published = (compared(tiny_dir, *flags, *more).pruned for more in runs)
     assert 0.4 < half.kv_bytes / half.kv_bytes_full <= 0.5
     assert 0.7 < most.kv_bytes / most.kv_bytes_full <= 0.8
     assert half.kv_bytes < own.kv_bytes < published.kv_bytes <= published.kv_bytes_full
-    both = compared(tiny_dir, *flags, "--pyramid", str(tmp_path / "p.json"), "--kv-budget", "0.6").pruned
+    both = compared(tiny_dir, *flags, "--policy", str(tmp_path / "p.json"), "--kv-budget", "0.6").pruned
     assert both.kv_bytes <= 0.6 * both.kv_bytes_full
+    assert {side.name for side in (half, most, own, published, both)} == {"pyramid"}
+    (tmp_path / "s.json").write_text(json.dumps({"policy": "streaming", "share": 0.25}))
+    files = compared(tiny_dir, *flags, "--policy", str(tmp_path / "s.json"))
+    assert files.pruned.name == "streaming"
+    assert sum(files.pruned.kept.counts) == len(files.tokens) * 3 // 4
 
 
 def test_dtype_and_threads_are_heeded(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
     monkeypatch.setattr("torch.set_num_threads", threads.append)
     flags = [*SHORT, "--prompt", "the fox went home again. " * 4, "--threads", "1"]
-    full, half = (compared(tiny_dir, *flags, "--dtype", dtype).full.kv_bytes for dtype in ("float32", "bfloat16"))
+    full, half = (
+        compared(tiny_dir, *flags, "--dtype", dtype).full.kv_bytes for dtype in ("float32", "bfloat16")
+    )
     assert full == 2 * half
     assert threads == [1, 1]
 
@@ -357,9 +538,11 @@ def test_dtype_and_threads_are_heeded(tiny_dir: Path, monkeypatch: pytest.Monkey
         (["--prompt-file", "BINARY"], "UTF-8"),
         (["--prompt-file", "ZEROS"], "NUL"),
         (["--prompt-file", "/no/such/file"], "/no/such/file"),
-        (["--pyramid", "off"], "--pyramid is off"),
-        (["--pyramid", "off", "--kv-budget", "0.5"], "--pyramid is off"),
-        (["--pyramid", "llama9"], "llama3-8b"),
+        (["--policy", "full"], "--policy is full"),
+        (["--policy", "full", "--kv-budget", "0.5"], "--policy is full"),
+        (["--policy", "snapkw"], "snapkv"),
+        (["--pyramid", "auto"], "--pyramid"),
+        (["--policy", "llama9"], "llama3-8b"),
         (["--kv-budget", "0"], "kv_budget"),
         (["--kv-budget", "nan"], "nan"),
         (["--prompt", "fox", "--kv-budget", "0.01"], "0.01"),
@@ -391,46 +574,89 @@ def test_a_checkpoint_without_a_tokenizer_is_one_line(command: Any, tiny_dir: Pa
     assert "tokenizer.model" in err
 
 
-# --- The page ----------------------------------------------------------------------------------------------------
+# --- The page -----------------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):
-    """What a page holds: its tags, and the tokens of its prompt with their depths."""
+    """What a page holds: its tags, the prompt's tokens with how many layers keep them, and what is told."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.tokens: list[tuple[int, str]] = []
-        self.inside = False
+        self.tokens: list[tuple[float, str]] = []
+        self.entries: list[int] = []  # of each token, in the list of what is told
+        self.told: list[str] = []
+        self.inside = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        style = dict(attrs).get("style") or ""
-        self.inside = tag == "span" and style.startswith("--depth:")
-        if self.inside:
-            self.tokens.append((int(style.removeprefix("--depth:")), ""))
+        given = dict(attrs)
+        style = given.get("style") or ""
+        self.inside = tag if tag == "li" or (tag == "span" and style.startswith("--held:")) else ""
+        if self.inside == "span":
+            self.tokens.append((float(style.removeprefix("--held:")), ""))
+            self.entries.append(int(given["data-told"] or ""))
+        elif self.inside:
+            self.told.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        self.inside = False
+        self.inside = ""
 
     def handle_data(self, data: str) -> None:
-        if self.inside:
-            depth, text = self.tokens[-1]
-            self.tokens[-1] = (depth, text + data)
+        if self.inside == "span":
+            held, text = self.tokens[-1]
+            self.tokens[-1] = (held, text + data)
+        elif self.inside:
+            self.told[-1] += data
 
 
-def test_the_page_holds_each_token_and_its_depth(picture: Picture) -> None:
-    parsed = Page(page(picture))
+@pytest.mark.parametrize("policy", ["picture", "snapkv", "split"])
+def test_the_page_holds_each_token_and_who_kept_it(request: pytest.FixtureRequest, policy: str) -> None:
+    """The shade is the number of layers that keep a token, of which a head is its part."""
+    picture: Picture = request.getfixturevalue(policy)
+    parsed, kept = Page(page(picture)), picture.pruned.kept
     assert [text for _, text in parsed.tokens] == [token.text for token in picture.tokens]
     assert "".join(text for _, text in parsed.tokens) == INJECTION
-    assert [depth for depth, _ in parsed.tokens] == picture.pruned.depth
+    assert [held for held, _ in parsed.tokens] == [sum(column) / 2 for column in kept.columns]
+    assert [parsed.told[entry] for entry in parsed.entries] == [kept.where(column) for column in kept.columns]
+    assert len(set(parsed.told)) == len(parsed.told) or kept.heads_differ  # words do not count heads
+
+
+def paths(picture: Picture) -> list[tuple[str | None, str | None]]:
+    """Style and outline of what fills the map."""
+    tags = Page(page(picture)).tags
+    return [(attrs["style"], attrs["d"]) for tag, attrs in tags if tag == "path" and attrs["class"] == "kept"]
 
 
 def test_the_map_is_filled_where_a_layer_kept_a_token() -> None:
-    """Each run of equal depth is a step of the outline."""
-    paths = [attrs["d"] for tag, attrs in Page(page(made_up([3, 1, 1, 2], 3))).tags if tag == "path"]
-    assert paths[0] == "M0 0V3h1V1h2V2h1V0Z"
+    """Neighbours that are kept alike are one rectangle."""
+    outline = "M0 0h1v3h-1zM1 0h2v1h-2zM3 0h1v2h-1z"
+    assert paths(made_up(nested([3, 1, 1, 2], 3))) == [("fill-opacity:1", outline)]
+
+
+def test_the_map_is_lighter_where_some_heads_kept_a_token() -> None:
+    """And a layer may keep what the layer before it dropped."""
+    assert paths(made_up(LOOSE)) == [
+        ("fill-opacity:0.5", "M1 1h1v1h-1zM2 1h1v1h-1z"),
+        ("fill-opacity:1", "M0 0h1v2h-1zM1 0h1v1h-1zM2 0h1v1h-1zM2 2h1v1h-1zM3 0h1v1h-1zM3 2h1v1h-1z"),
+    ]
+
+
+def test_the_bars_tell_what_was_kept_and_computed() -> None:
+    """The outline stands where a layer computed more than it kept."""
+    bars = [attrs for tag, attrs in Page(page(made_up(LOOSE))).tags if tag == "rect" and "class" in attrs]
+    drawn = [(attrs["class"], attrs["width"], attrs["y"]) for attrs in bars]
+    assert drawn == [
+        ("kept", "4", "0.1"),
+        ("kept", "2", "1.1"),
+        ("computed", "4", "1.1"),
+        ("kept", "2", "2.1"),
+        ("computed", "3", "2.1"),
+    ]
+    text = page(made_up(LOOSE))
+    assert "computed: 4, 4, 3; kept: 4, 2, 2" in text
+    assert "<title>layer 2: 2 kept, 3 computed</title>" in text
 
 
 def test_the_page_needs_nothing_else(picture: Picture) -> None:
@@ -446,8 +672,9 @@ def test_the_page_needs_nothing_else(picture: Picture) -> None:
 
 def test_texts_are_escaped(picture: Picture) -> None:
     """Those of the prompt and those that were generated."""
-    shown = made_up([2, 2], 2, ["</script>", "<script>alert(1)</script>"])
-    for text in (page(picture), page(shown), page(replace(shown, answer="<b>", title="<i>"))):
+    shown = made_up(nested([2, 2], 2), ["</script>", "<script>alert(1)</script>"])
+    named = replace(shown, pruned=replace(shown.pruned, name="<b>"))
+    for text in (page(picture), page(shown), page(replace(shown, answer="<b>", title="<i>")), page(named)):
         assert [tag for tag, _ in Page(text).tags].count("script") == 1
         assert text.count("</script") == 1
         assert "<img" not in text
@@ -463,31 +690,35 @@ def test_the_page_can_be_read_by_everyone(picture: Picture) -> None:
     assert "<title>" in text
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
-    (svg,) = [attrs for tag, attrs in tags if tag == "svg"]
+    svg, bars = [attrs for tag, attrs in tags if tag == "svg"]
     assert svg["aria-label"]
     assert svg["tabindex"] == "0"
+    assert bars["aria-label"]
 
 
 def test_the_first_difference_is_marked_in_both_texts() -> None:
-    text = page(made_up([2, 1], 2))
+    text = page(made_up(nested([2, 1], 2)))
     assert "> a<mark> b</mark></div>" in text
     assert "> a<mark>&lt;c&gt;</mark></div>" in text
 
 
 def test_a_page_of_2000_tokens_and_80_layers_is_small() -> None:
     rng = random.Random(0)
-    text = page(made_up([rng.randint(1, 80) for _ in range(2000)], 80))
+    text = page(made_up(nested([rng.randint(1, 80) for _ in range(2000)], 80)))
     assert len(text.encode()) < 200_000
     assert len(Page(text).tokens) == 2000
 
 
-# --- The plot ----------------------------------------------------------------------------------------------------
+# --- The plot -----------------------------------------------------------------------------------------------
 
 
-def test_a_plot_is_written(command: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["auto", "snapkv", "random-split"])
+def test_a_plot_is_written(command: Any, tmp_path: Path, policy: str) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib, an optional extra, is not installed")
     file = tmp_path / "kept.png"
-    status, _, err = command(*SHORT, "--prompt", "the fox went home again. " * 4, "--plot", str(file))
+    status, _, err = command(
+        *SHORT, "--prompt", "the fox went home again. " * 4, "--plot", str(file), "--policy", policy
+    )
     assert (status, err) == (0, "")
     assert file.read_bytes().startswith(b"\x89PNG")
     assert file.stat().st_size > 5000
@@ -503,7 +734,9 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_computed(
     assert err.count("\n") == 1
 
 
-def test_files_that_cannot_be_written_are_refused_before_anything_is_computed(command: Any, tmp_path: Path) -> None:
+def test_files_that_cannot_be_written_are_refused_before_anything_is_computed(
+    command: Any, tmp_path: Path
+) -> None:
     status, _, err = command("--html", str(tmp_path / "no" / "out.html"), "--model", "/no/such/model")
     assert status == 2
     assert "out.html cannot be written" in err
@@ -546,7 +779,15 @@ def test_a_budget_that_nobody_gave_is_told_as_the_demo_s(command: Any) -> None:
 
 
 def test_the_page_is_written_for_a_reader_who_leaves_early(tiny_dir: Path, tmp_path: Path) -> None:
-    argv = [sys.executable, "train_free_demo.py", "--model", str(tiny_dir), "--prompt", "the fox " * 12, *SHORT]
+    argv = [
+        sys.executable,
+        "train_free_demo.py",
+        "--model",
+        str(tiny_dir),
+        "--prompt",
+        "the fox " * 12,
+        *SHORT,
+    ]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(

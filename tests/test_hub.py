@@ -1,4 +1,6 @@
-"""A model name that is no local path is fetched from a hub: here a small server on the loopback, and no other host."""
+"""A model name that is no local path is fetched from a hub: here a small server on the loopback, and no other
+host.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import TINY, random_tensors
+from helpers import TINY, random_tensors
 from safetensors.torch import save
 
 import minipyramid
@@ -27,7 +29,13 @@ PROMPT, NEW = "Once upon a time", 8
 TOKEN = "hf_for_this_test_only"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = "model.safetensors.index.json"
-UNWANTED = ["README.md", "consolidated.safetensors", "onnx/model.onnx", "original/tokenizer.model", "pytorch_model.bin"]
+UNWANTED = [
+    "README.md",
+    "consolidated.safetensors",
+    "onnx/model.onnx",
+    "original/tokenizer.model",
+    "pytorch_model.bin",
+]
 
 
 def sha_of(name: str) -> str:
@@ -71,7 +79,11 @@ class Hub(ThreadingHTTPServer):
         return [r for r in self.requests if r.path.startswith((f"/{repo_id}/", f"/api/models/{repo_id}/"))]
 
     def files_asked(self, repo_id: str) -> set[str]:
-        return {r.path.split("/resolve/")[1].partition("/")[2] for r in self.asked(repo_id) if "/resolve/" in r.path}
+        return {
+            r.path.split("/resolve/")[1].partition("/")[2]
+            for r in self.asked(repo_id)
+            if "/resolve/" in r.path
+        }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -98,7 +110,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer_from(self, repo: Repo, listing: re.Match[str] | None, file: re.Match[str] | None) -> None:
         match = listing or file
         assert match is not None
-        commit = next((sha_of(name) for name in repo.revisions if match["revision"] in (name, sha_of(name))), None)
+        commit = next(
+            (sha_of(name) for name in repo.revisions if match["revision"] in (name, sha_of(name))), None
+        )
         if repo.token and self.headers["Authorization"] != f"Bearer {repo.token}":
             self.refuse(401, "RepoNotFound")
         elif repo.refusal and (file or repo.refuses_listing):
@@ -152,7 +166,9 @@ def command(model: str, *options: str) -> list[str]:
 
 
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
-    """This process's environment without what steers the hub's client, and with the endpoint and the cache given."""
+    """This process's environment without what steers the hub's client, and with the endpoint and the cache
+    given.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -160,11 +176,20 @@ def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
     }
     source = str(Path(minipyramid.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    return {**kept, "PYTHONPATH": path, "PYTHONUTF8": "1", "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **more}
+    return {
+        **kept,
+        "PYTHONPATH": path,
+        "PYTHONUTF8": "1",
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        **more,
+    }
 
 
 def python(arguments: list[str], env: dict[str, str], cwd: Path) -> Result:
-    done = subprocess.run([sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, check=False, timeout=300
+    )
     return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -179,7 +204,9 @@ for argv in json.loads(sys.argv[1]):
 
 
 def run_all(commands: dict[str, list[str]], env: dict[str, str], cwd: Path) -> dict[str, Result]:
-    """The commands one after the other in one process, since a start costs seconds; what each wrote is kept apart."""
+    """The commands one after the other in one process, since a start costs seconds; what each wrote is kept
+    apart.
+    """
     whole = python(["-c", DRIVER, json.dumps(list(commands.values()))], env, cwd)
     assert whole.status == 0, whole.stderr
     out, err = (re.split(r"<<exit (\d+)>>", text) for text in (whole.stdout, whole.stderr))
@@ -287,7 +314,10 @@ def offline(
     with socket.socket() as closed:  # bound, so that nobody else gets the port, but not listening
         closed.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        return {"set offline": set_offline, "out of reach": run_all(AGAIN, environment(nowhere, home), elsewhere)}
+        return {
+            "set offline": set_offline,
+            "out of reach": run_all(AGAIN, environment(nowhere, home), elsewhere),
+        }
 
 
 def the_error(result: Result) -> str:
@@ -304,16 +334,29 @@ def test_a_repository_is_fetched_and_run(online: dict[str, Result], text: str) -
 
 def test_a_repository_in_shards_is_fetched_and_run(online: dict[str, Result], hub: Hub, text: str) -> None:
     assert online["acme/sharded"] == Result(0, text + "\n", "")
-    assert hub.files_asked("acme/sharded") == {"config.json", "pyramid.json", "tokenizer.model", INDEX, *SHARDS}
+    assert hub.files_asked("acme/sharded") == {
+        "config.json",
+        "pyramid.json",
+        "tokenizer.model",
+        INDEX,
+        *SHARDS,
+    }
 
 
 def test_only_what_the_engine_reads_is_asked_for(online: dict[str, Result], hub: Hub) -> None:
     """The same weights in other layouts would double the download."""
     assert set(UNWANTED) < set(hub.repos["acme/tiny"].files)
-    assert hub.files_asked("acme/tiny") == {"config.json", "pyramid.json", "tokenizer.model", "model.safetensors"}
+    assert hub.files_asked("acme/tiny") == {
+        "config.json",
+        "pyramid.json",
+        "tokenizer.model",
+        "model.safetensors",
+    }
 
 
-def test_a_token_from_the_environment_opens_a_private_repository(with_token: Result, hub: Hub, text: str) -> None:
+def test_a_token_from_the_environment_opens_a_private_repository(
+    with_token: Result, hub: Hub, text: str
+) -> None:
     assert with_token == Result(0, text + "\n", "")
     tokens = {request.authorization for request in hub.asked("acme/private")}
     assert f"Bearer {TOKEN}" in tokens

@@ -58,7 +58,9 @@ def respell(directory: Path) -> None:
         rope = config.pop("rope_parameters")
         config["rope_theta"] = rope.pop("rope_theta")
         # transformers 4 wrote `type` first and `rope_type` later.
-        config["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
+        config["rope_scaling"] = (
+            None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
+        )
         config["torch_dtype"] = config.pop("dtype")
         del config["head_dim"]
         if config["num_key_value_heads"] == config["num_attention_heads"]:
@@ -71,7 +73,9 @@ def respell(directory: Path) -> None:
 
 
 def reference_greedy(model: LlamaForCausalLM, prompt: list[int], new: int) -> list[int]:
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.generate(
+        torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -79,7 +83,7 @@ def reference_greedy(model: LlamaForCausalLM, prompt: list[int], new: int) -> li
 def test_float32_logits_and_64_greedy_tokens(kind: str, tmp_path: Path) -> None:
     reference = make(tmp_path, kind)
     prompt = torch.randint(3, 211, (300,)).tolist()
-    llm = LLM(tmp_path, pyramid="off", dtype="float32")
+    llm = LLM(tmp_path, policy="full", dtype="float32")
     with torch.no_grad():
         expected = reference(torch.tensor([prompt])).logits[0, -1]
     torch.testing.assert_close(llm.prefill([prompt])[0].logits, expected, atol=2e-4, rtol=0)
@@ -93,7 +97,7 @@ def test_every_position_and_not_only_the_last(tmp_path: Path) -> None:
     ids = torch.randint(3, 211, (300,)).tolist()
     with torch.no_grad():
         logprobs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
-    llm = LLM(tmp_path, pyramid="off", dtype="float32")
+    llm = LLM(tmp_path, policy="full", dtype="float32")
     for split in (1, 150, 299):
         expected = logprobs[torch.arange(split - 1, 299), ids[split:]]
         ours = torch.tensor(llm.score(ids[:split], ids[split:]))
@@ -104,9 +108,9 @@ def test_every_position_and_not_only_the_last(tmp_path: Path) -> None:
 def test_both_spellings_of_the_configuration_are_the_same_model(kind: str, tmp_path: Path) -> None:
     make(tmp_path, kind)
     prompt = torch.randint(3, 211, (300,)).tolist()
-    first = LLM(tmp_path, pyramid="off", dtype="float32")
+    first = LLM(tmp_path, policy="full", dtype="float32")
     respell(tmp_path)
-    second = LLM(tmp_path, pyramid="off", dtype="float32")
+    second = LLM(tmp_path, policy="full", dtype="float32")
     assert first.config == second.config
     assert torch.equal(first.prefill([prompt])[0].logits, second.prefill([prompt])[0].logits)
 
@@ -119,7 +123,7 @@ def test_bfloat16_logits(kind: str, tmp_path: Path) -> None:
     prompt = torch.randint(3, 211, (300,)).tolist()
     with torch.no_grad():
         expected = reference(torch.tensor([prompt])).logits[0, -1].float()
-    llm = LLM(tmp_path, pyramid="off", dtype="bfloat16")
+    llm = LLM(tmp_path, policy="full", dtype="bfloat16")
     ours = llm.prefill([prompt])[0].logits
     assert (ours - expected).abs().max() <= 3e-2 * expected.abs().max()
     # The step of one token has a form of attention of its own: its scores against the prompt's form.
@@ -133,7 +137,9 @@ def test_a_shard_index_loads_the_same_model(tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     prompt = [5, 7, 11]
-    whole, shards = (LLM(tmp_path / name, pyramid="off").prefill([prompt])[0].logits for name in ("whole", "shards"))
+    whole, shards = (
+        LLM(tmp_path / name, policy="full").prefill([prompt])[0].logits for name in ("whole", "shards")
+    )
     assert torch.equal(whole, shards)
 
 
@@ -145,5 +151,5 @@ def test_a_head_that_differs_is_not_tied(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = reference(torch.tensor([[5, 7, 11]])).logits[0, -1]
     torch.testing.assert_close(
-        LLM(tmp_path, pyramid="off").prefill([[5, 7, 11]])[0].logits, expected, atol=2e-4, rtol=0
+        LLM(tmp_path, policy="full").prefill([[5, 7, 11]])[0].logits, expected, atol=2e-4, rtol=0
     )

@@ -9,34 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_checkpoint
+from helpers import CONFIGS, STEEP, prompts_of, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_pyramid import SlowPyramid
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipyramid import LLM, CheckpointError, ConfigError, PyramidConfig, SamplingParams
-from minipyramid.plan import Policy
-from minipyramid.pyramid import pivotal
-from minipyramid.schedule import Scheduler
+from minipyramid.policy import FULL, top_scored
+from minipyramid.scheduler import Scheduler
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = [(name, case) for name in ("mha", "gqa") for case in json.loads((GOLDEN / name / "cases.json").read_text())]
-STEEP = PyramidConfig(
-    recent_ratio=0.1, prefill_decay_ratio=0.5, min_context_length=4, exceed_length_to_compress=8, gen_decay_ratio=0.2
-)
-
-
-def prompts_of(lengths: list[int]) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
-
-
-def with_pyramid(llm: LLM, pyramid: PyramidConfig | None) -> LLM:
-    """The same weights under other settings."""
-    other = object.__new__(LLM)
-    vars(other).update(vars(llm), policy=Policy(pyramid))
-    return other
+CASES = [
+    (name, case) for name in ("mha", "gqa") for case in json.loads((GOLDEN / name / "cases.json").read_text())
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +34,7 @@ def golden() -> dict[str, LLM]:
 def test_golden_results(model: str, case: dict[str, Any], golden: dict[str, LLM], tmp_path: Path) -> None:
     """What the published code kept, from its configuration file as it is."""
     (tmp_path / "published.json").write_text(json.dumps(case["config"]))
-    llm = with_pyramid(golden[model], PyramidConfig.load(tmp_path / "published.json"))
+    llm = golden[model].under(PyramidConfig.load(tmp_path / "published.json"))
     (prefill,) = llm.prefill([case["prompt"]])
     assert prefill.kept_positions == case["kept_positions"]
     assert prefill.kv_lengths == case["kv_lengths"]
@@ -56,26 +42,20 @@ def test_golden_results(model: str, case: dict[str, Any], golden: dict[str, LLM]
 
 
 @pytest.mark.parametrize(
-    "own",
-    [
-        {"prefill_max_over_heads": True},
-        {"prefill_vote_neighbours": 3},
-        {"prefill_full_layers": 3},
-        {"prefill_full_layers": 3, "prefill_full_ratio": 0.6},
-        {"prefill_full_layers": 2, "prefill_vote_neighbours": 2, "prefill_max_over_heads": True},
-    ],
-    ids=str,
+    "own", [{"prefill_full_layers": 3}, {"prefill_full_layers": 3, "prefill_full_ratio": 0.6}], ids=str
 )
 @pytest.mark.parametrize("kv_heads", [4, 1])
-def test_settings_of_our_own_equal_the_slow_version(own: dict[str, Any], kv_heads: int, tmp_path: Path) -> None:
-    """How heads and neighbours are joined, and where dropping begins; each changes what is kept."""
+def test_settings_of_our_own_equal_the_slow_version(
+    own: dict[str, Any], kv_heads: int, tmp_path: Path
+) -> None:
+    """Where dropping begins, and the cut of full layers; each changes what is kept."""
     write_checkpoint(tmp_path, num_key_value_heads=kv_heads, num_hidden_layers=5)
     kept = []
     for pyramid in (STEEP, replace(STEEP, **own)):
         slow = SlowPyramid(tmp_path, pyramid)
         (prompt,) = prompts_of([120])
         logits = slow.forward(prompt, 0, is_prompt=True)
-        (prefill,) = LLM(tmp_path, pyramid=pyramid).prefill([prompt])
+        (prefill,) = LLM(tmp_path, policy=pyramid).prefill([prompt])
         assert prefill.kept_positions == [cache.positions for cache in slow.layers]
         torch.testing.assert_close(prefill.logits, logits, atol=2e-4, rtol=2e-4)
         kept.append(prefill.kept_positions)
@@ -83,13 +63,15 @@ def test_settings_of_our_own_equal_the_slow_version(own: dict[str, Any], kv_head
 
 
 @pytest.mark.parametrize(("length", "kv_heads"), [(30, 2), (9, 4), (1, 1)])
-def test_generation_equals_the_slow_version_over_two_hundred_steps(length: int, kv_heads: int, tmp_path: Path) -> None:
+def test_generation_equals_the_slow_version_over_two_hundred_steps(
+    length: int, kv_heads: int, tmp_path: Path
+) -> None:
     """The tokens that survive are those with the highest votes, in every layer, through many compactions."""
     write_checkpoint(tmp_path, num_key_value_heads=kv_heads)
     (prompt,) = prompts_of([length])
     slow = SlowPyramid(tmp_path, STEEP)
     tokens, _ = slow.run(prompt, 205)
-    llm = LLM(tmp_path, pyramid=STEEP)
+    llm = LLM(tmp_path, policy=STEEP)
     (completion,) = llm.generate([prompt], SamplingParams(max_new_tokens=205, ignore_eos=True))
     assert completion.token_ids == tokens
     assert completion.kept_positions == [cache.positions for cache in slow.layers]
@@ -99,7 +81,7 @@ def test_generation_equals_the_slow_version_over_two_hundred_steps(length: int, 
 def test_sequences_of_a_batch_are_judged_each_by_itself(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     prompts, new = prompts_of([40, 3, 20]), [210, 205, 200]
-    llm = LLM(tmp_path, pyramid=STEEP)
+    llm = LLM(tmp_path, policy=STEEP)
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in new]
     for prompt, n, completion in zip(prompts, new, llm.generate(prompts, params), strict=True):
         slow = SlowPyramid(tmp_path, STEEP)
@@ -107,34 +89,13 @@ def test_sequences_of_a_batch_are_judged_each_by_itself(tmp_path: Path) -> None:
         assert completion.kept_positions == [cache.positions for cache in slow.layers]
 
 
-def with_full_layers(full: tuple[int, float], **others: Any) -> PyramidConfig:
-    return PyramidConfig(prefill_full_layers=full[0], prefill_full_ratio=full[1], **others)
-
-
-CONFIGS = st.builds(
-    with_full_layers,
-    full=st.sampled_from([(1, 1.0), (2, 1.0), (2, 0.4), (4, 0.0)]),
-    prefill_max_over_heads=st.booleans(),
-    prefill_vote_neighbours=st.integers(0, 2),
-    recent_ratio=st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0]),
-    prefill_decay_ratio=st.sampled_from([0.0, 0.3, 0.7, 0.9, 1.0]),
-    prefill_decay_strategy=st.sampled_from(["cosine", "linear", "constant"]),
-    min_context_length=st.integers(0, 20),
-    layerwise_downsample_interval=st.integers(1, 3),
-    streamingllm_sink_len=st.integers(0, 6),
-    distance_weight=st.sampled_from([0.5, 1.0, 1.2]),
-    gen_decay_ratio=st.sampled_from([0.0, 0.1, 1.0]),
-    gen_decay_strategy=st.sampled_from(["cosine", "linear", "constant"]),
-    exceed_length_to_compress=st.integers(1, 9),
-    gen_compress_ratio=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
-)
-
-
 @given(pyramid=CONFIGS, lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), new=st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
-def test_what_was_planned_is_what_is_held(tiny: LLM, pyramid: PyramidConfig, lengths: list[int], new: int) -> None:
+def test_what_was_planned_is_what_is_held(
+    tiny: LLM, pyramid: PyramidConfig, lengths: list[int], new: int
+) -> None:
     """Lengths, bytes, order and tail; and each sequence keeps in a batch what it keeps alone."""
-    llm, prompts = with_pyramid(tiny, pyramid), prompts_of(lengths)
+    llm, prompts = tiny.under(pyramid), prompts_of(lengths)
     plan = llm.plan(lengths, new)
     params = SamplingParams(max_new_tokens=new, ignore_eos=True)
     completions = llm.generate(prompts, params)
@@ -143,7 +104,7 @@ def test_what_was_planned_is_what_is_held(tiny: LLM, pyramid: PyramidConfig, len
     for prompt, completion in zip(prompts, completions, strict=True):
         assert completion.kv_lengths == pyramid.kv_lengths(len(prompt), new, 3)
         (prefill,) = llm.prefill([prompt])
-        assert prefill.kv_lengths == pyramid.prompt_lengths(len(prompt), 3)
+        assert prefill.kv_lengths == pyramid.computed(len(prompt), 3)
         tail = min(1 + pyramid.recent(len(prompt)), len(prompt))
         for kept, at_prefill in zip(completion.kept_positions, prefill.kept_positions, strict=True):
             assert kept == sorted(set(kept))
@@ -152,24 +113,32 @@ def test_what_was_planned_is_what_is_held(tiny: LLM, pyramid: PyramidConfig, len
             sinks = min(pyramid.streamingllm_sink_len, len(at_prefill) - tail)
             assert at_prefill[:sinks] == list(range(sinks))
     (alone,) = llm.generate([prompts[-1]], params)
-    assert (alone.token_ids, alone.kept_positions) == (completions[-1].token_ids, completions[-1].kept_positions)
+    assert (alone.token_ids, alone.kept_positions) == (
+        completions[-1].token_ids,
+        completions[-1].kept_positions,
+    )
 
 
 @given(pyramid=CONFIGS, lengths=st.lists(st.integers(1, 60), min_size=1, max_size=3), new=st.integers(1, 40))
 @settings(max_examples=40, deadline=None)
-def test_every_step_and_layer_is_as_planned(tiny: LLM, pyramid: PyramidConfig, lengths: list[int], new: int) -> None:
-    """Not only at the end: after each token every layer of every sequence holds what the plan says, tail and all."""
-    llm, prompts, steps = with_pyramid(tiny, pyramid), prompts_of(lengths), 0
+def test_every_step_and_layer_is_as_planned(
+    tiny: LLM, pyramid: PyramidConfig, lengths: list[int], new: int
+) -> None:
+    """Not only at the end: after each token every layer of every sequence holds what the plan says, tail and
+    all.
+    """
+    llm, prompts, steps = tiny.under(pyramid), prompts_of(lengths), 0
     plan, before = llm.plan(lengths, new), [p.kept_positions for p in llm.prefill(prompts)]
 
     def watch(scheduler: Scheduler) -> None:
         nonlocal steps
         steps += 1
         for row, sequence in scheduler.running.items():
-            assert row.lengths == plan.at(steps)[sequence.index]
+            index = 0 if len(prompts) == 1 else int(sequence.request.name.removeprefix("prompt "))
+            assert row.lengths == plan.at(steps)[index]
             protected = 1 + pyramid.recent(row.position)
             generated = range(max(row.position - protected, len(sequence.prompt)), row.position)
-            for kept, prompt in zip(row.kept_positions(), before[sequence.index], strict=True):
+            for kept, prompt in zip(row.kept_positions(), before[index], strict=True):
                 assert kept == sorted(set(kept))
                 assert kept[: len(prompt)] == prompt
                 assert kept[len(kept) - len(generated) :] == list(generated)
@@ -182,8 +151,8 @@ def test_every_step_and_layer_is_as_planned(tiny: LLM, pyramid: PyramidConfig, l
 def test_of_equal_votes_the_earlier_token_stays() -> None:
     """Five sinks and room for three once kept tokens 0, 2 and 3: topk promises no order among equals."""
     for count in range(1, 6):
-        assert pivotal(torch.zeros(5), count, 5).tolist() == list(range(count))
-        assert pivotal(torch.zeros(40), count, 0).tolist() == list(range(count))
+        assert top_scored(torch.zeros(5), count, 5).tolist() == list(range(count))
+        assert top_scored(torch.zeros(40), count, 0).tolist() == list(range(count))
 
 
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=4), new=st.integers(1, 40))
@@ -199,13 +168,20 @@ def test_ratio_one_is_bit_for_bit_the_full_cache(tiny: LLM, lengths: list[int], 
     )
     params = SamplingParams(max_new_tokens=new, ignore_eos=True, logprobs=True)
     for full, kept in zip(
-        *(with_pyramid(tiny, pyramid).generate(prompts_of(lengths), params) for pyramid in (None, nothing)), strict=True
+        *(tiny.under(pyramid).generate(prompts_of(lengths), params) for pyramid in (FULL, nothing)),
+        strict=True,
     ):
-        assert (full.token_ids, full.logprobs, full.kv_lengths) == (kept.token_ids, kept.logprobs, kept.kv_lengths)
+        assert (full.token_ids, full.logprobs, full.kv_lengths) == (
+            kept.token_ids,
+            kept.logprobs,
+            kept.kv_lengths,
+        )
 
 
 def test_a_prompt_never_needs_a_matrix_of_all_its_tokens(tmp_path: Path) -> None:
-    """Defect 6, the other half: neither a prompt, nor its votes, nor what is appended to it holds an n x n matrix."""
+    """Defect 6, the other half: neither a prompt, nor its votes, nor what is appended to it holds an n x n
+    matrix.
+    """
     n, largest = 3000, 0
 
     class Watch(TorchDispatchMode):
@@ -217,7 +193,7 @@ def test_a_prompt_never_needs_a_matrix_of_all_its_tokens(tmp_path: Path) -> None
                     largest = max(largest, tensor.numel())
             return made
 
-    llm = LLM(write_checkpoint(tmp_path, max_position_embeddings=2 * n), pyramid=STEEP)
+    llm = LLM(write_checkpoint(tmp_path, max_position_embeddings=2 * n), policy=STEEP)
     prompt, continuation = prompts_of([n, n])
     with Watch():
         llm.score(prompt, continuation)
@@ -225,8 +201,8 @@ def test_a_prompt_never_needs_a_matrix_of_all_its_tokens(tmp_path: Path) -> None
 
 
 def test_votes_take_at_most_a_twentieth_of_the_keys_and_values(tmp_path: Path) -> None:
-    """Defect 6 of the published code: on a grouped-query model its votes can outweigh the cache they shrink."""
-    llm = LLM(write_checkpoint(tmp_path, num_key_value_heads=1, head_dim=32), pyramid="auto", dtype="bfloat16")
+    """Defect 6 of the published code: on a grouped-query model its votes outweigh the cache they shrink."""
+    llm = LLM(write_checkpoint(tmp_path, num_key_value_heads=1, head_dim=32), policy="auto", dtype="bfloat16")
     for prompt, new in ((100, 100), (20, 200), (150, 20)):
         plan = llm.plan([prompt], new)
         assert plan.votes_bytes <= 0.05 * plan.kv_bytes
@@ -235,32 +211,34 @@ def test_votes_take_at_most_a_twentieth_of_the_keys_and_values(tmp_path: Path) -
 def test_score_sees_the_pruned_prompt(tmp_path: Path) -> None:
     """A continuation attends to what each layer kept and to itself, at true positions, and drops nothing."""
     write_checkpoint(tmp_path)
-    llm = LLM(tmp_path, pyramid=STEEP)
+    llm = LLM(tmp_path, policy=STEEP)
     (prompt,) = prompts_of([80])
     params = SamplingParams(max_new_tokens=7, ignore_eos=True, logprobs=True)  # too few to be judged
     (completion,) = llm.generate([prompt], params)
     assert llm.score(prompt, completion.token_ids) == pytest.approx(completion.logprobs, abs=1e-4)
-    full = LLM(tmp_path, pyramid="off").score(prompt, completion.token_ids)
+    full = LLM(tmp_path, policy="full").score(prompt, completion.token_ids)
     assert full != pytest.approx(completion.logprobs, abs=1e-4)
 
 
 def test_a_long_continuation_is_scored_and_not_judged(tmp_path: Path) -> None:
-    """More tokens than generation would ever hold at once: nothing of them leaves, and the cache has room for all."""
+    """More tokens than generation would ever hold at once: nothing of them leaves, and the cache has room for
+    all.
+    """
     write_checkpoint(tmp_path)
     (prompt,) = prompts_of([60])
     slow = SlowPyramid(tmp_path, replace(STEEP, exceed_length_to_compress=1000))
     tokens, logits = slow.run(prompt, 150)
     expected = torch.stack(logits).log_softmax(-1)[torch.arange(150), tokens].tolist()
-    assert LLM(tmp_path, pyramid=STEEP).score(prompt, tokens) == pytest.approx(expected, abs=1e-4)
+    assert LLM(tmp_path, policy=STEEP).score(prompt, tokens) == pytest.approx(expected, abs=1e-4)
 
 
 def test_settings_that_hardly_ever_judge_cost_no_more(tiny: LLM) -> None:
     """Looking for a judgement that never comes must end, and waiting for it must cost by what waits."""
     never = PyramidConfig(exceed_length_to_compress=10**9)
-    (completion,) = with_pyramid(tiny, never).generate([[5, 6]], SamplingParams(max_new_tokens=20, ignore_eos=True))
+    (completion,) = tiny.under(never).generate([[5, 6]], SamplingParams(max_new_tokens=20, ignore_eos=True))
     assert completion.kv_lengths == [22] * 3
     pyramid = PyramidConfig(recent_ratio=0.9999, exceed_length_to_compress=10**9)
-    assert pyramid.kv_lengths(100, 50, 4) == [n + 50 for n in pyramid.prompt_lengths(100, 4)]
+    assert pyramid.kv_lengths(100, 50, 4) == [n + 50 for n in pyramid.computed(100, 4)]
 
 
 # --- Section by section: what the published code gets wrong ---
@@ -268,7 +246,7 @@ def test_settings_that_hardly_ever_judge_cost_no_more(tiny: LLM) -> None:
 
 def test_defect_1_prompt_and_sinks_stay_in_generation(tiny: LLM) -> None:
     """Pruned lengths compared with the count of all tokens: after 64 steps nothing but the tail was left."""
-    llm = with_pyramid(tiny, STEEP)
+    llm = tiny.under(STEEP)
     (prompt,) = prompts_of([100])
     (completion,) = llm.generate([prompt], SamplingParams(max_new_tokens=150, ignore_eos=True))
     (prefill,) = llm.prefill([prompt])
@@ -281,14 +259,16 @@ def test_defect_1_prompt_and_sinks_stay_in_generation(tiny: LLM) -> None:
 def test_defect_2_an_interval_above_one_generates(tiny_dir: Path, preset: str) -> None:
     """The shipped 13B and 70B settings crashed at the first generated token."""
     (prompt,) = prompts_of([150])
-    (completion,) = LLM(tiny_dir, pyramid=preset).generate([prompt], SamplingParams(max_new_tokens=80, ignore_eos=True))
+    (completion,) = LLM(tiny_dir, policy=preset).generate(
+        [prompt], SamplingParams(max_new_tokens=80, ignore_eos=True)
+    )
     assert len(completion.token_ids) == 80
 
 
 def test_defect_3_strategies_differ_and_misspelt_ones_are_refused() -> None:
     """`linear`, or any misspelt strategy, ran as constant."""
     lengths = {
-        s: PyramidConfig(prefill_decay_strategy=s).prompt_lengths(600, 12) for s in ("linear", "constant", "cosine")
+        s: PyramidConfig(prefill_decay_strategy=s).computed(600, 12) for s in ("linear", "constant", "cosine")
     }
     assert len({tuple(n) for n in lengths.values()}) == 3
     assert lengths["linear"][1] == 600  # ratio 1 at layer 0, falling with depth
@@ -298,7 +278,7 @@ def test_defect_3_strategies_differ_and_misspelt_ones_are_refused() -> None:
 
 def test_defect_4_a_batch_neighbour_changes_nothing(tiny: LLM) -> None:
     """Left padding became the sink, and the causal mask was cut."""
-    llm, prompts = with_pyramid(tiny, STEEP), prompts_of([7, 120, 40])
+    llm, prompts = tiny.under(STEEP), prompts_of([7, 120, 40])
     params = SamplingParams(max_new_tokens=30, ignore_eos=True, logprobs=True)
     for prompt, together in zip(prompts, llm.generate(prompts, params), strict=True):
         (alone,) = llm.generate([prompt], params)
@@ -309,19 +289,23 @@ def test_defect_4_a_batch_neighbour_changes_nothing(tiny: LLM) -> None:
 
 def test_defect_5_one_token_prompts_and_many_more_tokens(tiny: LLM) -> None:
     """A prompt of one token and a further turn of two or more crashed."""
-    llm = with_pyramid(tiny, STEEP)
+    llm = tiny.under(STEEP)
     assert len(llm.generate([[5]], SamplingParams(max_new_tokens=60, ignore_eos=True))[0].token_ids) == 60
     assert len(llm.score([5] * 100, [6, 7, 8])) == 3
 
 
 def test_defect_7_each_vote_counts_its_weight_once(tmp_path: Path) -> None:
-    """Weights were multiplied into stored probabilities again at every compaction; a strong weight would show it."""
+    """Weights were multiplied into stored probabilities again at every compaction; a strong weight would show
+    it.
+    """
     write_checkpoint(tmp_path)
-    pyramid = PyramidConfig(recent_ratio=0.3, exceed_length_to_compress=4, min_context_length=4, distance_weight=50.0)
+    pyramid = PyramidConfig(
+        recent_ratio=0.3, exceed_length_to_compress=4, min_context_length=4, distance_weight=50.0
+    )
     slow = SlowPyramid(tmp_path, pyramid)
     (prompt,) = prompts_of([10])
     tokens, _ = slow.run(prompt, 90)
-    (completion,) = LLM(tmp_path, pyramid=pyramid).generate(
+    (completion,) = LLM(tmp_path, policy=pyramid).generate(
         [prompt], SamplingParams(max_new_tokens=90, ignore_eos=True)
     )
     assert completion.token_ids == tokens
@@ -336,7 +320,7 @@ def test_the_shipped_settings_keep_what_the_paper_s_code_keeps() -> None:
         ("llama2-13b", 40, 2048, 0.72),
         ("llama2-70b", 80, 2048, 0.78),
     ):
-        lengths = PyramidConfig.preset(name).prompt_lengths(prompt, layers)
+        lengths = PyramidConfig.preset(name).computed(prompt, layers)
         assert sum(lengths) / (layers * prompt) == pytest.approx(share, abs=0.006)
 
 
@@ -353,12 +337,12 @@ def test_presets_are_the_published_files() -> None:
 
 def test_auto_is_the_file_beside_the_checkpoint_or_the_preset_for_its_layers(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
-    assert LLM(directory, pyramid="auto").policy.pyramid == PyramidConfig.preset("llama2-7b")
-    assert LLM(directory, pyramid="off").policy.pyramid is None
-    assert LLM(directory).policy.pyramid == LLM(directory, pyramid="auto").policy.pyramid
+    assert LLM(directory, policy="auto").engine.planner.policy == PyramidConfig.preset("llama2-7b")
+    assert LLM(directory, policy="full").engine.planner.policy == FULL
+    assert LLM(directory).engine.planner.policy == LLM(directory, policy="auto").engine.planner.policy
     (directory / "pyramid.json").write_text('{"recent_ratio": 0.4}')
     for pyramid in ("auto", str(directory / "pyramid.json"), directory / "pyramid.json"):
-        assert LLM(directory, pyramid=pyramid).policy.pyramid == PyramidConfig(recent_ratio=0.4)
+        assert LLM(directory, policy=pyramid).engine.planner.policy == PyramidConfig(recent_ratio=0.4)
     (directory / "pyramid.json").unlink()
     (directory / "pyramid.json").symlink_to(tmp_path / "nowhere.json")
     with pytest.raises(CheckpointError, match="is missing"):
@@ -382,11 +366,16 @@ def test_auto_is_the_file_beside_the_checkpoint_or_the_preset_for_its_layers(tmp
         ({"gen_decay_strategy": None}, ["gen_decay_strategy is None"]),
         ({"prefil_stage": {}}, ["'prefil_stage' is no setting", "'prefill_stage'"]),
         ({"prefill_stage": {"model": "x"}}, ["'model' is no setting"]),
-        ({"prefill_stage": {"generation_stage": {"gen_decay_ratio": 0.5}}}, ["'generation_stage' is no setting"]),
+        (
+            {"prefill_stage": {"generation_stage": {"gen_decay_ratio": 0.5}}},
+            ["'generation_stage' is no setting"],
+        ),
         ({"min_context_length": -(10**400)}, ["min_context_length is -1000"]),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_by_name(tmp_path: Path, content: Any, words: list[str]) -> None:
+def test_settings_that_make_no_sense_are_refused_by_name(
+    tmp_path: Path, content: Any, words: list[str]
+) -> None:
     (tmp_path / "p.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError) as error:
         PyramidConfig.load(tmp_path / "p.json")
@@ -397,11 +386,11 @@ def test_settings_that_make_no_sense_are_refused_by_name(tmp_path: Path, content
 
 def test_names_and_types_that_are_no_settings(tiny_dir: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'llama2-7b'"):
-        LLM(tiny_dir, pyramid="llama-7b")
+        LLM(tiny_dir, policy="llama-7b")
     with pytest.raises(CheckpointError, match="is missing"):
-        LLM(tiny_dir, pyramid="nothing.json")
-    with pytest.raises(TypeError, match="pyramid"):
-        LLM(tiny_dir, pyramid=0.5)  # type: ignore[arg-type]
+        LLM(tiny_dir, policy="nothing.json")
+    with pytest.raises(TypeError, match="policy"):
+        LLM(tiny_dir, policy=0.5)  # type: ignore[arg-type]
     for wrong in ({"recent_ratio": "0.2"}, {"min_context_length": 1.5}, {"streamingllm_sink_len": True}):
         with pytest.raises(TypeError, match=next(iter(wrong))):
             PyramidConfig(**wrong)

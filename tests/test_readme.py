@@ -6,13 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import WEIGHTS
+from helpers import WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_for_embedding_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_for_embedding_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if not WEIGHTS.exists():
         pytest.skip("no embedded checkpoint in this tree")
     monkeypatch.chdir(ROOT)

@@ -47,7 +47,10 @@ def test_draws_follow_the_probabilities() -> None:
     """20,000 draws of five tokens at temperature 0.7, each share within four standard deviations."""
     logits, params = torch.tensor([2.0, 1.0, 0.0, -1.0, -20.0]), SamplingParams(temperature=0.7)
     generator, n = torch.Generator().manual_seed(0), 20_000
-    drawn = torch.bincount(torch.stack([choose(logits, params, generator, None) for _ in range(n)]), minlength=5) / n
+    drawn = (
+        torch.bincount(torch.stack([choose(logits, params, generator, None) for _ in range(n)]), minlength=5)
+        / n
+    )
     expected = (logits / 0.7).softmax(-1)
     assert (drawn - expected).abs().max() < 4 * math.sqrt(0.25 / n)
 
@@ -82,7 +85,9 @@ def test_a_seed_repeats_and_none_does_not(tiny: LLM) -> None:
 
 
 def test_end_of_text_ends_and_can_be_ignored(tiny: LLM) -> None:
-    free = tiny.generate([[5, 6, 7]], SamplingParams(max_new_tokens=30, temperature=3.0, seed=1, ignore_eos=True))[0]
+    free = tiny.generate(
+        [[5, 6, 7]], SamplingParams(max_new_tokens=30, temperature=3.0, seed=1, ignore_eos=True)
+    )[0]
     eos = tiny.config.eos_token_ids[0]
     seeds = (s for s in range(200) if eos in _sample(tiny, s, ignore_eos=True)[:-1])
     seed = next(seeds)

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from conftest import WEIGHTS, train_pieces, write_checkpoint
+from helpers import WEIGHTS, train_pieces, write_checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minipyramid import LLM, RequestError, SamplingParams, TokenizerError
+from minipyramid.formats.sentencepiece import SentencePieceTokenizer
 from minipyramid.tokenizer import TextStream, Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_dir: Path) -> Tokenizer:
-    return Tokenizer(tiny_dir, 320)
+    return SentencePieceTokenizer(tiny_dir, 320)
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=40)
@@ -55,11 +56,14 @@ def test_added_tokens_are_laid_over_the_model(tiny_dir: Path, tmp_path: Path) ->
     shutil.copy(tiny_dir / "tokenizer.model", tmp_path)
     size = sentencepiece.SentencePieceProcessor(model_file=str(tiny_dir / "tokenizer.model")).vocab_size()
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size}))
-    decoder = {str(size + 2): {"content": "<think>", "special": False}, "2": {"content": "</s>", "special": True}}
+    decoder = {
+        str(size + 2): {"content": "<think>", "special": False},
+        "2": {"content": "</s>", "special": True},
+    }
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"added_tokens_decoder": decoder, "add_bos_token": False})
     )
-    tokenizer = Tokenizer(tmp_path, size + 3)
+    tokenizer = SentencePieceTokenizer(tmp_path, size + 3)
     ids = tokenizer.encode("<|user|>the fox<think>went")
     assert ids[0] == size
     assert size + 2 in ids
@@ -73,8 +77,12 @@ def test_ids_equal_those_of_transformers_for_the_embedded_tokenizer() -> None:
         pytest.skip("no embedded checkpoint in this tree")
     text = 'Nora paid 47 coins.\n"Who?"  said the  fox \u2014 \u00e9t\u00e9.'
     plain = sentencepiece.SentencePieceProcessor(model_file=str(WEIGHTS / "tokenizer.model"))
-    assert Tokenizer(WEIGHTS, 4096).encode(text) == [1, *plain.encode(text)]
-    assert Tokenizer(WEIGHTS, 4096).decode(plain.encode(text)) == plain.decode(plain.encode(text)) == text
+    assert SentencePieceTokenizer(WEIGHTS, 4096).encode(text) == [1, *plain.encode(text)]
+    assert (
+        SentencePieceTokenizer(WEIGHTS, 4096).decode(plain.encode(text))
+        == plain.decode(plain.encode(text))
+        == text
+    )
 
 
 @given(text=TEXTS, stop=st.lists(st.text("abc ", min_size=1, max_size=3), max_size=2))
@@ -94,7 +102,8 @@ def test_streamed_pieces_join_to_the_text_before_the_first_stop(
         if stream.stopped:
             break
     pieces.append(stream.finish())
-    # The stop that is complete first ends the text; of two that are complete at once, the one that began first.
+    # The stop that is complete first ends the text; of two that are complete at once, the one that began
+    # first.
     ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
     joined = "".join(pieces)
     assert "\ufffd" not in joined or "\ufffd" in text
@@ -109,8 +118,8 @@ def test_streamed_pieces_join_to_the_text_before_the_first_stop(
 
 
 def test_a_text_that_nothing_precedes_begins_without_a_space(tiny: LLM) -> None:
-    """After nothing but the beginning-of-text token a first word's space is none; after a prompt it is one."""
-    word = Tokenizer.encode(tiny.tokenizer, "fox")[1:] if tiny.tokenizer else []
+    """Behind nothing but the beginning-of-text token a first word has no space; behind a prompt it has."""
+    word = tiny.tokenizer.encode("fox")[1:] if tiny.tokenizer else []
     for at_start, text in ((True, "fox"), (False, " fox")):
         stream = TextStream(tiny.tokenizer, at_start=at_start)
         assert "".join(map(stream.push, word)) + stream.finish() == text
@@ -123,7 +132,7 @@ def test_a_continuation_gets_no_space_whatever_the_normaliser_does(tmp_path: Pat
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=20, minloglevel=2
     )
-    tokenizer = Tokenizer(tmp_path, 20)
+    tokenizer = SentencePieceTokenizer(tmp_path, 20)
     assert tokenizer.decode(tokenizer.encode("fox", continues=True), continues=True) == "fox"
     assert tokenizer.decode(tokenizer.encode(" fox", continues=True), continues=True) == " fox"
 
@@ -139,7 +148,9 @@ def test_a_continuation_gets_no_space_whatever_the_normaliser_does(tmp_path: Pat
         ("tokenizer_config.json", {"added_tokens_decoder": ["x"]}, "malformed"),
     ],
 )
-def test_malformed_added_tokens_are_named(tiny_dir: Path, tmp_path: Path, file: str, content: Any, word: str) -> None:
+def test_malformed_added_tokens_are_named(
+    tiny_dir: Path, tmp_path: Path, file: str, content: Any, word: str
+) -> None:
     write_checkpoint(tmp_path)
     shutil.copy(tiny_dir / "tokenizer.model", tmp_path)
     (tmp_path / file).write_text(json.dumps(content))
@@ -180,7 +191,9 @@ def test_streaming_equals_generating(tiny: LLM, stop: tuple[str, ...]) -> None:
 
 
 def test_a_stop_string_ends_with_reason_stop(tiny: LLM) -> None:
-    free = tiny.generate("the fox", SamplingParams(max_new_tokens=40, temperature=2.0, seed=11, ignore_eos=True))[0]
+    free = tiny.generate(
+        "the fox", SamplingParams(max_new_tokens=40, temperature=2.0, seed=11, ignore_eos=True)
+    )[0]
     stop = free.text[10:13]
     params = SamplingParams(max_new_tokens=40, temperature=2.0, seed=11, ignore_eos=True, stop=stop)
     ended = tiny.generate("the fox", params)[0]

@@ -1,21 +1,25 @@
-"""First weights that can look back: the circuit that a small model takes longest to find, roughly put in place.
+"""First weights that can look back: the circuit that a small model takes longest to find, roughly put in
+place.
 
-Looking back takes two kinds of heads that are worth nothing without each other: one that tells every token what stood
-before it, and a later one that looks for tokens behind which the same stood (Olsson et al., 2022, "In-context Learning
-and Induction Heads"). From random weights this model found neither in millions of tokens. Here both are there from the
-start, as good as random vectors allow (it repeats three quarters of random tokens said twice, and answers four of ten
-questions about 128 tokens), all weights are trained from there on, and what is of no use is unlearnt.
+Looking back takes two kinds of heads that are worth nothing without each other: one that tells every token
+what stood before it, and a later one that looks for tokens behind which the same stood (Olsson et al., 2022,
+"In-context Learning and Induction Heads"). From random weights this model found neither in millions of
+tokens. Here both are there from the start, as good as random vectors allow (it repeats three quarters of
+random tokens said twice, and answers four of ten questions about 128 tokens), all weights are trained from
+there on, and what is of no use is unlearnt.
 
-The hidden state has three parts and a constant: an embedding's first part e, a second that is empty at first, and the
-embedding's other part, by which the circuit tells the next token. With R a random rotation and d up to DISTANCES:
+The hidden state has three parts and a constant: an embedding's first part e, a second that is empty at first,
+and the embedding's other part, by which the circuit tells the next token. With R a random rotation and d up
+to DISTANCES:
 
     layers 0, 1   the second part becomes  s(t) = sum over d of R^d e(t - d)
-    layer 3       query R (e(t) + s(t)), key s(j): their product counts the d for which e(j - d) = e(t + 1 - d), which
-                  is how much of what stood before j is what stands at t and before it; its value is the other part of
-                  the token at j, which becomes the next token
+    layer 3       query R (e(t) + s(t)), key s(j): their product counts the d for which
+                  e(j - d) = e(t + 1 - d), which is how much of what stood before j is what stands at t
+                  and before it; its value is the other part of the token at j, which becomes the next token
 
-"d tokens before" is a matter of rotary positions: the constant, in fast components of key and query, matches best at
-distance 0, and at distance d where the query is turned back by d. Matching at any distance needs slow components.
+"d tokens before" is a matter of rotary positions: the constant, in fast components of key and query, matches
+best at distance 0, and at distance d where the query is turned back by d. Matching at any distance needs slow
+components.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ QUIET = 0.05  # what is left of the random weights where the circuit is
 
 @torch.no_grad()
 def wire(layers: Sequence[Any], embedding: Tensor, rope_theta: float) -> None:
-    """Overwrite the weights of 12 layers of hidden size 192 with 3 query heads of 64 on one key/value head."""
+    """Overwrite the weights of 12 layers, hidden size 192, 3 query heads of 64 on one key/value head."""
     g = torch.Generator().manual_seed(0)
     embedding.normal_(0, SIZE, generator=g)
     embedding[:, BEFORE].normal_(0, 0.005, generator=g)
@@ -67,7 +71,9 @@ def norm_factor(told: int) -> float:
 
 
 def tell_before(layers: Sequence[Any], rotation: Tensor, rope_theta: float) -> None:
-    """A head for each distance; their keys are one, their queries turned back by it. (The last two heads stay idle.)"""
+    """A head for each distance; their keys are one, their queries turned back by it. (The last two heads stay
+    idle.)
+    """
     frequencies = rope_theta ** (-torch.arange(0, 64, 2).float() / 64)
     for i in range(2):
         a = layers[i].self_attn
@@ -87,7 +93,9 @@ def tell_before(layers: Sequence[Any], rotation: Tensor, rope_theta: float) -> N
 
 
 def match(a: Any, rotation: Tensor, g: torch.Generator) -> None:
-    """By the first head, which writes the other part of what it finds; the layer's other heads are left to be found."""
+    """By the first head, which writes the other part of what it finds; the layer's other heads are left to be
+    found.
+    """
     slow = [*range(32 - SLOWEST, 32), *range(64 - SLOWEST, 64)]
     some = torch.linalg.qr(torch.randn(64, 64, generator=g))[0][: len(slow)] * math.sqrt(64 / len(slow))
     factor = norm_factor(DISTANCES)

@@ -2,14 +2,16 @@
 
     python weights/train.py --text books.txt.xz --test other-books.txt.xz
 
-The first weights are those of `circuit.py`, which can already look back a little. From there prose, the stories and
-drills of `minipyramid/stories.py` and words said twice are learnt together, on short sequences first: 128 tokens until
-facts are repeated from them, then 256, 512, 1,024 and 2,048. Answers weigh five times as much as prose, a story's
-filler 0.3 and a drill's 0.02, for a random name cannot be foreseen and would only drown the signal. Hidden matrices are
-optimised by Muon, the rest by AdamW at a quarter of the rate: at the rate of the matrices the embeddings moved faster
-than the circuit could follow, and recall fell from 0.7 to 0.15 within 75 steps.
+The first weights are those of `circuit.py`, which can already look back a little. From there prose, the
+stories and drills of `minipyramid/eval/stories.py` and words said twice are learnt together, on short
+sequences first: 128 tokens until facts are repeated from them, then 256, 512, 1,024 and 2,048. Answers weigh
+five times as much as prose, a story's filler 0.3 and a drill's 0.02, for a random name cannot be foreseen and
+would only drown the signal. Hidden matrices are optimised by Muon, the rest by AdamW at a quarter of the
+rate: at the rate of the matrices the embeddings moved faster than the circuit could follow, and recall fell
+from 0.7 to 0.15 within 75 steps.
 
-The run is bounded by tokens, saves its state every few minutes, and goes on from it when it is started again. The model
+The run is bounded by tokens, saves its state every few minutes, and goes on from it when it is started again.
+The model
 is written out once more here, as one trains it: whole sequences at once, with gradients and without a cache.
 """
 
@@ -36,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minipyramid.device import quick_bf16
-from minipyramid.stories import WORDS, Story, drill, story
+from minipyramid.eval.stories import WORDS, Story, drill, story
 
 BOS, EOS = 1, 2
 ANSWER_WEIGHT, FILLER_WEIGHT = 5.0, 0.3
@@ -58,7 +60,8 @@ class Shape:
     rope_theta: float = 1e6
 
 
-# --- The model, as one trains it: whole sequences, no cache. Parameter names are the checkpoint's. ---------------
+# --- The model, as one trains it: whole sequences, no cache. Parameter names are the checkpoint's.
+# ---------------
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,9 +145,10 @@ def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tenso
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (five Newton-Schulz steps), so that every direction of a matrix
-    moves alike; about twice as fast per token as AdamW here. In float32, since torch's own works in bf16, which
-    took three times as long as the model where the processor has no bf16 products. Source: Jordan et al., 2024.
+    """Momentum whose update is made orthogonal (five Newton-Schulz steps), so that every direction of a
+    matrix moves alike; about twice as fast per token as AdamW here. In float32, since torch's own works in
+    bf16, which took three times as long as the model where the processor has no bf16 products. Source: Jordan
+    et al., 2024.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
@@ -175,7 +179,8 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
 
-# --- The data ----------------------------------------------------------------------------------------------------
+# --- The data
+# ----------------------------------------------------------------------------------------------------
 
 
 def read_text(path: Path) -> str:
@@ -184,7 +189,7 @@ def read_text(path: Path) -> str:
 
 
 def train_tokenizer(text: str, directory: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """Llama 2's kind: byte-pair pieces, digits apart, unknown characters as bytes; of prose and some stories."""
+    """Llama 2's kind: byte-pair pieces, digits apart, unknown characters as bytes; prose and some stories."""
     model = directory / "tokenizer.model"
     if not model.exists():
         rng = random.Random(0)
@@ -231,8 +236,8 @@ class Data:
         ids = [BOS, *self.tokenizer.encode(tale.text)]
         weights = [filler] * (len(ids) - 1)
         for question, answer in tale.asked:
-            # Question and answer as one string, for their pieces are those of the whole; the full stop before it
-            # keeps sentencepiece from setting a space there.
+            # Question and answer as one string, for their pieces are those of the whole; the full stop before
+            # it keeps sentencepiece from setting a space there.
             both = self.tokenizer.encode("." + question + answer)[1:]
             asked = len(self.tokenizer.encode("." + question)) - 1
             ids += both
@@ -242,7 +247,9 @@ class Data:
         return ids + [EOS] * pad, weights + [0.0] * pad
 
     def copy(self, length: int) -> Row:
-        """Words in a random order, said twice or more: half of the rows words of the stories, half any pieces."""
+        """Words in a random order, said twice or more: half of the rows words of the stories, half any
+        pieces.
+        """
         if self.rng.random() < 0.5:
             n = self.rng.randint(8, length // 2)
             once = [self.rng.randint(3, self.tokenizer.vocab_size() - 1) for _ in range(n)]
@@ -291,7 +298,8 @@ def prose_loss(model: nn.Module, tokens: np.ndarray, length: int, rows: int) -> 
     return total / rows
 
 
-# --- The run -----------------------------------------------------------------------------------------------------
+# --- The run
+# -----------------------------------------------------------------------------------------------------
 
 
 def export(model: Llama, shape: Shape, directory: Path) -> None:
@@ -313,7 +321,9 @@ def read_data(args: argparse.Namespace, out: Path, vocab_size: int) -> tuple[Dat
     held = out / "prose.npy"
     if not held.exists():
         parts = text[: args.prose_characters].split("\n\n")
-        np.save(held, np.array([i for part in parts for i in tokenizer.encode(part + "\n\n")], dtype=np.uint16))
+        np.save(
+            held, np.array([i for part in parts for i in tokenizer.encode(part + "\n\n")], dtype=np.uint16)
+        )
     prose = np.load(held)
     test = np.array(tokenizer.encode(read_text(Path(args.test))), dtype=np.uint16)
     return Data(tokenizer, prose, args.seed), test
@@ -366,7 +376,8 @@ class Stage:
     length: int
     shares: dict[str, float]
     enough: float
-    due: float  # share of the run after which the next stage begins all the same, since the longest must be seen
+    # Share of the run after which the next stage begins all the same, since the longest must be seen.
+    due: float
 
 
 STAGES = (
@@ -394,7 +405,9 @@ def train(args: argparse.Namespace) -> Iterator[str]:
         began = time.monotonic()
         # Shorter lengths stay in, so that what was learnt on them does not fade.
         now = STAGES[run.stage]
-        stage = now if data.rng.random() < 0.25 else STAGES[data.rng.randint(max(0, run.stage - 2), run.stage)]
+        stage = (
+            now if data.rng.random() < 0.25 else STAGES[data.rng.randint(max(0, run.stage - 2), run.stage)]
+        )
         rows = max(1, args.batch_tokens // stage.length)
         ids, weights = data.batch(rows, stage.length, stage.shares)
         with precision(device):

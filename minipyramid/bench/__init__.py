@@ -1,0 +1,1 @@
+"""`python -m minipyramid.bench`: prompts and generation timed, against this machine's limits and others."""

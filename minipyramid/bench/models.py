@@ -1,0 +1,74 @@
+"""The model that is measured: a checkpoint, or a known shape with random weights."""
+
+import argparse
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minipyramid import LLM, Engine
+from minipyramid.checkpoint import parameter_sources
+from minipyramid.cli.shapes import PREFIX, shape_config
+from minipyramid.config import ModelConfig
+from minipyramid.device import pick_device, pick_dtype
+from minipyramid.formats.huggingface import read_config
+from minipyramid.linear import pack
+from minipyramid.model import Model
+from minipyramid.policies import pick_policy
+from minipyramid.request import parse_bytes
+
+SPREAD = 0.02  # standard deviation of random weights
+
+
+def config_of(args: argparse.Namespace) -> ModelConfig:
+    """The model's configuration; no weights are read."""
+    if args.model.startswith(PREFIX):
+        return shape_config(args.model.removeprefix(PREFIX))
+    return read_config(Path(args.model))
+
+
+def device_and_dtype(args: argparse.Namespace, config: ModelConfig) -> tuple[torch.device, torch.dtype]:
+    """Where all methods run, and in which number format."""
+    device = pick_device(args.device)
+    return device, pick_dtype(args.dtype, config.dtype, device)
+
+
+def load_llm(args: argparse.Namespace, policy: str, kv_budget: float | None) -> LLM:
+    """This engine with the model's weights, under a policy."""
+    if not args.model.startswith(PREFIX):
+        return LLM(
+            args.model,
+            policy=policy,
+            kv_budget=kv_budget,
+            kv_memory=args.kv_memory,
+            dtype=args.dtype,
+            device=args.device,
+        )
+    config, directory = config_of(args), Path(args.model)
+    device, dtype = device_and_dtype(args, config)
+    chosen = pick_policy(policy, directory, config.num_hidden_layers)
+    memory = None if args.kv_memory is None else parse_bytes(args.kv_memory)
+    model = random_model(config, dtype, device)
+    return LLM.of(Engine(model, None, chosen, kv_budget, memory), directory)
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Model:
+    """A model whose weights are random, made on the device."""
+    with torch.device("meta"):
+        model = Model(config)
+    state = {
+        name: torch.cat([random_tensor(part, shape, dtype, device) for part, shape in parts])
+        for name, parts in parameter_sources(config).items()
+    }
+    model.load_state_dict(state, assign=True)
+    model.inv_freq = model.inv_freq.to(device)
+    return model.requires_grad_(False).apply(pack)
+
+
+def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A stored tensor. It depends on its name alone, so every method has the same; norms have ones."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, SPREAD, generator=generator)

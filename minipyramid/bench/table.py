@@ -1,0 +1,67 @@
+"""All methods measured, a row of medians for each."""
+
+import argparse
+import statistics
+from typing import Any
+
+from minipyramid.bench.floors import floors, measure_rates
+from minipyramid.bench.machine import machine_line, machine_of
+from minipyramid.bench.methods import check_budgets, planners_of
+from minipyramid.bench.models import config_of, device_and_dtype
+from minipyramid.bench.work import make_work
+from minipyramid.bench.workers import take_turns
+from minipyramid.cli.terminal import readable
+from minipyramid.plan import Planner
+from minipyramid.policy import FULL
+
+COLUMNS = (
+    "method batch prompt_tokens new_tokens prefill_s decode_s total_s tokens_per_s kv_bytes kv_bytes_aux "
+    "kv_share peak_rss_mb prefill_floor_share decode_floor_share"
+).split()
+
+
+def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """Run all methods in turns; returns what `--json` prints. What cannot be is refused before that."""
+    config = config_of(args)
+    device, dtype = device_and_dtype(args, config)
+    planners = planners_of(args)
+    work = make_work(args, config)
+    check_budgets(planners, work)
+    if args.versus:
+        per_token = config.kv_bytes_per_token(dtype.itemsize)
+        planners[args.versus] = Planner(config, FULL, None, per_token)
+    rates = measure_rates(dtype, device)
+    figures = take_turns(list(planners), args.runs, argv)
+    rows = []
+    for name, planner in planners.items():
+        runs = figures[name]
+        row = {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
+        prompt_floor, decode_floor = floors(planner, work, dtype.itemsize, rates)
+        row |= {
+            "method": name,
+            "batch": len(work.prompts),
+            "prompt_tokens": max(map(len, work.prompts)),
+            "new_tokens": max(work.new_tokens),
+            "total_s": row["prefill_s"] + row["decode_s"],
+            "tokens_per_s": work.generated / (row["prefill_s"] + row["decode_s"]),
+            "prefill_floor_share": prompt_floor / row["prefill_s"],
+            "decode_floor_share": decode_floor / row["decode_s"],
+        }
+        rows.append({column: row[column] for column in COLUMNS})
+    return {"rows": rows, "machine": machine_of(dtype, device, rates)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows for people."""
+    lines = [
+        machine_line(result["machine"]),
+        f"{'method':24} {'prompt s':>9} {'decode s':>9} {'tokens/s':>9} {'KV held':>10} {'share':>6} "
+        f"{'peak MB':>8} {'floor: prompt':>13} {'decode':>7}",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"{row['method']:24} {row['prefill_s']:9.2f} {row['decode_s']:9.2f} {row['tokens_per_s']:9.1f} "
+            f"{readable(row['kv_bytes']):>10} {row['kv_share']:6.1%} {row['peak_rss_mb']:8.0f} "
+            f"{row['prefill_floor_share']:13.2f} {row['decode_floor_share']:7.2f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,36 @@
+"""The prompts of a command line."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from minipyramid.errors import RequestError
+
+
+def read_prompts(args: argparse.Namespace, needed: bool = True) -> list[str]:
+    """PROMPT, every --prompt and --prompt-file, in this order; with --lines each line of the file that is not
+    blank.
+
+    Raises `RequestError` where a file cannot be read, or where prompts are `needed` and there are none.
+    """
+    prompts: list[str] = ([args.prompt] if args.prompt is not None else []) + args.prompts
+    lines = vars(args).get("lines", False)
+    if lines and args.prompt_file is None:
+        raise RequestError("--lines is for --prompt-file; give a file, or leave it out")
+    if args.prompt_file is not None:
+        text = read_text(args.prompt_file)
+        prompts += [line for line in text.splitlines() if line.strip()] if lines else [text]
+    if needed and not prompts:
+        raise RequestError("no prompt; give one as an argument, with --prompt, or with --prompt-file")
+    return prompts
+
+
+def read_text(name: str) -> str:
+    """A file's text; - is stdin."""
+    try:
+        if name == "-" and sys.stdin is None:
+            raise OSError("stdin is closed")
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--prompt-file {name} cannot be read as UTF-8 text: {error}") from error

@@ -1,0 +1,140 @@
+"""How a command speaks: results to stdout, everything else to stderr, one line for what is wrong.
+
+Exit status 0; 2 for bad input; 130 after Ctrl-C, with what was finished kept; 1 for a defect of ours.
+"""
+
+import argparse
+import io
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+
+from minipyramid.errors import MiniPyramidError, RequestError
+from minipyramid.scheduler import Scheduler
+
+PACKAGE = Path(__file__).resolve().parent.parent
+# In a checkout they lie beside the package, in an installed one inside it.
+WEIGHTS = next(
+    (d for d in (PACKAGE.parent / "weights", PACKAGE / "weights") if d.is_dir()), PACKAGE / "weights"
+)
+DEFAULT_MODEL = WEIGHTS / "storyteller"
+DEFAULT_TEXT = WEIGHTS / "books-sample.txt"  # to measure by
+SLOW_S, REFRESH_S = 1.0, 0.1  # what is quicker shows no progress, and how often it is written
+MOST_THREADS = 1024  # beyond, starting them fails
+Line = TypeVar("Line", bound="ProgressLine")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        print_error(message)
+        self.exit(2)
+
+
+def print_error(error: object) -> None:
+    """One line on stderr, also where what it names holds a line break."""
+    print("minipyramid: error:", " ".join(str(error).split()), file=sys.stderr)
+
+
+def discard_output() -> None:
+    """Python flushes stdout once more at exit; what could not be written must not fail there again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def exit_status(command: Callable[[], None]) -> int:
+    """Run what a command does; what goes wrong is told in one line, and by the status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a text or a name may hold what the terminal's own encoding lacks
+    try:
+        command()
+        print(end="", flush=True)  # here, where a failure can still be told
+    except MiniPyramidError as error:
+        print_error(error)
+        return 2
+    except BrokenPipeError:  # the reader has seen enough, as in `minipyramid ... | head`
+        discard_output()
+    except OSError as error:  # a full disk behind a redirection, say
+        discard_output()
+        print_error(f"the output cannot be written ({error})")
+        return 2
+    except KeyboardInterrupt:
+        print("\nminipyramid: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many CPU threads; None leaves torch's own number."""
+    if threads is not None:
+        if not 1 <= threads <= MOST_THREADS:
+            raise RequestError(f"--threads is {threads}, expected 1 to {MOST_THREADS}")
+        torch.set_num_threads(threads)
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Refuse a file that cannot be opened for writing; nothing is left behind."""
+    try:
+        new = not path.exists()
+        if not path.is_fifo():  # its reader would take this for the end
+            path.open("ab").close()
+        if new:
+            path.resolve().unlink()  # where a link leads
+    except (OSError, RuntimeError) as error:
+        raise RequestError(f"{flag} {path} cannot be written: {error}") from error
+
+
+def readable(size: float) -> str:
+    """Bytes in the unit that leaves one to four digits before the point."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.1f} {units[0]}" if units[0] != "B" else f"{size:.0f} B"
+
+
+class ProgressLine:
+    """A line on a terminal's stderr, written over while something takes long, wiped at the end."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.wanted = sys.stderr is not None and sys.stderr.isatty() and not quiet
+        self.began = self.written = time.monotonic()
+
+    def write(self, text: str) -> None:
+        """Show a text in place of the last one, if it is time."""
+        now = time.monotonic()
+        if self.wanted and now - self.began > SLOW_S and now - self.written > REFRESH_S:
+            self.written = now
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self: Line) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.written > self.began:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class LoadingLine(ProgressLine):
+    """How much of a checkpoint is loaded."""
+
+    def update(self, loaded: int, of: int) -> None:
+        """Called after each parameter."""
+        self.write(f"loading weights {100 * loaded // of:3d} %")
+
+
+class RunningLine(ProgressLine):
+    """How many requests wait, run and are finished, and how fast tokens come."""
+
+    def update(self, now: Scheduler) -> None:
+        """Called after each step."""
+        running, rate = len(now.running), now.generated / (time.monotonic() - self.began)
+        self.write(
+            f"{len(now.waiting)} waiting, {running} running, {now.finished} finished, {rate:.0f} tokens/s"
+        )

@@ -1,0 +1,104 @@
+"""Both sides of the comparison: the same weights in one process, one after the other, over the same prompts.
+
+All prompts differ, and both sides generate equally many tokens (the end of text is passed over, and what
+follows it is not shown). Only generated tokens count as throughput. It is one run of each and says what
+happens; for how fast it is, `python -m minipyramid.bench` takes turns.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from minipyramid import LLM, BudgetError, Policy, PyramidConfig, RequestError, SamplingParams, TokenizerError
+from minipyramid.cli.terminal import LoadingLine, RunningLine, set_threads
+from minipyramid.demo.cases import Case, tell
+from minipyramid.demo.kept import Kept
+from minipyramid.demo.picture import Picture, Side
+from minipyramid.demo.tokens import tokens_of
+from minipyramid.policies import SPLIT
+from minipyramid.tokenizer import Tokenizer
+
+KV_BUDGET = 0.5  # where neither a policy nor a budget is given
+WARM_UP = 128  # tokens; first calls are slower, and neither side should pay for that
+
+
+def compare(args: argparse.Namespace, given: list[str]) -> Picture:
+    """Load once, run both sides, and collect what is drawn."""
+    set_threads(args.threads)
+    budget = KV_BUDGET if args.policy is None and args.kv_budget is None else args.kv_budget
+    asked = "auto" if args.policy is None else args.policy
+    with LoadingLine(quiet=False) as line:
+        pruned = LLM(args.model, policy=asked, kv_budget=budget, dtype=args.dtype, progress=line.update)
+    tokenizer = pruned.tokenizer
+    if tokenizer is None:
+        raise TokenizerError(f"{args.model} has no tokenizer.model, and the prompts here are texts; add it")
+    full = pruned.under("full")
+    cases = [Case(prompt) for prompt in given] or tell(args, pruned, tokenizer)
+    names = ["the prompt" if len(cases) == 1 else f"prompt {i}" for i in range(len(cases))]
+    ids = [tokenizer.encode(case.prompt, name) for case, name in zip(cases, names, strict=True)]
+    for name, prompt in zip(names, ids, strict=True):
+        pruned.config.check_length(len(prompt), args.max_new_tokens, name)
+    try:
+        plan = pruned.plan(map(len, ids), args.max_new_tokens)
+    except BudgetError as error:
+        default = "" if budget == args.kv_budget else f" (the demo's default is {budget})"
+        raise RequestError(f"{error}; give that as --kv-budget{default}, or longer prompts") from error
+    policy = plan.requests[0][0]
+    # The policy itself and not the budget, which so few tokens may not come down to.
+    for llm in (full, pruned.under(policy)):
+        llm.generate([ids[0][:WARM_UP]], SamplingParams(max_new_tokens=1))
+    newest, sinks = 0, 0
+    if isinstance(policy, PyramidConfig):
+        newest, sinks = 1 + policy.recent(len(ids[0])), policy.streamingllm_sink_len
+    machine = f"{str(pruned.dtype).removeprefix('torch.')} on {pruned.device.type}"
+    return Picture(
+        title=f"{Path(args.model).name}, {pruned.config.num_hidden_layers} layers, "
+        f"{machine}, threads: {torch.get_num_threads()}; "
+        f"prompts: {len(cases)}, of {sum(map(len, ids))} tokens; "
+        f"generated: {args.max_new_tokens} tokens each",
+        tokens=tokens_of(tokenizer, cases[0].prompt, ids[0], []),
+        newest=newest,
+        sinks=sinks,
+        answer=cases[0].answer,
+        prompts=len(cases),
+        full=run_side("full cache", full, tokenizer, cases, args.max_new_tokens),
+        pruned=run_side(side_name(policy, asked), pruned, tokenizer, cases, args.max_new_tokens),
+    )
+
+
+def side_name(policy: Policy, asked: str) -> str:
+    """What a policy is called beside the full cache; `asked` is what it was asked for by."""
+    if isinstance(policy, PyramidConfig):
+        return "pyramid"
+    return asked if asked.endswith(SPLIT) else type(policy).__name__.lower()
+
+
+def run_side(name: str, llm: LLM, tokenizer: Tokenizer, cases: list[Case], new_tokens: int) -> Side:
+    """Continue all prompts, and add up what it took and held."""
+    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)  # so that both do equal work
+    with RunningLine(quiet=False) as line:
+        began = time.perf_counter()
+        done = dict(llm.completions([case.prompt for case in cases], params, line.update))
+        total = time.perf_counter() - began
+    completions = [done[i] for i in range(len(cases))]
+    # Prompts that were computed together share their seconds, which count once.
+    prompt_s = sum({completion.prefill_s for completion in completions})
+    first, prompt_ids = completions[0], completions[0].prompt_token_ids
+    ended = [i for i, token in enumerate(first.token_ids) if token in llm.config.eos_token_ids]
+    token_ids = first.token_ids[: ended[0] + 1 if ended else None]
+    right = [case.answer is not None and done[i].text.startswith(case.answer) for i, case in enumerate(cases)]
+    computed = llm.plan([len(prompt_ids)], new_tokens).computed[0]
+    return Side(
+        name=name,
+        prompt_s=prompt_s,
+        decode_s=total - prompt_s,
+        generated=sum(len(completion.token_ids) for completion in completions),
+        kv_bytes=sum(completion.kv_bytes for completion in completions),
+        kv_bytes_full=sum(completion.kv_bytes_full for completion in completions),
+        right=sum(right),
+        token_ids=token_ids,
+        tokens=tokens_of(tokenizer, cases[0].prompt, prompt_ids, token_ids)[len(prompt_ids) :],
+        kept=Kept.of(first.kept_positions, llm.config.num_key_value_heads, computed),
+    )

@@ -1,0 +1,211 @@
+"""`python -m minipyramid.eval`: policies put the same contexts into their caches and are asked the same.
+
+What is asked: `tasks.py`. What equal bytes are: `compare.py`. What the figures mean: `report.py`. The bytes
+that are reported are those of the text's contexts.
+"""
+
+import argparse
+import json
+import lzma
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipyramid import LLM, RequestError
+from minipyramid.cli.plotting import load_matplotlib
+from minipyramid.cli.terminal import (
+    DEFAULT_MODEL,
+    DEFAULT_TEXT,
+    Parser,
+    ProgressLine,
+    check_writable,
+    exit_status,
+    set_threads,
+)
+from minipyramid.eval.compare import Comparison, compare, no_samples, pick_policies
+from minipyramid.eval.report import BY_PART, COLUMNS, plot, rows_of, table
+from minipyramid.eval.tasks import QUESTION, openings, planted, texts
+from minipyramid.formats.huggingface import read_config
+from minipyramid.hub import locate
+from minipyramid.policies import POLICIES
+from minipyramid.policy import check_share
+
+NAMES = (*POLICIES, "streaming-split", "snapkv-split", "random-split")
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """How a flag reads several values of a kind."""
+
+    def read(text: str) -> list[Any]:
+        return [kind(part.strip()) for part in text.split(",")]
+
+    read.__name__ = f"comma-separated {kind.__name__}"  # what argparse calls it
+    return read
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(prog="minipyramid.eval", allow_abbrev=False, description="Measure what pruning costs.")
+    add = parser.add_argument
+    add("--model", default=str(DEFAULT_MODEL), metavar="PATH_OR_REPO")
+    add("--revision", help="branch, tag or commit of a hub repository")
+    add("--text", default=str(DEFAULT_TEXT), metavar="FILE", help="UTF-8 text to continue, or its .xz")
+    add("--context", type=listed(int), default=[512], metavar="N,N", help="tokens of the prompt (512)")
+    add("--continuation", type=int, default=128, metavar="N", help="tokens scored after it (128)")
+    add("--generate", type=int, default=0, metavar="N", help="also compare N generated tokens")
+    add("--recall", action="store_true", help="also ask for facts planted in stories of --context")
+    add("--samples", type=int, default=8, metavar="N", help="windows, stories and openings (8)")
+    add(
+        "--policies",
+        type=listed(str),
+        default=list(NAMES),
+        metavar="NAME,NAME",
+        help=f"{', '.join(NAMES)}, a preset, a JSON file, or package.module:Name",
+    )
+    add("--budgets", type=listed(float), default=[0.75, 0.5, 0.35], metavar="SHARE,SHARE")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    add("--seed", type=int, default=0)
+    add("--plot", metavar="FILE.png", help="draw quality against bytes (needs the extra plot)")
+    add("--json", action="store_true", help="one JSON object on stdout instead of the table")
+    add("--quiet", action="store_true", help="no progress on stderr")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return exit_status(lambda: report(run(args), args))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Every context, task, policy and budget; returns what `--json` prints."""
+    args.context = list(dict.fromkeys(args.context))
+    check(args)
+    set_threads(args.threads)
+    comparison = what_to_compare(args)
+    llm = LLM(args.model, policy="full", dtype=args.dtype, device=args.device, revision=args.revision)
+    tokens = read_tokens(llm, args)
+    rows: list[dict[str, Any]] = []
+    with EvalLine(len(args.context) * args.samples, quiet=args.quiet) as line:
+        for context in args.context:
+            samples = no_samples()
+            # Each task draws from its own source, so that it draws the same whatever else is asked for.
+            reading, telling, writing = (random.Random(f"{args.seed} {task}") for task in range(3))
+            streams: list[Any] = [texts(llm, tokens, context, args.continuation, reading)]
+            if args.recall:
+                streams.append(planted(llm, context, telling))
+            if args.generate:
+                streams.append(openings(llm, tokens, context, args.generate, writing))
+            for _ in range(args.samples):
+                for tasks in map(next, streams):
+                    compare(llm, tasks, comparison, samples)
+                line.update()
+            rows += rows_of(samples, context, args.seed)
+    ran = {
+        "dtype": str(llm.dtype).removeprefix("torch."),
+        "device": str(llm.device),
+        "torch": torch.__version__,
+    }
+    return {
+        "rows": rows,
+        "settings": {name: value for name, value in vars(args).items() if name != "json"} | ran,
+    }
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be, as far as the command line alone tells."""
+    for name, least in (("continuation", 1), ("samples", 2), ("generate", 0)):
+        if vars(args)[name] < least:
+            raise RequestError(f"--{name} is {vars(args)[name]}, expected {least} or more")
+    shortest = min(args.context)
+    if shortest < 16:
+        raise RequestError(f"--context is {shortest}, expected 16 tokens or more")
+    if args.recall and shortest < 128:
+        raise RequestError(f"--context is {shortest}, expected 128 tokens or more for a story's facts")
+    for budget in args.budgets:
+        check_share(budget)
+    if args.plot is not None:
+        load_matplotlib()
+        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+            raise RequestError(f"--plot is {args.plot}, expected a name that ends with .png, .svg or .pdf")
+        check_writable("--plot", Path(args.plot))
+
+
+def what_to_compare(args: argparse.Namespace) -> Comparison:
+    """Policies and budgets; refuses what the model cannot hold, before its weights are loaded."""
+    directory = locate(args.model, args.revision)
+    config = read_config(directory)
+    layers = config.num_hidden_layers
+    config.check_length(max(args.context), max(args.continuation, args.generate), "the longest context")
+    policies = pick_policies(args.policies, directory, layers)
+    comparison = Comparison(policies, list(dict.fromkeys(args.budgets)))
+    lengths = [context - 1 for context in args.context]
+    if args.generate:
+        lengths += args.context
+    if args.recall:
+        lengths += [context - 2 * QUESTION for context in args.context]  # a story may be as short
+    for budget in args.budgets:
+        if int(budget * min(lengths) * layers) < layers:
+            raise RequestError(
+                f"--budgets has {budget}, which is less than a token in each of {layers} layers; give more"
+            )
+    for tokens in lengths:
+        list(comparison.at(tokens, layers))
+    return comparison
+
+
+def read_tokens(llm: LLM, args: argparse.Namespace) -> list[int]:
+    """The text's tokens, enough of them for the longest window."""
+    try:
+        raw = Path(args.text).read_bytes()
+        text = (lzma.decompress(raw) if args.text.endswith(".xz") else raw).decode("utf-8")
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise RequestError(f"--text {args.text} cannot be read as UTF-8 text: {error}") from error
+    if llm.tokenizer is None:
+        raise RequestError(f"{args.model} has no tokenizer.model, which --text needs; add it")
+    tokens, longest = llm.tokenizer.encode(text, continues=True), max(args.context) + args.continuation
+    if len(tokens) < longest:
+        raise RequestError(f"--text {args.text} has {len(tokens)} tokens, expected {longest} or more")
+    return tokens
+
+
+class EvalLine(ProgressLine):
+    """How many samples are done."""
+
+    def __init__(self, samples: int, quiet: bool) -> None:
+        super().__init__(quiet)
+        self.done, self.samples = 0, samples
+
+    def update(self) -> None:
+        """Called after each sample."""
+        self.done += 1
+        left = (time.monotonic() - self.began) / self.done * (self.samples - self.done)
+        bar = "█" * (20 * self.done // self.samples)
+        self.write(f"{bar:20} {self.done} of {self.samples} samples, {left:.0f} s left")
+
+
+def report(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print what was measured, and draw it."""
+    try:
+        if args.json:
+            print(json.dumps(result))
+        else:
+            print(table(result["rows"], COLUMNS))
+            if args.recall:
+                print("\nThe same recall by where the fact stands:")
+                print(table(result["rows"], BY_PART))
+        print(end="", flush=True)  # so that a plot that fails costs no figures
+    finally:  # nor a reader that leaves early the plot
+        if args.plot is not None:
+            plot(result["rows"], Path(args.plot))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""`LLM`: a checkpoint, ready to generate. It loads, and hands requests to the engine."""
+
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minipyramid import checkpoint, request
+from minipyramid.device import pick_device, pick_dtype
+from minipyramid.engine import Engine, OnStep
+from minipyramid.errors import RequestError, expect_type
+from minipyramid.plan import Plan
+from minipyramid.policy import Policy
+from minipyramid.request import Completion, Conversation, Params, Prefill, Prompt, Prompts, Request, Sequence
+from minipyramid.sampling import SamplingParams
+from minipyramid.tokenizer import load_tokenizer
+
+AnyPolicy = str | Path | Policy  # a name, a file, or a configuration
+
+
+class LLM:
+    """A checkpoint, ready to generate. Several threads may use one: the engine's lock lets one of them step
+    at a time.
+
+    Args:
+        model: a checkpoint's directory in the Hugging Face layout, or a hub repository id.
+        policy: what the layers compute and hold. "auto" (the checkpoint's `pyramid.json`, else the published
+        settings
+            nearest in depth), "full", a policy's name ("snapkv"), a preset's ("llama2-7b"), the path of a
+            JSON file, the place of a class of your own ("package.module:Name"), or a configuration.
+        kv_budget: hold at most this share of the full cache's keys and values once all `max_new_tokens` are
+        generated,
+            by settings solved from `policy`'s for every request's length. A text that ends earlier may hold a
+            larger share of its own. None for `policy` as it is.
+        kv_memory: bytes for the keys, values and votes of everything in flight, a number or as in "2GiB";
+        None for half
+            of what is free.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as
+        bf16, and both
+            as float32 where the processor has no bf16 instructions.
+        device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
+        compile: run decode steps through `torch.compile`. Worth it where steps are many and their layers
+        small: the first
+            step compiles some ten seconds long, as do those of other kinds (README, Limits).
+        revision: branch, tag or commit of a hub repository.
+        progress: called with (parameters loaded, of how many) while loading.
+
+    Raises:
+        CheckpointError, ConfigError, TokenizerError: what is wrong with the checkpoint, or cannot be done
+        here.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        policy: AnyPolicy = "auto",
+        kv_budget: float | None = None,
+        kv_memory: int | str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        compile: bool = False,
+        revision: str | None = None,
+        progress: checkpoint.Progress | None = None,
+    ) -> None:
+        # Imported where they are needed: the hub's library takes its time, and names of policies are many.
+        from minipyramid.formats.huggingface import read_config
+        from minipyramid.hub import locate
+        from minipyramid.policies import pick_policy
+
+        expect_type("compile", compile, bool, "bool")
+        directory = locate(model, revision, progress=progress is not None)
+        config = read_config(directory)
+        chosen = pick_policy(policy, directory, config.num_hidden_layers)
+        memory = None if kv_memory is None else request.parse_bytes(kv_memory)
+        on = pick_device(device)
+        tokenizer = load_tokenizer(directory, config.vocab_size)
+        weights = checkpoint.load(directory, config, pick_dtype(dtype, config.dtype, on), on, progress)
+        if compile:
+            from minipyramid.compiled import compile_step
+
+            compile_step(weights)
+        self._stand_on(Engine(weights, tokenizer, chosen, kv_budget, memory), directory)
+
+    def _stand_on(self, engine: Engine, directory: Path) -> None:
+        self.engine, self.directory = engine, directory
+        self.model, self.tokenizer, self.config = engine.model, engine.tokenizer, engine.config
+        self.device, self.dtype = engine.device, engine.dtype
+
+    @classmethod
+    def of(cls, engine: Engine, directory: Path) -> "LLM":
+        """An LLM on an engine that is there; `directory` is where a settings file would be."""
+        llm = cls.__new__(cls)
+        llm._stand_on(engine, directory)
+        return llm
+
+    def under(
+        self, policy: AnyPolicy, *, kv_budget: float | None = None, kv_memory: int | str | None = None
+    ) -> "LLM":
+        """The same weights under another policy, in an engine of its own; arguments as those of `LLM`."""
+        from minipyramid.policies import pick_policy
+
+        chosen = pick_policy(policy, self.directory, self.config.num_hidden_layers)
+        memory = None if kv_memory is None else request.parse_bytes(kv_memory)
+        return LLM.of(Engine(self.model, self.tokenizer, chosen, kv_budget, memory), self.directory)
+
+    def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
+        """Continue any number of prompts; texts or token ids in, completions in their order out.
+
+        As many run together as fit in `kv_memory`.
+
+        Raises:
+            BudgetError: `kv_budget` cannot be reached for a prompt's length.
+            RequestError: a prompt is empty, too long, not of this vocabulary, or needs more than `kv_memory`.
+            TokenizerError: texts are given to a checkpoint without a readable tokenizer.
+        """
+        finished = dict(self.completions(prompts, params))
+        return [finished[i] for i in sorted(finished)]
+
+    def completions(
+        self, prompts: Prompts, params: Params = None, on_step: OnStep = None
+    ) -> Iterator[tuple[int, Completion]]:
+        """Like `generate`, but each as it is finished, with its prompt's index; `on_step` ends a step."""
+        given = request.as_list(prompts)
+        one = SamplingParams() if params is None else params
+        each = one if isinstance(one, list) else [one] * len(given)
+        if len(each) != len(given):
+            told = f"{len(each)} sampling parameters for {len(given)} prompts"
+            raise RequestError(f"{told}; give one, or as many")
+        sequences = []
+        for i, (prompt, params_of_it) in enumerate(zip(given, each, strict=True)):
+            sequences.append(self.engine.prepare(Request(prompt, params_of_it, name=name_of(i, given))))
+        return self._completions(sequences, on_step)
+
+    def _completions(self, sequences: list[Sequence], on_step: OnStep) -> Iterator[tuple[int, Completion]]:
+        index = {sequence: i for i, sequence in enumerate(sequences)}
+        for sequence, piece in self.engine.run(sequences, on_step):
+            if piece is None:
+                yield index[sequence], sequence.completion
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, conversation: Conversation | None = None
+    ) -> Generator[str, None, Completion]:
+        """The same for one prompt, as pieces of text; joined they are the completion's text.
+
+        With a `conversation` the prompt is its next turn. The generator's return value is the `Completion`. A
+        generator that is closed gives its room back at once. Raises like `generate`.
+        """
+        asked = Request(prompt, SamplingParams() if params is None else params, conversation)
+        return self._pieces(self.engine.prepare(asked))
+
+    def _pieces(self, sequence: Sequence) -> Generator[str, None, Completion]:
+        for _, piece in self.engine.run([sequence]):
+            if piece is not None:
+                yield piece
+        return sequence.completion
+
+    def prefill(self, prompts: Prompts, conversation: Conversation | None = None) -> list[Prefill]:
+        """Compute prompts and tell what the cache holds of each, and the scores of the token that comes next.
+
+        With a `conversation` one prompt is its next turn, to which nothing is replied.
+        """
+        given, done = request.as_list(prompts), []
+        for i, prompt in enumerate(given):
+            asked = Request(prompt, conversation=conversation, given=[], name=name_of(i, given))
+            kept, logits = self._read(asked)
+            done.append(Prefill(logits[0], kept.kept_positions, kept.kv_lengths))
+        return done
+
+    def score(
+        self, prompt: Prompt, continuation: Prompt, conversation: Conversation | None = None
+    ) -> list[float]:
+        """Log-probability (nats) of each token of a continuation, given the prompt's cache and those before.
+
+        The prompt is pruned as for generating so many tokens; what is scored is given, so nothing of it is
+        dropped.
+        """
+        ids = self.engine.encode(continuation, "the continuation", continues=True)
+        logits = self.logits(prompt, ids, conversation)[:-1]  # [T, vocab_size]
+        target = torch.tensor(ids, device=logits.device)[:, None]
+        scores: list[float] = logits.log_softmax(-1).gather(1, target)[:, 0].tolist()
+        return scores
+
+    def logits(
+        self, prompt: Prompt, continuation: list[int], conversation: Conversation | None = None
+    ) -> Tensor:
+        """Scores of what may follow the prompt and each token of a continuation.  [1 + T, vocab_size]
+
+        A `conversation` is read and not continued.
+        """
+        read = None
+        if conversation is not None:
+            read = Conversation(conversation.held, conversation.token_ids)
+        return self._read(Request(prompt, conversation=read, given=continuation))[1]
+
+    def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> Plan:
+        """What prompts of these lengths (tokens) will hold; nothing is allotted."""
+        return self.engine.planner.plan(prompt_lengths, max_new_tokens)
+
+    def _read(self, asked: Request) -> tuple[Completion, Tensor]:
+        """Run a request that generates nothing; returns the scores behind its prompt, too."""
+        sequence = self.engine.prepare(asked)
+        for _ in self.engine.run([sequence]):
+            pass
+        if sequence.logits is None:
+            raise RequestError(f"{asked.name} was cancelled before it was computed; ask again")
+        return sequence.completion, sequence.logits
+
+
+def name_of(index: int, prompts: list[Prompt]) -> str:
+    """What errors call a prompt."""
+    return "the prompt" if len(prompts) == 1 else f"prompt {index}"

@@ -1,0 +1,42 @@
+"""A control: as many tokens in each layer as one policy holds there, chosen by another.
+
+It tells what the spread over the layers does, and what the choice. Every layer computes the whole prompt.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from minipyramid.errors import ConfigError
+from minipyramid.policy import Generation, Policy, Seen
+
+
+@dataclass(frozen=True)
+class Split(Policy):
+    """`like` says how many of each layer, `choice` which. `ConfigError` where `choice` cannot say it."""
+
+    like: Policy
+    choice: Policy
+
+    def __post_init__(self) -> None:
+        if type(self.choice).hold is Policy.hold:
+            raise ConfigError(
+                f"{type(self.choice).__name__} does not choose what is held, so nobody can say how many; "
+                "take a policy that has `hold`, as snapkv"
+            )
+
+    def held(self, prompt_tokens: int, layers: int) -> list[int]:
+        """As many as `like` holds."""
+        return self.like.held(prompt_tokens, layers)
+
+    def hold(self, seen: Seen, count: int) -> Tensor:
+        """Those that `choice` would hold."""
+        return self.choice.hold(seen, count)
+
+    def generation(self, prompt_tokens: int, layers: int) -> Generation | None:
+        """As of `like`."""
+        return self.like.generation(prompt_tokens, layers)
+
+    def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> "Split":
+        """The budget is that of `like`."""
+        return replace(self, like=self.like.within(share, prompt_tokens, new_tokens, layers))

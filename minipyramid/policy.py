@@ -1,0 +1,215 @@
+"""The seam between the engine and what it keeps: a policy.
+
+A policy answers three questions, and the rest of the engine asks them without knowing which policy it has.
+
+1. How many tokens of a prompt does each layer *compute*, and how many keys and values does it *hold*
+afterwards? Two
+   lists, for they are two questions (docs/method.md): a layer attends over all that it computes, so its own
+   output is exact, and only then holds less. What a layer does not pass on, no deeper layer computes.
+2. Which tokens? A choice from what the layer has at hand (`Seen`).
+3. The same of generated tokens (`Generation`): how many stay of each group, and which.
+
+Every length is a function of the numbers of tokens and layers and of the policy's settings, never of the
+data. So the memory is planned before anything is computed, and a batch holds what its single runs hold.
+
+`Policy` itself is the policy `full`. Others are frozen dataclasses of settings that answer differently:
+PyramidInfer (`minipyramid/pyramid.py`) and those of `minipyramid/policies/`.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minipyramid.attention import votes
+from minipyramid.errors import ConfigError, check_number
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer has at hand when its policy chooses among the T new tokens of one sequence."""
+
+    q: Tensor  # [T, H, D] queries of the new tokens, rotated
+    keys: Tensor  # [K, n, D] rotated; the new tokens' last, behind what former turns left
+    values: Tensor  # [K, n, D]
+    logsumexp: Tensor | None  # [H, T] log of the sum under each query's softmax, where attention told it
+    layer: int  # 0-based
+    prompt_tokens: int  # N: as many began, T of them reached this layer
+    seed: int = 0  # of this prompt and layer, the same in every batch
+
+    def new_votes(self, voters: int, weights: Tensor | None = None) -> Tensor:
+        """How much the newest `voters` tokens look at each new token before them.  [K, G, T - voters]"""
+        T, n = len(self.q), self.keys.shape[1]
+        before = n - voters
+        logsumexp = None if self.logsumexp is None else self.logsumexp[:, T - voters :]
+        given = votes(self.q[T - voters :], self.keys, logsumexp, before, weights)
+        return given[..., n - T :]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How generated tokens are dropped, in groups, by the votes of the newest (docs/method.md, section 3).
+
+    Of T tokens so far the newest 1 + int(T * recent_ratio) are protected. Older generated tokens that were
+    not yet voted on are *pending*. As soon as `group` of them are pending, each layer keeps its
+    highest-voted: a *compaction*.
+    """
+
+    prompt_tokens: int
+    recent_ratio: float
+    group: int  # pending tokens of one compaction
+    stay: tuple[int, ...]  # [layer] how many of each group stay
+    distance_weight: float  # of the newest voter; the oldest has 1
+
+    def older(self, generated: int) -> int:
+        """Generated tokens that are not protected any more, after so many were generated."""
+        return max(0, generated - 1 - int((self.prompt_tokens + generated) * self.recent_ratio))
+
+    def compactions(self, generated: int) -> int:
+        """How many compactions have happened by then."""
+        return self.older(generated) // self.group
+
+    def moment(self, compaction: int, new_tokens: int) -> int:
+        """After which generated token the compaction (0-based) happens; above `new_tokens` if it does not."""
+        return bisect_left(range(new_tokens + 1), (compaction + 1) * self.group, key=self.older)
+
+    def weight(self, voter: int, moment: int) -> float:
+        """What a generated token counts in the compaction at `moment`; 0 if it is no voter then."""
+        oldest = self.older(moment)
+        voters = moment - oldest
+        rank = voter - oldest
+        if rank < 0:
+            return 0.0
+        return (1 + (self.distance_weight - 1) * rank / max(1, voters - 1)) / voters
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What each layer computes and holds. This one computes and holds everything: `full`."""
+
+    def computed(self, prompt_tokens: int, layers: int) -> list[int]:
+        """Tokens of the prompt that each layer receives: all in layer 0, then never more than before."""
+        return [prompt_tokens] * layers
+
+    def held(self, prompt_tokens: int, layers: int) -> list[int]:
+        """Tokens of the prompt that each layer leaves in its cache, at most as many as it computes."""
+        return self.computed(prompt_tokens, layers)
+
+    def pass_on(self, seen: Seen, count: int) -> Tensor:
+        """Which of the new tokens the next layer receives, where it receives fewer.  [count] ascending"""
+        raise NotImplementedError(
+            f"{type(self).__name__} computes less in deeper layers, so it needs pass_on"
+        )
+
+    def hold(self, seen: Seen, count: int) -> Tensor:
+        """Which of the new tokens the layer holds; asked where it holds fewer than it computes.
+
+        Returns [count] for all key/value heads alike or [K, count], ascending.
+        """
+        raise NotImplementedError(f"{type(self).__name__} holds less than it computes, so it needs hold")
+
+    def generation(self, prompt_tokens: int, layers: int) -> Generation | None:
+        """How generated tokens are dropped; None where all of them stay."""
+        return None
+
+    def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> "Policy":
+        """The same policy with settings that hold at most this share of the full cache, as close as possible.
+
+        Raises:
+            BudgetError: with the smallest share that can be reached.
+            ConfigError: the share is not above 0 and at most 1, or the policy has nothing to give up.
+        """
+        raise ConfigError(
+            f"kv_budget is {share}, but the policy has nothing to give up; leave one of them out"
+        )
+
+    def kv_lengths(self, prompt_tokens: int, new_tokens: int, layers: int) -> list[int]:
+        """Tokens that each layer holds after `new_tokens` were generated."""
+        held = [n + new_tokens for n in self.held(prompt_tokens, layers)]
+        generation = self.generation(prompt_tokens, layers)
+        if generation is None:
+            return held
+        done = generation.compactions(new_tokens)
+        return [n - done * (generation.group - stay) for n, stay in zip(held, generation.stay, strict=True)]
+
+
+FULL = Policy()
+
+
+def check_share(share: float) -> None:
+    """A share of the full cache: above 0 and at most 1."""
+    check_number("kv_budget", share, (float, 1e-9, 1.0), ConfigError, TypeError)
+
+
+def top_scored(score: Tensor, count: int, first: int = 0, newest: int = 0) -> Tensor:
+    """Indices of the `count` highest scores, ascending; the `newest` and then the `first` so many always win.
+
+    Of equal scores the earlier token wins, for topk promises no order.  [..., T] -> [..., count]
+    """
+    score = score.float().clone()
+    score[..., :first] = torch.finfo(score.dtype).max
+    score[..., score.shape[-1] - newest :] = math.inf
+    ranked = score.sort(descending=True, stable=True).indices
+    return ranked[..., :count].sort().values
+
+
+class PendingTokens:
+    """Counts the generated tokens of one sequence that no compaction has reached yet."""
+
+    def __init__(self, generation: Generation, new_tokens: int) -> None:
+        self.generation = generation
+        self.generated = 0
+        self.compacted = 0  # compactions that have happened
+        self.moments = [generation.moment(i, new_tokens) for i in range(generation.compactions(new_tokens))]
+
+    @property
+    def count(self) -> int:
+        """Pending and protected generated tokens: all that follow the last compaction's group."""
+        return self.generated - self.compacted * self.generation.group
+
+    def add_one(self) -> list[float]:
+        """Count one more generated token; returns what its vote weighs on each group that is not compacted
+        yet.
+
+        The oldest group first; 0 for a group whose compaction never comes, because generation ends before.
+        """
+        self.generated += 1
+        groups = math.ceil(self.count / self.generation.group)
+        coming = self.moments[self.compacted : self.compacted + groups]
+        weights = [self.generation.weight(self.generated - 1, moment) for moment in coming]
+        return weights + [0.0] * (groups - len(weights))
+
+    def compact_if_due(self) -> bool:
+        """Whether the oldest group is voted on now; from here on it is not pending any more."""
+        due = self.moments[self.compacted : self.compacted + 1] == [self.generated]
+        if due:
+            self.compacted += 1
+        return due
+
+
+def votes_to_cast(
+    pending: Sequence[PendingTokens], lengths: Tensor, room: int
+) -> Sequence[tuple[Tensor, Tensor] | None]:
+    """Count one more generated token of every sequence; returns what its vote weighs, and for which slots.
+
+    Which compaction a token falls into, and who votes in it, follow from its index. So one running sum is
+    enough: 4 bytes per token and layer, where its key and value take hundreds. Settings are an engine's, so
+    all rows of a cache have groups of one size.
+
+    lengths [L, B] are what the layers hold before the token, and U is the cache's `room` for pending tokens.
+    By layer: the weights [B, U], the oldest token's first, and the slots [B, U]; None for all layers where
+    nothing will ever be voted on. Behind the last pending token weights are 0, and slots are clamped so that
+    they exist.
+    """
+    by_group = [tokens.add_one() for tokens in pending]
+    if not any(tokens.moments for tokens in pending):
+        return [None] * len(lengths)
+    places, group = torch.arange(room, device=lengths.device), pending[0].generation.group
+    padded = [weights + [0.0] * (room // group + 1 - len(weights)) for weights in by_group]
+    by_token = torch.tensor(padded, device=lengths.device)[:, places // group]  # [B, U]
+    counts = torch.tensor([tokens.count for tokens in pending], device=lengths.device)  # [B]
+    slots = (lengths + 1 - counts)[..., None] + places  # [L, B, U]
+    return [(by_token, of_layer) for of_layer in slots.minimum(lengths[..., None])]

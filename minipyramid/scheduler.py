@@ -1,0 +1,125 @@
+"""Which requests run: as many as their planned bytes leave room for, in their order.
+
+Nothing is guessed: what a request will need at its longest is known before it starts, so none that runs is
+ever swapped out or started over, and the memory is never exceeded. Requests of one size that start together
+are rows of one cache and attend in one product; those of other sizes have their own. The next starts when a
+row is free that is large enough for it, or when a cache whose rows have all ended has given back its bytes.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minipyramid.cache import KVCache, Row
+from minipyramid.errors import RequestError
+from minipyramid.plan import Need
+from minipyramid.request import Sequence
+
+
+class Scheduler:
+    """Sequences that wait, in their order, and the caches of those that run.
+
+    Args:
+        allot: makes a cache with so many rows of such a size.
+        per_token: bytes of one token in one layer.
+        device: where the caches are.
+        memory: bytes for the keys, values and votes of everything in flight; None for half of what is free.
+    """
+
+    def __init__(
+        self, allot: Callable[[Need, int], KVCache], per_token: int, device: torch.device, memory: int | None
+    ) -> None:
+        self.allot, self.per_token, self.device, self.given_memory = allot, per_token, device, memory
+        self.waiting: deque[Sequence] = deque()
+        self.caches: list[KVCache] = []
+        self.running: dict[Row, Sequence] = {}  # who has which row of which cache
+        self.finished = self.generated = 0  # sequences that have ended, and tokens of all
+        self._free = default_memory(device)  # as it was when last nothing was in flight
+
+    @property
+    def memory(self) -> int:
+        """The bound on what is in flight, in bytes."""
+        return self._free if self.given_memory is None else self.given_memory
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Allotted for those that run, and what the turns among them go on from."""
+        former = sum(s.former.bytes for s in self.running.values() if s.former)
+        return former + sum(cache.bytes_allotted for cache in self.caches)
+
+    def bytes_of(self, sequence: Sequence) -> int:
+        """What it needs at its longest, with what earlier turns have left until it ends."""
+        former = sequence.former.bytes if sequence.former else 0
+        return sequence.need.bytes(self.per_token) + former
+
+    def check(self, sequence: Sequence) -> None:
+        """Refuse what could never run: `RequestError` where it needs more than the memory by itself."""
+        needed = self.bytes_of(sequence)
+        if needed > self.memory:
+            short = f"{sequence.request.name} needs {needed} bytes of keys and values"
+            way_out = "give it more, ask for fewer tokens, or lower kv_budget"
+            raise RequestError(f"{short}, but kv_memory is {self.memory}; {way_out}")
+
+    def admit(self) -> list[Sequence]:
+        """Start those that wait until the next has no room; returns them, some perhaps with an `error`."""
+        if not self.caches:
+            self._free = default_memory(self.device)
+        admitted: list[Sequence] = []
+        fresh: dict[Need, list[Sequence]] = {}  # caches to be allotted: a row's need, and who shares it
+        room = self.memory - self.bytes_in_flight
+        while len(admitted) < len(self.waiting):
+            sequence = self.waiting[len(admitted)]
+            former = sequence.former.bytes if sequence.former else 0
+            free = [cache for cache in self.caches if cache.takes(sequence.need)]
+            if free and former <= room:
+                tightest = min(free, key=lambda cache: cache.need.bytes(self.per_token))
+                self.running[sequence.start(tightest)] = sequence
+                room -= former
+            elif self.bytes_of(sequence) <= room or not (self.caches or fresh):
+                fresh.setdefault(sequence.need, []).append(sequence)
+                room -= self.bytes_of(sequence)
+            else:
+                break
+            admitted.append(sequence)
+        for need, together in fresh.items():
+            try:
+                cache = self.allot(need, len(together))
+            except RequestError as error:
+                for sequence in together:
+                    sequence.error = error
+                continue
+            self.caches.append(cache)
+            self.running |= {sequence.start(cache): sequence for sequence in together}
+        # Last, so that whatever interrupts this loses none.
+        for _ in admitted:
+            self.waiting.popleft()
+        return admitted
+
+    def in_order(self) -> list[Sequence]:
+        """Those that run, in the order of the caches' rows, which is that of a step."""
+        return [self.running[row] for cache in self.caches for row in cache.rows]
+
+    def retire(self, sequence: Sequence) -> None:
+        """Take out one that has ended or waits no longer; a cache whose rows have all ended is given back."""
+        if sequence.row:
+            del self.running[sequence.row]
+            sequence.row.cache.retire(sequence.row)
+            sequence.row = None
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.caches = [cache for cache in self.caches if cache.rows]
+        self.finished += 1
+
+
+def default_memory(device: torch.device) -> int:
+    """Half of the bytes that are free where the cache will be, for activations need some; else 4 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 4 << 30
+    # What the kernel would give up for the asking, its cache of files, counts as free.
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return 1024 * int(fields["MemAvailable"].split()[0]) // 2

@@ -1,0 +1,134 @@
+"""What tests share: small random checkpoints, prompts, and settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from minipyramid import LLM, Conversation, PyramidConfig, SamplingParams
+
+WEIGHTS = Path(__file__).parent.parent / "weights" / "storyteller"
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Tensors under Hugging Face's names, large enough that attention is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    D = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * D, config["num_key_value_heads"] * D
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    for i in range(config["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        shapes |= {p + "input_layernorm.weight": (hidden,), p + "post_attention_layernorm.weight": (hidden,)}
+        shapes |= {p + "self_attn.q_proj.weight": (q, hidden), p + "self_attn.o_proj.weight": (hidden, q)}
+        shapes |= {p + f"self_attn.{n}_proj.weight": (kv, hidden) for n in "kv"}
+        shapes |= {p + f"mlp.{n}_proj.weight": (ffn, hidden) for n in ("gate", "up")}
+        shapes[p + "mlp.down_proj.weight"] = (hidden, ffn)
+    return {
+        name: torch.randn(shape, generator=generator) * (1.5 / shape[-1] ** 0.5 if len(shape) == 2 else 0.1)
+        + (1.0 if len(shape) == 1 else 0.0)
+        for name, shape in shapes.items()
+    }
+
+
+def write_checkpoint(directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """A tiny checkpoint of random weights; `changes` to `TINY`."""
+    config = {**TINY, **changes}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(random_tensors(config, seed), directory / "model.safetensors")
+    return directory
+
+
+def train_pieces(directory: Path) -> Path:
+    """A Llama-like tokenizer.model of 320 pieces."""
+    text = [
+        "Once upon a time there was a little fox.",
+        "The fox said: \u201cwho is there?\u201d and went home again.",
+    ] * 30
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return directory / "tokenizer.model"
+
+
+STEEP = PyramidConfig(
+    recent_ratio=0.1,
+    prefill_decay_ratio=0.5,
+    min_context_length=4,
+    exceed_length_to_compress=8,
+    gen_decay_ratio=0.2,
+)
+
+
+def with_full_layers(full: tuple[int, float], **others: Any) -> PyramidConfig:
+    return PyramidConfig(prefill_full_layers=full[0], prefill_full_ratio=full[1], **others)
+
+
+CONFIGS = st.builds(
+    with_full_layers,
+    full=st.sampled_from([(1, 1.0), (2, 1.0), (2, 0.4), (4, 0.0)]),
+    recent_ratio=st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0]),
+    prefill_decay_ratio=st.sampled_from([0.0, 0.3, 0.7, 0.9, 1.0]),
+    prefill_decay_strategy=st.sampled_from(["cosine", "linear", "constant"]),
+    min_context_length=st.integers(0, 20),
+    layerwise_downsample_interval=st.integers(1, 3),
+    streamingllm_sink_len=st.integers(0, 6),
+    distance_weight=st.sampled_from([0.5, 1.0, 1.2]),
+    gen_decay_ratio=st.sampled_from([0.0, 0.1, 1.0]),
+    gen_decay_strategy=st.sampled_from(["cosine", "linear", "constant"]),
+    exceed_length_to_compress=st.integers(1, 9),
+    gen_compress_ratio=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+)
+
+
+def prompts_of(lengths: list[int]) -> list[list[int]]:
+    """Random token ids, other ones for other lengths."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
+
+
+def say(llm: LLM, prompt: Any, params: SamplingParams, conversation: Conversation) -> Any:
+    """A turn of a conversation; returns its completion."""
+    pieces = llm.stream(prompt, params, conversation)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value

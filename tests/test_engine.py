@@ -1,0 +1,235 @@
+"""The engine is fed: requests come and go while others run, from one thread or several, within one bound of
+memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import STEEP, prompts_of, write_checkpoint
+
+from minipyramid import LLM, Engine, Request, RequestError, SamplingParams
+from minipyramid.cache import KVCache
+from minipyramid.request import Sequence
+
+FEW = SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+
+def in_use(engine: Engine) -> int:
+    """Bytes of the tensors themselves."""
+    caches = engine.scheduler.caches
+    tensors = [t for cache in caches for t in (*cache.keys, *cache.values, *cache.votes)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def is_idle(engine: Engine) -> bool:
+    scheduler = engine.scheduler
+    return not (scheduler.caches or scheduler.running or scheduler.waiting)
+
+
+def test_requests_come_and_go_while_others_run(tiny: LLM) -> None:
+    """200 of them in random order, some cancelled: texts as single runs, never above the bound, all given
+    back.
+    """
+    rng = random.Random(0)
+    lengths, new = [rng.randint(1, 90) for _ in range(200)], [rng.randint(1, 25) for _ in range(200)]
+    prompts = prompts_of(lengths)
+    params = [
+        SamplingParams(max_new_tokens=n, ignore_eos=True, temperature=rng.choice([0.0, 1.0]), seed=i)
+        for i, n in enumerate(new)
+    ]
+    one = tiny.under(STEEP).plan([90], 25).needs[0].bytes(tiny.config.kv_bytes_per_token(4))
+    llm = tiny.under(STEEP, kv_memory=6 * one)
+    engine, handles, cancelled = llm.engine, dict[int, Sequence](), set[int]()
+    order = rng.sample(range(200), 200)
+    while order or not is_idle(engine):
+        for _ in range(rng.randint(0, 3)):
+            if order:
+                i = order.pop()
+                handles[i] = engine.add(Request(prompts[i], params[i]))
+        if rng.random() < 0.1:
+            i = rng.choice(list(handles) or [0])
+            if i in handles and not handles[i].ended:
+                engine.cancel(handles[i])
+                cancelled.add(i)
+                assert handles[i].ended
+        engine.step()
+        assert in_use(engine) <= 6 * one
+    assert 5 < len(cancelled) < 100
+    alone = tiny.under(STEEP)
+    for i, handle in handles.items():
+        assert handle.ended
+        assert handle.news.pop() == (handle, None)
+        if i not in cancelled:
+            (single,) = alone.generate([prompts[i]], params[i])
+            assert handle.completion.token_ids == single.token_ids
+            assert handle.completion.kept_positions == single.kept_positions
+            assert "".join(piece or "" for _, piece in handle.news) == single.text
+
+
+def test_step_tells_what_is_new_of_each(tiny: LLM) -> None:
+    engine = tiny.under(STEEP).engine
+    handles = [engine.add(Request(prompt, FEW)) for prompt in prompts_of([20, 30])]
+    told: dict[Sequence, list[str | None]] = {handle: [] for handle in handles}
+    while not is_idle(engine):
+        for sequence, piece in engine.step():
+            told[sequence].append(piece)
+    for handle, pieces in told.items():
+        assert pieces.pop() is None
+        assert "".join(piece or "" for piece in pieces) == handle.completion.text
+    assert engine.step() == []
+
+
+def test_four_threads_share_one_llm(tiny: LLM) -> None:
+    """Ten requests each, streamed and not: the texts of a single thread, whoever steps."""
+    prompts = [prompts_of([n] * 10) for n in (5, 20, 40, 60)]
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=1.0, seed=3)
+    expected = [[c.text for c in tiny.under(STEEP).generate(some, params)] for some in prompts]
+    llm, got, gate = tiny.under(STEEP), [[""] * 10 for _ in range(4)], threading.Barrier(4)
+
+    def work(thread: int) -> None:
+        gate.wait()
+        for i in range(0, 10, 2):
+            got[thread][i] = "".join(llm.stream(prompts[thread][i], params))
+            (completion,) = llm.generate([prompts[thread][i + 1]], params)
+            got[thread][i + 1] = completion.text
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert got == expected
+    assert is_idle(llm.engine)
+
+
+def test_a_stream_that_is_dropped_gives_its_row_back_at_once(tiny: LLM) -> None:
+    llm = tiny.under(STEEP)
+    (prompt,) = prompts_of([40])
+    pieces = llm.stream(prompt, SamplingParams(max_new_tokens=50, ignore_eos=True))
+    next(pieces)
+    assert in_use(llm.engine) > 0
+    pieces.close()
+    assert is_idle(llm.engine)
+    pieces = llm.stream(prompt, SamplingParams(max_new_tokens=50, ignore_eos=True))
+    next(pieces)
+    del pieces
+    gc.collect()
+    assert is_idle(llm.engine)
+    llm.stream(prompt)  # never begun
+    assert is_idle(llm.engine)
+
+
+def test_a_dropped_call_takes_its_waiting_prompts_with_it(tiny: LLM) -> None:
+    llm = tiny.under(STEEP, kv_memory=tiny.under(STEEP).plan([40], 6).needs[0].bytes(128))
+    done = llm.completions(prompts_of([40] * 5), FEW)
+    next(done)
+    done.close()
+    assert is_idle(llm.engine)
+
+
+def test_a_row_of_several_is_free_for_the_next_when_one_is_cancelled(tiny: LLM) -> None:
+    """Two fit; the third starts in the row of the one that is cancelled, while the other goes on."""
+    need = tiny.under(STEEP).plan([20], 30).needs[0].bytes(tiny.config.kv_bytes_per_token(4))
+    engine = tiny.under(STEEP, kv_memory=2 * need).engine
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    first, second, third = (engine.add(Request(prompt, params)) for prompt in prompts_of([20] * 3))
+    engine.step()
+    assert len(engine.scheduler.running) == 2
+    engine.cancel(first)
+    assert len(engine.scheduler.running) == 1
+    engine.step()
+    assert set(engine.scheduler.running.values()) == {second, third}
+    while not is_idle(engine):
+        engine.step()
+    for handle in (second, third):
+        (alone,) = tiny.under(STEEP).generate([handle.prompt], params)
+        assert handle.completion.token_ids == alone.token_ids
+
+
+def test_a_step_that_breaks_off_ends_what_ran_and_nothing_else(
+    tiny: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are half written; the next call must not meet them."""
+    llm = tiny.under(STEEP)
+    prompt, other = prompts_of([20, 30])
+    running = llm.engine.add(Request(prompt, FEW))
+    llm.engine.step()
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(type(llm.model), "step", interrupted)
+        llm.engine.step()
+    assert running.ended
+    assert isinstance(running.error, RequestError)
+    assert is_idle(llm.engine)
+    assert llm.generate([other], FEW)[0].token_ids == tiny.under(STEEP).generate([other], FEW)[0].token_ids
+
+
+def test_what_cannot_be_allotted_fails_alone(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    allot = KVCache.allot
+
+    def short(config: Any, need: Any, rows: int, *others: Any) -> KVCache:
+        if max(need.slots) > 50:
+            raise RuntimeError("out of memory")
+        return allot(config, need, rows, *others)
+
+    monkeypatch.setattr(KVCache, "allot", short)
+    llm = tiny.under("full")
+    small, large = prompts_of([20, 80])
+    engine = llm.engine
+    handles = [engine.add(Request(prompt, FEW)) for prompt in (large, small)]
+    while not is_idle(engine):
+        engine.step()
+    assert isinstance(handles[0].error, RequestError)
+    assert handles[1].error is None
+    assert len(handles[1].completion.token_ids) == 6
+    with pytest.raises(RequestError, match="do not fit into memory"):
+        llm.generate([large, small], FEW)
+    assert is_idle(engine)
+
+
+def test_scores_are_read_beside_requests_that_generate(tiny: LLM) -> None:
+    """`score` and `prefill` are requests like others: one bound of memory holds for all."""
+    llm = tiny.under(STEEP)
+    prompt, continuation, other = prompts_of([40, 10, 25])
+    running = llm.engine.add(Request(other, SamplingParams(max_new_tokens=40, ignore_eos=True)))
+    llm.engine.step()
+    scores = llm.score(prompt, continuation)
+    assert scores == pytest.approx(tiny.under(STEEP).score(prompt, continuation), abs=1e-4)
+    assert not running.ended
+    assert len(llm.engine.scheduler.running) == 1
+    llm.engine.cancel(running)
+    assert is_idle(llm.engine)
+
+
+def test_cancelling_what_has_ended_or_never_began_changes_nothing(tiny: LLM) -> None:
+    engine = tiny.under(STEEP).engine
+    (prompt,) = prompts_of([10])
+    done = engine.add(Request(prompt, FEW))
+    while not done.ended:
+        engine.step()
+    tokens = list(done.completion.token_ids)
+    engine.cancel(done)
+    engine.cancel(engine.prepare(Request(prompt, FEW)))
+    assert done.completion.token_ids == tokens
+    assert is_idle(engine)
+
+
+def test_an_engine_stands_by_itself(tmp_path: Path) -> None:
+    """Weights and a policy are all that it needs."""
+    llm = LLM(write_checkpoint(tmp_path), policy="full")
+    engine = Engine(llm.model)
+    handle = engine.add(Request([5, 6, 7], FEW))
+    while not handle.ended:
+        engine.step()
+    assert handle.completion.token_ids == llm.generate([[5, 6, 7]], FEW)[0].token_ids
+    assert torch.equal(llm.logits([5, 6], [7])[0], llm.prefill([[5, 6]])[0].logits)

@@ -1,0 +1,127 @@
+"""Many requests under a bound of memory: the same texts, never more bytes, and no one waits longer than
+needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import STEEP, prompts_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipyramid import LLM, Conversation, RequestError, SamplingParams
+from minipyramid.generate import main
+from minipyramid.request import parse_bytes
+from minipyramid.scheduler import Scheduler
+
+
+def limited(llm: LLM, memory: int | None) -> LLM:
+    return llm.under(STEEP, kv_memory=memory)
+
+
+def in_use(scheduler: Scheduler) -> int:
+    """Bytes of the tensors themselves."""
+    tensors = [t for cache in scheduler.caches for t in (*cache.keys, *cache.values, *cache.votes)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+REQUESTS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 30)), min_size=1, max_size=12)
+
+
+@given(requests=REQUESTS, factor=st.floats(1.0, 4.0))
+@settings(max_examples=20, deadline=None)
+def test_a_bound_changes_neither_texts_nor_order(
+    tiny: LLM, requests: list[tuple[int, int]], factor: float
+) -> None:
+    prompts = prompts_of([length for length, _ in requests])
+    params = [SamplingParams(max_new_tokens=new, ignore_eos=True) for _, new in requests]
+    needs = [limited(tiny, None).plan([length], new).needs[0] for length, new in requests]
+    memory = int(factor * max(need.bytes(tiny.config.kv_bytes_per_token(4)) for need in needs))
+    llm, most = limited(tiny, memory), 0
+    done = {}
+
+    def watch(scheduler: Scheduler) -> None:
+        nonlocal most
+        most = max(most, in_use(scheduler))
+        assert len(scheduler.waiting) + len(scheduler.running) + scheduler.finished == len(requests)
+
+    for i, completion in llm.completions(prompts, params, watch):
+        done[i] = completion
+    assert most <= memory
+    for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        (alone,) = limited(tiny, None).generate([prompt], p)
+        assert (done[i].token_ids, done[i].kept_positions) == (alone.token_ids, alone.kept_positions)
+
+
+def test_the_next_starts_as_soon_as_one_has_ended(tiny: LLM) -> None:
+    """Two fit at a time; while a long one runs, three short ones follow each other in the row beside it."""
+    prompts = prompts_of([20] * 5)
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (12, 4, 4, 4, 12)]
+    need = limited(tiny, None).plan([20], 12).needs[0]
+    llm = limited(tiny, 2 * need.bytes(tiny.config.kv_bytes_per_token(4)))
+    running = []
+    order = [i for i, _ in llm.completions(prompts, params, lambda s: running.append(len(s.running)))]
+    assert (order[:2], sorted(order[2:4]), order[4]) == ([1, 2], [0, 3], 4)
+    assert max(running) <= 2
+    assert len(running) == 24  # 12 steps of the first beside the three short ones, then 12 of the last
+
+
+def test_requests_of_one_size_share_a_cache(tiny: LLM) -> None:
+    caches = []
+    llm = limited(tiny, None)
+    list(
+        llm.completions(
+            prompts_of([20] * 6), SamplingParams(max_new_tokens=3), lambda s: caches.append(len(s.caches))
+        )
+    )
+    assert max(caches) == 1
+
+
+def test_a_request_that_can_never_fit_is_refused_with_its_need(tiny: LLM) -> None:
+    prompts = prompts_of([10, 80])
+    need = limited(tiny, None).plan([80], 20).needs[0].bytes(tiny.config.kv_bytes_per_token(4))
+    with pytest.raises(RequestError, match=f"prompt 1 needs {need} bytes .* kv_memory is {need - 1}"):
+        limited(tiny, need - 1).generate(prompts, SamplingParams(max_new_tokens=20))
+    assert len(limited(tiny, need).generate(prompts, SamplingParams(max_new_tokens=20))) == 2
+
+
+def test_prefill_and_score_keep_to_the_bound_too(tiny: LLM) -> None:
+    prompt, continuation = prompts_of([80, 30])
+    llm = limited(tiny, 100)
+    for call in (lambda: llm.prefill([prompt]), lambda: llm.score(prompt, continuation)):
+        with pytest.raises(RequestError, match="kv_memory is 100"):
+            call()
+
+
+def test_what_a_conversation_holds_is_in_flight_during_its_turn(tiny: LLM) -> None:
+    first, second = prompts_of([60, 20])
+    params, per_token = SamplingParams(max_new_tokens=10, ignore_eos=True), tiny.config.kv_bytes_per_token(4)
+    needs = [limited(tiny, None).plan([n], 10).needs[0].bytes(per_token) for n in (60, 20)]
+    llm, conversation = limited(tiny, needs[0]), Conversation()
+    list(llm.stream(first, params, conversation))
+    with pytest.raises(RequestError, match="kv_memory"):
+        list(llm.stream(second, params, conversation))
+    llm = limited(tiny, 2 * needs[0] + needs[1])
+    list(llm.stream(second, params, conversation))
+    assert len(conversation.token_ids) == 100
+
+
+def test_sizes_are_read_and_nonsense_is_refused(tiny_dir: Path) -> None:
+    sizes = {"1": 1, "2KiB": 2048, "1.5 MB": 3 << 19, "3g": 3 << 30, "1TiB": 1 << 40, 77: 77}
+    assert [parse_bytes(size) for size in sizes] == list(sizes.values())
+    for wrong in ("", "GiB", "-1", "2 gigs", "1e9", "0", 0, "0.2"):
+        with pytest.raises(RequestError, match="2GiB"):
+            parse_bytes(wrong)
+    for wrong in (1.5, True, None, [1]):
+        with pytest.raises(TypeError):
+            parse_bytes(wrong)  # type: ignore[arg-type]
+    assert LLM(tiny_dir, kv_memory="1MiB").engine.scheduler.memory == 1 << 20
+
+
+def test_too_little_memory_is_one_line(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["once", "--model", str(tiny_dir), "--kv-memory", "10"]) == 2
+    out, err = capsys.readouterr()
+    assert "kv_memory is 10" in err
+    assert not out
