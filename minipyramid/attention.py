@@ -1,10 +1,10 @@
 """Causal attention with grouped key/value heads, and how much the newest tokens look at the others.
 
-Many tokens of one sequence and one token of many sequences differ in what is fast. A prompt's queries go
-through torch's fused kernel, which on a CPU never holds the matrix of probabilities. One query per sequence
-is two small products: on two CPU cores the fused kernel took 3.25 ms where product, softmax, product took
-0.37 ms (8 sequences, 12 heads, 576 keys, bf16). Query heads that share a key/value head are left to the
-kernel in the first, and folded into an axis in the second; no key is repeated.
+Prompts and single steps are fastest with different code. A prompt's queries go through torch's fused kernel,
+which on a CPU never holds the matrix of probabilities, and which handles query heads that share a key/value
+head. One query per sequence is two small products, in which such heads become an axis of a matrix: on two CPU
+cores the fused kernel took 3.25 ms where product, softmax, product took 0.37 ms (8 sequences, 12 heads, 576
+keys, bf16). In neither is a key repeated.
 
 Letters, here and in every file: `B` sequences, `T` tokens (of one sequence, or of several one after the
 other), `H` query heads, `K` key/value heads, `G = H / K`, `D` head size, `S` slots of a cache's layer, `n`

@@ -1,11 +1,10 @@
-"""The key/value cache: slabs per layer, allotted once from a plan, written in place, a length per layer and
-row.
+"""The key/value cache: slabs per layer, allotted once, written in place, a length per layer and row.
 
 The cache stores and decides nothing: the policy says what each layer holds (`minipyramid/policy.py`). Layers
 may hold different numbers of tokens, as sequences do, and the heads of a layer different tokens. So a token's
 *slot* says nothing about its *position*: keys are stored rotated, and the position of a sequence's next token
 is counted apart. The engine owns the cache and passes it to the model. Generated tokens are *pending* until
-the newest have voted on them.
+the recent ones have voted on them.
 """
 
 from dataclasses import dataclass, field
@@ -136,7 +135,7 @@ class KVCache:
         return self.rows[-1]
 
     def begin_step(self) -> "list[LayerCache]":
-        """Count one more generated token of every row, and give each layer as the step finds it."""
+        """Count one more generated token of every row; returns every layer as the step finds it."""
         lengths = list(zip(*(row.lengths for row in self.rows), strict=True))  # [layer][B]
         # Of all layers in one copy to the device.
         ends = torch.tensor(lengths, device=self.keys[0].device)  # [L, B]
@@ -156,13 +155,13 @@ class KVCache:
         for row in self.rows:
             row.lengths = [length + 1 for length in row.lengths]
             row.position += 1
-            if row.pending and row.pending.compact_if_due():
+            if row.pending and row.pending.take_due_group():
                 self._compact(row, row.pending)
 
     def _compact(self, row: Row, pending: PendingTokens) -> None:
         """Of the oldest group of a row's pending tokens keep each layer's highest-voted, in place."""
         group = pending.generation.group
-        count = group + pending.count  # `compact_if_due` has already taken the group off
+        count = group + pending.count  # `take_due_group` has already taken the group off
         oldest = row.position - count
         for layer, stay in enumerate(pending.generation.stay):
             votes, end = self.votes[layer][row.index], row.lengths[layer]
@@ -219,8 +218,8 @@ class LayerCache:
         """Write one token of every row, k and v [B, K, D], behind what the row holds.
 
         Returns the slabs [B, K, S, D] and which slots are held [B, S]. Where all rows hold equally many and
-        slots are adjacent it returns only those slots, and no mask. (Otherwise the products would copy such a
-        slice.) The rows' own counts follow in `end_step`.
+        slots are adjacent it returns only those slots, and no mask. (In the other memory order the products
+        would copy such a slice.) The rows' own counts follow in `end_step`.
         """
         # A compiled graph must not depend on how many are held, or each token would need another.
         if not torch.compiler.is_compiling() and self.slots_adjacent and len(set(self.lengths)) == 1:

@@ -1,8 +1,9 @@
 """The engine: requests in, tokens out, through the one decode loop of the project.
 
-A request becomes a `Sequence` that knows from its plan how much cache it will need. The scheduler starts as
-many as fit, their prompts are computed, and then every step takes one token of each running sequence. A
-sequence that has ended leaves its row and is computed no further (its last token still is, into the cache).
+A request becomes a `Sequence` that knows beforehand how much cache it will need. The scheduler starts as many
+as fit, their prompts are computed, and then every step takes one token of each running sequence. When a
+sequence's last token is chosen it takes one more step, which writes that token into the cache; then it leaves
+its row.
 """
 
 import secrets
@@ -60,7 +61,7 @@ class Engine:
         per_token = self.config.kv_bytes_per_token(self.dtype.itemsize)
         self.planner = Planner(self.config, policy, kv_budget, per_token)
         self.scheduler = Scheduler(self._allot, per_token, self.device, kv_memory)
-        self._turn = threading.Condition()  # guards the fields below; never held during a step
+        self._step_over = threading.Condition()  # guards the fields below; free during a step
         self._stepping = False
         self._cancelled: deque[Sequence] = deque()
         self._news: list[News] = []  # since the last step's end
@@ -71,9 +72,10 @@ class Engine:
         """Take a request; it starts as soon as there is room, and what is new of it is put into its `news`.
 
         Raises:
-            BudgetError: `kv_budget` cannot be reached for the prompt's length. RequestError: the prompt is
-            empty, too long, not of this vocabulary, or needs more than `kv_memory` alone. TokenizerError: a
-            text is given to a checkpoint without a readable tokenizer.
+            BudgetError: `kv_budget` cannot be reached for the prompt's length.
+            RequestError: the prompt is empty, too long, not of this vocabulary, or needs more than
+                `kv_memory`.
+            TokenizerError: a text is given to a checkpoint without a readable tokenizer.
         """
         sequence = self.prepare(request)
         self.submit(sequence)
@@ -85,9 +87,9 @@ class Engine:
         Where another thread is stepping, wait for its end and return nothing: all news stand in the
         sequences.
         """
-        with self._turn:
+        with self._step_over:
             if self._stepping:
-                self._turn.wait()
+                self._step_over.wait()
                 return []
             self._stepping = True
         try:
@@ -96,16 +98,16 @@ class Engine:
             self._fail(error)
             raise
         finally:
-            with self._turn:
+            with self._step_over:
                 self._release_cancelled()
                 self._stepping = False
-                self._turn.notify_all()
+                self._step_over.notify_all()
                 news, self._news = self._news, []
         return news
 
     def cancel(self, sequence: Sequence) -> None:
         """Give its row back at once, or behind the step that is being computed."""
-        with self._turn:
+        with self._step_over:
             self._cancelled.append(sequence)
             if not self._stepping:
                 self._stepping = True
@@ -138,7 +140,7 @@ class Engine:
 
     def prepare(self, request: Request) -> Sequence:
         """Check a request, tokenise its prompt, and plan it; raises as `add` does, and starts nothing."""
-        params, name, given = request.params, request.name, request.given
+        params, name, to_score = request.params, request.name, request.continuation
         expect_type("params", params, SamplingParams, "SamplingParams or a list of them")
         conversation = Conversation() if request.conversation is None else request.conversation
         expect_type("conversation", conversation, Conversation, "a Conversation")
@@ -149,14 +151,14 @@ class Engine:
                 "the conversation was begun with another LLM, whose cache it holds; begin anew"
             )
         ids = self.encode(request.prompt, name, continues=bool(former_ids))
-        new_tokens = params.max_new_tokens if given is None else len(given)
+        new_tokens = params.max_new_tokens if to_score is None else len(to_score)
         self.config.check_length(len(former_ids) + len(ids), new_tokens, name)
         if params.stop:
             self.need_tokenizer()
         policy, layers = self.planner.policy_for(len(ids), new_tokens), self.config.num_hidden_layers
-        if given is None:
+        if to_score is None:
             need = need_of(policy, len(ids), new_tokens, layers)
-        else:  # nothing of what is given is dropped
+        else:  # nothing of what is scored is dropped
             need = need_of(policy, len(ids), 0, layers).plus([new_tokens] * layers)
         if former:
             need = need.plus(former.lengths)
@@ -167,8 +169,8 @@ class Engine:
         generator = torch.Generator(self.device).manual_seed(seed)
         completion = Completion(ids, [] if params.logprobs else None)
         eos_ids = () if params.ignore_eos else self.config.eos_token_ids
-        held = (former, former_ids)
-        sequence = Sequence(request, ids, policy, need, completion, *held, eos_ids, stream, generator)
+        earlier = (former, former_ids)
+        sequence = Sequence(request, ids, policy, need, completion, *earlier, eos_ids, stream, generator)
         if params.repetition_penalty != 1:
             sequence.seen_ids = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
             sequence.seen_ids[self._tensor(former_ids + ids)] = True
@@ -176,14 +178,14 @@ class Engine:
         return sequence
 
     def submit(self, sequence: Sequence) -> None:
-        """Let a prepared sequence wait for its turn."""
+        """Let a prepared sequence wait until it can start."""
         self.scheduler.waiting.append(sequence)  # safe beside a step, which takes from the other end
 
-    def encode(self, given: Prompt, name: str, continues: bool = False) -> list[int]:
+    def encode(self, text_or_ids: Prompt, name: str, continues: bool = False) -> list[int]:
         """Token ids of a text or of ids; neither may be empty."""
-        ids = given
-        if isinstance(given, str) and given:
-            ids = self.need_tokenizer().encode(given, name, continues=continues)
+        ids = text_or_ids
+        if isinstance(text_or_ids, str) and text_or_ids:
+            ids = self.need_tokenizer().encode(text_or_ids, name, continues=continues)
         if isinstance(ids, (str, list)) and not ids:
             raise RequestError(f"{name} is empty; give at least one token")
         return check_ids(ids, name, self.config)
@@ -208,15 +210,15 @@ class Engine:
         tokens = self._tensor([sequence.last_token for sequence in running])
         x = self.model.step(tokens, self.scheduler.caches)  # [B, hidden_size]
         self.scheduler.generated += len(running)
-        ended = [sequence for sequence in running if sequence.completion.finish_reason]
+        finishing = [sequence for sequence in running if sequence.completion.finish_reason]
         left = [i for i, sequence in enumerate(running) if not sequence.completion.finish_reason]
         if left:
             self._choose(self.model.logits(x[left]), [running[i] for i in left])
-        # Behind the transfer of tokens, for a device runs asynchronously.
+        # After the transfer of tokens, for a device runs asynchronously.
         seconds = time.perf_counter() - began
         for sequence in running:
             sequence.completion.decode_s += seconds
-        for sequence in ended:
+        for sequence in finishing:
             self._end(sequence)
 
     def _start(self, admitted: list[Sequence]) -> None:
@@ -235,21 +237,21 @@ class Engine:
             ids = self._tensor([token for sequence, _ in together for token in sequence.prompt])
             spans = [Span(row, len(s.prompt), s.policy, seed=sum(s.prompt)) for s, row in together]
             logits = self.model.logits(self.model.extend(ids, spans))  # [B, vocab_size]
-            writes = [i for i, (sequence, _) in enumerate(together) if sequence.request.given is None]
+            writes = [i for i, (sequence, _) in enumerate(together) if sequence.request.continuation is None]
             if writes:
                 self._choose(logits[writes], [together[i][0] for i in writes])
             seconds = time.perf_counter() - began
             for (sequence, row), scores in zip(together, logits, strict=True):
                 sequence.completion.prefill_s = seconds
-                if sequence.request.given is not None:
-                    self._read(sequence, row, sequence.request.given, scores[None])
+                if sequence.request.continuation is not None:
+                    self._score(sequence, row, sequence.request.continuation, scores[None])
 
-    def _read(self, sequence: Sequence, row: Row, given: list[int], logits: Tensor) -> None:
-        """Append a given continuation, and note the scores behind the prompt and behind each given token."""
-        if given:
-            x = self.model.extend(self._tensor(given), [Span(row, len(given))], all_positions=True)
+    def _score(self, sequence: Sequence, row: Row, ids: list[int], logits: Tensor) -> None:
+        """Append a continuation, and note the scores after the prompt and after each of its tokens."""
+        if ids:
+            x = self.model.extend(self._tensor(ids), [Span(row, len(ids))], all_positions=True)
             logits = torch.cat((logits, self.model.logits(x)))
-        sequence.logits = logits  # [1 + given, vocab_size]
+        sequence.logits = logits  # [1 + len(ids), vocab_size]
         self._end(sequence)
 
     def _choose(self, logits: Tensor, sequences: list[Sequence]) -> None:

@@ -20,35 +20,29 @@ AnyPolicy = str | Path | Policy  # a name, a file, or a configuration
 
 
 class LLM:
-    """A checkpoint, ready to generate. Several threads may use one: the engine's lock lets one of them step
-    at a time.
+    """A checkpoint, ready to generate. Several threads may use one: the engine lets one at a time step.
 
     Args:
         model: a checkpoint's directory in the Hugging Face layout, or a hub repository id.
         policy: what the layers compute and hold. "auto" (the checkpoint's `pyramid.json`, else the published
-        settings
-            nearest in depth), "full", a policy's name ("snapkv"), a preset's ("llama2-7b"), the path of a
-            JSON file, the place of a class of your own ("package.module:Name"), or a configuration.
+            settings nearest in depth), "full", a policy's name ("snapkv"), a preset's ("llama2-7b"), the path
+            of a JSON file, a class of your own ("package.module:Name"), or a `Policy` object.
         kv_budget: hold at most this share of the full cache's keys and values once all `max_new_tokens` are
-        generated,
-            by settings solved from `policy`'s for every request's length. A text that ends earlier may hold a
-            larger share of its own. None for `policy` as it is.
-        kv_memory: bytes for the keys, values and votes of everything in flight, a number or as in "2GiB";
-        None for half
-            of what is free.
+            generated, by settings solved from `policy`'s for every request's length. A text that ends earlier
+            may hold a larger share of its own. None for `policy` as it is.
+        kv_memory: bytes for the keys, values and votes of everything in flight, a number or as in "2GiB".
+            None for half of what is free.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as
-        bf16, and both
-            as float32 where the processor has no bf16 instructions.
+            bf16, and both as float32 where the processor has no bf16 instructions.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
         compile: run decode steps through `torch.compile`. Worth it where steps are many and their layers
-        small: the first
-            step compiles some ten seconds long, as do those of other kinds (README, Limits).
+            small: the first step compiles some ten seconds long, as do those of other kinds (README, Limits).
         revision: branch, tag or commit of a hub repository.
         progress: called with (parameters loaded, of how many) while loading.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError: what is wrong with the checkpoint, or cannot be done
-        here.
+            here.
     """
 
     def __init__(
@@ -81,9 +75,9 @@ class LLM:
             from minipyramid.compiled import compile_step
 
             compile_step(weights)
-        self._stand_on(Engine(weights, tokenizer, chosen, kv_budget, memory), directory)
+        self._use(Engine(weights, tokenizer, chosen, kv_budget, memory), directory)
 
-    def _stand_on(self, engine: Engine, directory: Path) -> None:
+    def _use(self, engine: Engine, directory: Path) -> None:
         self.engine, self.directory = engine, directory
         self.model, self.tokenizer, self.config = engine.model, engine.tokenizer, engine.config
         self.device, self.dtype = engine.device, engine.dtype
@@ -92,7 +86,7 @@ class LLM:
     def of(cls, engine: Engine, directory: Path) -> "LLM":
         """An LLM on an engine that is there; `directory` is where a settings file would be."""
         llm = cls.__new__(cls)
-        llm._stand_on(engine, directory)
+        llm._use(engine, directory)
         return llm
 
     def under(
@@ -122,15 +116,16 @@ class LLM:
         self, prompts: Prompts, params: Params = None, on_step: OnStep = None
     ) -> Iterator[tuple[int, Completion]]:
         """Like `generate`, but each as it is finished, with its prompt's index; `on_step` ends a step."""
-        given = request.as_list(prompts)
+        listed = request.as_list(prompts)
         one = SamplingParams() if params is None else params
-        each = one if isinstance(one, list) else [one] * len(given)
-        if len(each) != len(given):
-            told = f"{len(each)} sampling parameters for {len(given)} prompts"
+        each = one if isinstance(one, list) else [one] * len(listed)
+        if len(each) != len(listed):
+            told = f"{len(each)} sampling parameters for {len(listed)} prompts"
             raise RequestError(f"{told}; give one, or as many")
         sequences = []
-        for i, (prompt, params_of_it) in enumerate(zip(given, each, strict=True)):
-            sequences.append(self.engine.prepare(Request(prompt, params_of_it, name=name_of(i, given))))
+        for i, (prompt, params_of_it) in enumerate(zip(listed, each, strict=True)):
+            sequences.append(self.engine.prepare(Request(prompt, params_of_it, name=name_of(i, listed))))
+        # A function of its own, so that what is wrong is raised by the call and not by the first `next`.
         return self._completions(sequences, on_step)
 
     def _completions(self, sequences: list[Sequence], on_step: OnStep) -> Iterator[tuple[int, Completion]]:
@@ -161,10 +156,10 @@ class LLM:
 
         With a `conversation` one prompt is its next turn, to which nothing is replied.
         """
-        given, done = request.as_list(prompts), []
-        for i, prompt in enumerate(given):
-            asked = Request(prompt, conversation=conversation, given=[], name=name_of(i, given))
-            kept, logits = self._read(asked)
+        listed, done = request.as_list(prompts), []
+        for i, prompt in enumerate(listed):
+            asked = Request(prompt, conversation=conversation, continuation=[], name=name_of(i, listed))
+            kept, logits = self._run_to_logits(asked)
             done.append(Prefill(logits[0], kept.kept_positions, kept.kv_lengths))
         return done
 
@@ -187,18 +182,18 @@ class LLM:
     ) -> Tensor:
         """Scores of what may follow the prompt and each token of a continuation.  [1 + T, vocab_size]
 
-        A `conversation` is read and not continued.
+        A `conversation` is left as it is.
         """
-        read = None
+        snapshot = None
         if conversation is not None:
-            read = Conversation(conversation.held, conversation.token_ids)
-        return self._read(Request(prompt, conversation=read, given=continuation))[1]
+            snapshot = Conversation(conversation.held, conversation.token_ids)
+        return self._run_to_logits(Request(prompt, conversation=snapshot, continuation=continuation))[1]
 
     def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> Plan:
         """What prompts of these lengths (tokens) will hold; nothing is allotted."""
         return self.engine.planner.plan(prompt_lengths, max_new_tokens)
 
-    def _read(self, asked: Request) -> tuple[Completion, Tensor]:
+    def _run_to_logits(self, asked: Request) -> tuple[Completion, Tensor]:
         """Run a request that generates nothing; returns the scores behind its prompt, too."""
         sequence = self.engine.prepare(asked)
         for _ in self.engine.run([sequence]):

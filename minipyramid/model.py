@@ -87,7 +87,7 @@ class Layer(nn.Module):
 def attend_and_hold(
     span: Span, layer: int, qkv: tuple[Tensor, ...], positions: Tensor, *, held: int, passed_on: int
 ) -> tuple[Tensor, Tensor]:
-    """One layer's attention for the new tokens of one sequence; the policy then chooses what stays.
+    """One layer's attention for the new tokens of one sequence; then the policy chooses.
 
     The tokens look at all that the layer holds and computes, so what it puts out is exact. Then it holds
     `held` of them in its cache and passes `passed_on` of them on to the next layer.
@@ -100,7 +100,7 @@ def attend_and_hold(
     keys, values = k, v
     if row.lengths[layer]:
         keys, values = (torch.cat(pair, 1) for pair in zip(row.read(layer), (k, v), strict=True))  # [K, n, D]
-    # Behind the last layer only the newest token is wanted, so no other query is asked.
+    # After the last layer only the newest token is wanted, so no other query is asked.
     last_layer = len(row.lengths) - 1
     newest_only = passed_on == 1 and layer == last_layer
     out, logsumexp = attend(q[-1:] if newest_only else q, keys, values)
@@ -115,8 +115,8 @@ def attend_and_hold(
     if newest_only:
         return out, torch.tensor([T - 1], device=q.device)
     if passed_on < T:
-        stay = span.policy.pass_on(seen, passed_on)
-        return out[stay], stay
+        which = span.policy.pass_on(seen, passed_on)
+        return out[which], which
     return out, torch.arange(T, device=q.device)
 
 
@@ -151,6 +151,7 @@ class Model(nn.Module):
         positions = positions.to(ids.device)
         cos, sin = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # [T, 1, D / 2]
         held = [span.policy.held(span.count, L) for span in spans]
+        # [span][layer], and what passes the last layer.
         computed = [
             [*span.policy.computed(span.count, L), span.count if all_positions else 1] for span in spans
         ]
@@ -161,10 +162,10 @@ class Model(nn.Module):
             attended, passed_on, start = [], [], 0
             for s, (span, qkv) in enumerate(zip(spans, by_span, strict=True)):
                 end = start + counts[s]
-                wanted = {"held": held[s][i], "passed_on": computed[s][i + 1]}
-                out, stay = attend_and_hold(span, i, qkv, positions[start:end], **wanted)
+                counts_of = {"held": held[s][i], "passed_on": computed[s][i + 1]}
+                out, which = attend_and_hold(span, i, qkv, positions[start:end], **counts_of)
                 attended.append(out)
-                passed_on.append(start + stay)
+                passed_on.append(start + which)
                 start = end
             # Before the projection and feed-forward, which nobody would read of a dropped token.
             if sum(map(len, passed_on)) < len(x):
@@ -188,8 +189,9 @@ class Model(nn.Module):
         positions = torch.tensor([row.position for cache in caches for row in cache.rows], device=ids.device)
         rotation = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # two of [B, 1, D / 2]
         x = F.embedding(ids, self.embed_tokens)  # [B, hidden_size]
-        for layer, *parts in zip(self.layers, *(cache.begin_step() for cache in caches), strict=True):
-            x = self.layer_step(layer, x, rotation, parts)
+        by_cache = [cache.begin_step() for cache in caches]
+        for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
+            x = self.layer_step(layer, x, rotation, [layers[i] for layers in by_cache])
         for cache in caches:
             cache.end_step()
         return x

@@ -2,10 +2,9 @@
 
 A policy answers three questions, and the rest of the engine asks them without knowing which policy it has.
 
-1. How many tokens of a prompt does each layer *compute*, and how many keys and values does it *hold*
-afterwards? Two
-   lists, for they are two questions (docs/method.md): a layer attends over all that it computes, so its own
-   output is exact, and only then holds less. What a layer does not pass on, no deeper layer computes.
+1. How many tokens of a prompt does each layer *compute*, and how many keys and values does it *hold* after?
+   Two lists, for they are two questions (docs/method.md). A layer attends over all that it computes, so its
+   own output is exact; only then it holds less. What a layer does not pass on, no deeper layer computes.
 2. Which tokens? A choice from what the layer has at hand (`Seen`).
 3. The same of generated tokens (`Generation`): how many stay of each group, and which.
 
@@ -18,7 +17,6 @@ PyramidInfer (`minipyramid/pyramid.py`) and those of `minipyramid/policies/`.
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,42 +28,51 @@ from minipyramid.errors import ConfigError, check_number
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer has at hand when its policy chooses among the T new tokens of one sequence."""
+    """What a layer has at hand when its policy chooses among the T prompt tokens that the layer computes."""
 
-    q: Tensor  # [T, H, D] queries of the new tokens, rotated
-    keys: Tensor  # [K, n, D] rotated; the new tokens' last, behind what former turns left
+    q: Tensor  # [T, H, D] their queries, rotated
+    keys: Tensor  # [K, n, D] rotated; theirs are the last T, after those of earlier turns
     values: Tensor  # [K, n, D]
-    logsumexp: Tensor | None  # [H, T] log of the sum under each query's softmax, where attention told it
+    logsumexp: Tensor | None  # [H, T] log of the sum under each query's softmax, if the kernel returned it
     layer: int  # 0-based
-    prompt_tokens: int  # N: as many began, T of them reached this layer
+    prompt_tokens: int  # N: layer 0 computed so many
     seed: int = 0  # of this prompt and layer, the same in every batch
 
-    def new_votes(self, voters: int, weights: Tensor | None = None) -> Tensor:
-        """How much the newest `voters` tokens look at each new token before them.  [K, G, T - voters]"""
+    @property
+    def computed_keys(self) -> Tensor:
+        """The keys of the T tokens.  [K, T, D]"""
+        return self.keys[:, -len(self.q) :]
+
+    @property
+    def computed_values(self) -> Tensor:
+        """Their values.  [K, T, D]"""
+        return self.values[:, -len(self.q) :]
+
+    def votes(self, voters: int, weights: Tensor | None = None) -> Tensor:
+        """How much the newest `voters` of the T tokens look at each one before them.  [K, G, T - voters]"""
         T, n = len(self.q), self.keys.shape[1]
-        before = n - voters
         logsumexp = None if self.logsumexp is None else self.logsumexp[:, T - voters :]
-        given = votes(self.q[T - voters :], self.keys, logsumexp, before, weights)
-        return given[..., n - T :]
+        cast = votes(self.q[T - voters :], self.keys, logsumexp, n - voters, weights)
+        return cast[..., n - T :]
 
 
 @dataclass(frozen=True)
 class Generation:
     """How generated tokens are dropped, in groups, by the votes of the newest (docs/method.md, section 3).
 
-    Of T tokens so far the newest 1 + int(T * recent_ratio) are protected. Older generated tokens that were
-    not yet voted on are *pending*. As soon as `group` of them are pending, each layer keeps its
-    highest-voted: a *compaction*.
+    Of T tokens so far the newest 1 + int(T * recent_ratio) are the recent tokens. A generated token is
+    *pending* until it is voted on. As soon as `group` pending tokens are older than the recent ones, each
+    layer keeps the highest-voted of that group: a *compaction*.
     """
 
     prompt_tokens: int
     recent_ratio: float
-    group: int  # pending tokens of one compaction
+    group: int  # tokens of one compaction
     stay: tuple[int, ...]  # [layer] how many of each group stay
     distance_weight: float  # of the newest voter; the oldest has 1
 
     def older(self, generated: int) -> int:
-        """Generated tokens that are not protected any more, after so many were generated."""
+        """Generated tokens that are older than the recent ones, after so many were generated."""
         return max(0, generated - 1 - int((self.prompt_tokens + generated) * self.recent_ratio))
 
     def compactions(self, generated: int) -> int:
@@ -73,7 +80,7 @@ class Generation:
         return self.older(generated) // self.group
 
     def moment(self, compaction: int, new_tokens: int) -> int:
-        """After which generated token the compaction (0-based) happens; above `new_tokens` if it does not."""
+        """Number of generated tokens at which a compaction (0-based) happens; `new_tokens` + 1 if never."""
         return bisect_left(range(new_tokens + 1), (compaction + 1) * self.group, key=self.older)
 
     def weight(self, voter: int, moment: int) -> float:
@@ -99,13 +106,11 @@ class Policy:
         return self.computed(prompt_tokens, layers)
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
-        """Which of the new tokens the next layer receives, where it receives fewer.  [count] ascending"""
-        raise NotImplementedError(
-            f"{type(self).__name__} computes less in deeper layers, so it needs pass_on"
-        )
+        """Which of the T tokens the next layer receives, where it receives fewer.  [count] ascending"""
+        raise NotImplementedError(f"{type(self).__name__} computes less with depth, so it needs pass_on")
 
     def hold(self, seen: Seen, count: int) -> Tensor:
-        """Which of the new tokens the layer holds; asked where it holds fewer than it computes.
+        """Which of the T tokens the layer holds; asked where it holds fewer than it computes.
 
         Returns [count] for all key/value heads alike or [K, count], ascending.
         """
@@ -157,7 +162,7 @@ def top_scored(score: Tensor, count: int, first: int = 0, newest: int = 0) -> Te
 
 
 class PendingTokens:
-    """Counts the generated tokens of one sequence that no compaction has reached yet."""
+    """Counts the pending tokens of one sequence: those that no compaction has reached yet."""
 
     def __init__(self, generation: Generation, new_tokens: int) -> None:
         self.generation = generation
@@ -167,7 +172,7 @@ class PendingTokens:
 
     @property
     def count(self) -> int:
-        """Pending and protected generated tokens: all that follow the last compaction's group."""
+        """How many are pending: all that follow the last compaction's group."""
         return self.generated - self.compacted * self.generation.group
 
     def add_one(self) -> list[float]:
@@ -182,34 +187,35 @@ class PendingTokens:
         weights = [self.generation.weight(self.generated - 1, moment) for moment in coming]
         return weights + [0.0] * (groups - len(weights))
 
-    def compact_if_due(self) -> bool:
-        """Whether the oldest group is voted on now; from here on it is not pending any more."""
-        due = self.moments[self.compacted : self.compacted + 1] == [self.generated]
+    def take_due_group(self) -> bool:
+        """Whether the oldest group is due; it is not pending any more then, and the caller compacts it."""
+        due = self.compacted < len(self.moments) and self.moments[self.compacted] == self.generated
         if due:
             self.compacted += 1
         return due
 
 
 def votes_to_cast(
-    pending: Sequence[PendingTokens], lengths: Tensor, room: int
-) -> Sequence[tuple[Tensor, Tensor] | None]:
+    pending: list[PendingTokens], lengths: Tensor, room: int
+) -> list[tuple[Tensor, Tensor] | None]:
     """Count one more generated token of every sequence; returns what its vote weighs, and for which slots.
 
-    Which compaction a token falls into, and who votes in it, follow from its index. So one running sum is
-    enough: 4 bytes per token and layer, where its key and value take hundreds. Settings are an engine's, so
-    all rows of a cache have groups of one size.
+    For each layer: the weights [B, U] with which the token votes on each pending token of its row, the oldest
+    first, and the slots [B, U] of these; None for all layers if nothing will ever be voted on. Beyond the
+    last pending token weights are 0, and slots are clamped so that they exist.
 
-    lengths [L, B] are what the layers hold before the token, and U is the cache's `room` for pending tokens.
-    By layer: the weights [B, U], the oldest token's first, and the slots [B, U]; None for all layers where
-    nothing will ever be voted on. Behind the last pending token weights are 0, and slots are clamped so that
-    they exist.
+    Which compaction a token falls into, and who votes in it, follow from its index. So one running sum is
+    enough: 4 bytes per token and layer, where its key and value take hundreds. All groups have one size, for
+    `KVCache.takes` lets no others share a cache.
+
+    lengths [L, B] are what the layers hold before the token; U is the cache's `room` for pending tokens.
     """
     by_group = [tokens.add_one() for tokens in pending]
     if not any(tokens.moments for tokens in pending):
         return [None] * len(lengths)
-    places, group = torch.arange(room, device=lengths.device), pending[0].generation.group
+    offsets, group = torch.arange(room, device=lengths.device), pending[0].generation.group
     padded = [weights + [0.0] * (room // group + 1 - len(weights)) for weights in by_group]
-    by_token = torch.tensor(padded, device=lengths.device)[:, places // group]  # [B, U]
+    by_token = torch.tensor(padded, device=lengths.device)[:, offsets // group]  # [B, U]
     counts = torch.tensor([tokens.count for tokens in pending], device=lengths.device)  # [B]
-    slots = (lengths + 1 - counts)[..., None] + places  # [L, B, U]
+    slots = (lengths + 1 - counts)[..., None] + offsets  # [L, B, U]
     return [(by_token, of_layer) for of_layer in slots.minimum(lengths[..., None])]

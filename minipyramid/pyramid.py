@@ -3,13 +3,12 @@
 Two findings carry the method. Inference context redundancy: how many keys and values the next tokens need
 falls with depth. Recent attention consistency: the newest tokens agree on which context matters, so they can
 vote for the tokens to come. What they vote for is the *pivotal context*. A token that is dropped after a
-layer is dropped from the hidden
-states, so no deeper layer computes anything of it: a prompt gets cheaper to compute as well as to hold. What
-a layer computes and what it holds are one list here.
+layer is dropped from the hidden states, so no deeper layer computes anything of it: a prompt gets cheaper to
+compute as well as to hold. What a layer computes and what it holds are one list here.
 
-Of a prompt of N tokens the newest 1 + R are protected and vote, R = int(N * recent_ratio). A layer that
-received n tokens has c = n - 1 - R of context, and the next layer receives the newest and the k = int(c * s)
-highest-voted of it:
+Of a prompt of N tokens the newest 1 + R are the recent tokens, R = int(N * recent_ratio). They are protected
+and vote. A layer that received n tokens has c = n - 1 - R of context, and the next layer receives the recent
+tokens and the k = int(c * s) highest-voted of the context:
 
     vote[j] = mean over voters q of  w[q] * mean over heads h of A[h, q, j]
     w       = from 1 (oldest voter) to distance_weight (newest)
@@ -17,10 +16,12 @@ highest-voted of it:
 
 with A the attention probabilities, j a token of the context, i the layer of L, and p the decay ratio. A
 layer's ratio is of what the layer before it left. A layer that would keep `min_context_length` or less drops
-nothing, only every so many-th layer drops, and the first tokens (sinks, counted in k) always stay.
+nothing, only every `layerwise_downsample_interval`-th layer drops, and the first tokens (sinks, counted in k)
+always stay.
 
-Generated tokens pass all layers. Once `exceed_length_to_compress` of them are pending, the newest vote on
-them, and each layer drops its own (`Generation` in policy.py). The prompt is not voted on again.
+Generated tokens pass all layers. Once `exceed_length_to_compress` of them are older than the recent tokens,
+these vote on them, and each layer drops its own (`Generation` in policy.py). The prompt is not voted on
+again.
 
 A published file nests the fields under `prefill_stage` and `generation_stage`, beside `model` and `size`; a
 flat one is read as well. A misspelt strategy is refused: the published code ran it as `constant`, without a
@@ -61,12 +62,11 @@ class PyramidConfig(Policy):
     """The settings of PyramidInfer. The defaults are those published for 7B and 8B models.
 
     Attributes:
-        recent_ratio: share of the tokens so far (in a conversation: of this turn's) that is protected and
-        votes.
+        recent_ratio: share of the tokens so far (in a conversation: of this turn's) that is recent.
         prefill_decay_ratio: the lowest ratio of the prompt's schedule.
         prefill_decay_strategy: cosine, linear or constant.
         min_context_length: a layer's context is never cut to this or below.
-        layerwise_downsample_interval: prune after every so many layers.
+        layerwise_downsample_interval: drop after every so many layers.
         streamingllm_sink_len: first tokens of a prompt that always stay.
         distance_weight: weight of the newest voter, the oldest one's being 1.
         gen_decay_ratio, gen_decay_strategy: the schedule of generated tokens.
@@ -74,15 +74,14 @@ class PyramidConfig(Policy):
         gen_compress_ratio: share of them that stays where the schedule is 1, in the first layer.
 
     Of our own, and by default without effect (docs/settings.md tells what they give):
-        prefill_full_layers: so many layers, the first ones, hold the whole prompt; votes begin behind the
-        last of them.
-        prefill_full_ratio: below 1, all of these but the first hold, beside the newest, only this share of
-        the context:
-            the sinks and its newest tokens (not if that would leave `min_context_length` or less).
+        prefill_full_layers: so many first layers hold the whole prompt; voting starts after the last of them.
+        prefill_full_ratio: below 1, layer 0 drops the oldest context except the sinks and passes on only this
+            share of it, so the other full layers hold less. (It drops nothing where that would leave
+            `min_context_length` or less.)
 
     Raises:
-        ConfigError: a strategy is not known, a value out of range, or a ratio given for full layers that do
-        not exist. TypeError: a value has the wrong type.
+        ConfigError: a strategy is not known, a value is out of range, or `prefill_full_ratio` has no layers.
+        TypeError: a value has the wrong type.
     """
 
     recent_ratio: float = number(0.2, 0, 1)
@@ -113,13 +112,13 @@ class PyramidConfig(Policy):
 
     # --- how many ---
 
-    def recent(self, tokens: int) -> int:
-        """R: the newest token and R before it are protected and vote."""
-        return int(tokens * self.recent_ratio)
+    def recent_tokens(self, tokens: int) -> int:
+        """1 + R: so many of the newest are protected and vote."""
+        return 1 + int(tokens * self.recent_ratio)
 
     def computed(self, prompt_tokens: int, layers: int) -> list[int]:
         """n(i + 1) = 1 + R + int((n(i) - 1 - R) * s(i)), unless layer i drops nothing."""
-        newest = 1 + self.recent(prompt_tokens)
+        recent = self.recent_tokens(prompt_tokens)
         schedule = STRATEGIES[self.prefill_decay_strategy]
         lengths, n = [], prompt_tokens
         for i in range(layers):
@@ -128,9 +127,9 @@ class PyramidConfig(Policy):
             drops = i + 1 >= self.prefill_full_layers and i % self.layerwise_downsample_interval == 0
             if i == 0 and self.prefill_full_layers > 1:  # the one cut of all full layers behind layer 0
                 ratio, drops = self.prefill_full_ratio, True
-            kept = int((n - newest) * ratio)
+            kept = int((n - recent) * ratio)
             if drops and kept > self.min_context_length:
-                n = newest + kept
+                n = recent + kept
         return lengths
 
     def generation(self, prompt_tokens: int, layers: int) -> Generation:
@@ -143,16 +142,17 @@ class PyramidConfig(Policy):
     # --- which ---
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
-        """The newest, the sinks, and the highest-voted of the context.  [count]"""
-        T, newest = len(seen.q), 1 + self.recent(seen.prompt_tokens)
+        """The recent tokens, the sinks, and the highest-voted of the context.  [count]"""
+        T, recent = len(seen.q), self.recent_tokens(seen.prompt_tokens)
         if seen.layer + 1 < self.prefill_full_layers:
-            # By age, for the votes of layers that do not look back yet say nothing about what will be asked.
+            # By age: layers before the first voting one look at their neighbours only, so their votes mean
+            # little (docs/settings.md).
             score = torch.arange(T, device=seen.q.device)
         else:
-            weights = torch.linspace(1.0, self.distance_weight, newest, device=seen.q.device)
-            vote = seen.new_votes(newest, weights).mean((0, 1)) / newest  # [T - newest]
-            score = torch.cat((vote, vote.new_zeros(newest)))
-        return top_scored(score, count, self.streamingllm_sink_len, newest)
+            weights = torch.linspace(1.0, self.distance_weight, recent, device=seen.q.device)
+            vote = seen.votes(recent, weights).mean((0, 1)) / recent  # [T - recent]
+            score = torch.cat((vote, vote.new_zeros(recent)))
+        return top_scored(score, count, self.streamingllm_sink_len, recent)
 
     # --- where settings come from ---
 

@@ -23,12 +23,11 @@ Params = SamplingParams | list[SamplingParams] | None  # for all prompts, or one
 
 @dataclass(eq=False)
 class Conversation:
-    """What former turns have left. Given to each turn's call, it goes on from turn to turn; a turn cut short
-    is undone.
+    """What earlier turns have left. Pass the same one to every turn: it is updated when a turn ends.
 
-    A turn's prompt is pruned among itself and sees what was kept of the turns before it, of which nothing
-    more is dropped. What is held is copied into the cache that the turn is allotted, and counts as in flight
-    meanwhile.
+    A turn that is cut short leaves it as it was. A turn's prompt is pruned among its own tokens, and sees
+    what is held of earlier turns, of which nothing more is dropped. What is held is copied into the cache
+    that the turn is allotted, and counts as in flight meanwhile.
     """
 
     held: HeldTokens | None = None
@@ -37,18 +36,18 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the engine: to continue a prompt, or to score a given continuation of it."""
+    """What is asked of the engine: to continue a prompt, or to score a continuation of it."""
 
     prompt: Prompt
     params: SamplingParams = field(default_factory=SamplingParams)
     conversation: Conversation | None = None  # whose next turn the prompt is
-    given: list[int] | None = None  # a continuation to score, in place of generating one; it may be empty
+    continuation: list[int] | None = None  # to be scored, in place of generating one; it may be empty
     name: str = "the prompt"  # what errors call it
 
 
 @dataclass
 class Completion:
-    """What became of one prompt. Text and ids are without it; the last id is the one that ended it."""
+    """What became of one prompt. Text and ids are of what followed the prompt."""
 
     prompt_token_ids: list[int]
     logprobs: list[float] | None = None  # nats, of each generated token, where asked for
@@ -90,9 +89,8 @@ class Sequence:
     # share one.
     news: "deque[tuple[Sequence, str | None]]" = field(default_factory=deque)
     seen_ids: Tensor | None = None  # [vocab_size] bool, ids that the repetition penalty makes less likely
-    logits: Tensor | None = (
-        None  # [1 + given, vocab_size] behind the prompt and each given token, where some are given
-    )
+    # [1 + T, vocab_size], after the prompt and after each token of a continuation to score.
+    logits: Tensor | None = None
     row: Row | None = None  # where it is held, while it runs
     last_token: int = -1  # accepted, and computed in the next step
     ended: bool = False  # finished, cancelled or failed
@@ -101,13 +99,15 @@ class Sequence:
     @property
     def new_tokens(self) -> int:
         """Tokens that may follow the prompt."""
-        given = self.request.given
-        return self.request.params.max_new_tokens if given is None else len(given)
+        to_score = self.request.continuation
+        return self.request.params.max_new_tokens if to_score is None else len(to_score)
 
     def start(self, cache: KVCache) -> Row:
         """Take a row of a cache, with what former turns left, and return it."""
         generation = self.policy.generation(len(self.prompt), len(cache.keys))
-        drops = generation is not None and self.request.given is None  # what is given is never dropped
+        drops = (
+            generation is not None and self.request.continuation is None
+        )  # what is scored is never dropped
         self.row = cache.add_row(PendingTokens(generation, self.new_tokens) if generation and drops else None)
         if self.former:
             self.row.adopt(self.former)
@@ -140,7 +140,7 @@ class Sequence:
         done.kv_bytes = per_token * sum(row.lengths)
         done.kv_bytes_full = per_token * len(row.lengths) * row.position
         conversation = self.request.conversation
-        if conversation is not None and not self.request.given:  # what is scored becomes no turn
+        if conversation is not None and not self.request.continuation:  # what is scored becomes no turn
             conversation.held = row.copy_out()
             conversation.token_ids = self.former_ids + self.prompt + done.token_ids
 

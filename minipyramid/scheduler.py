@@ -45,7 +45,7 @@ class Scheduler:
 
     @property
     def bytes_in_flight(self) -> int:
-        """Allotted for those that run, and what the turns among them go on from."""
+        """Of all caches, and of what earlier turns of the conversations that run have left."""
         former = sum(s.former.bytes for s in self.running.values() if s.former)
         return former + sum(cache.bytes_allotted for cache in self.caches)
 
@@ -63,7 +63,10 @@ class Scheduler:
             raise RequestError(f"{short}, but kv_memory is {self.memory}; {way_out}")
 
     def admit(self) -> list[Sequence]:
-        """Start those that wait until the next has no room; returns them, some perhaps with an `error`."""
+        """Start waiting sequences in their order, up to the first that has no room.
+
+        Returns those taken; one whose cache could not be allotted has `error` set.
+        """
         if not self.caches:
             self._free = default_memory(self.device)
         admitted: list[Sequence] = []

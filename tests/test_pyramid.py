@@ -105,7 +105,7 @@ def test_what_was_planned_is_what_is_held(
         assert completion.kv_lengths == pyramid.kv_lengths(len(prompt), new, 3)
         (prefill,) = llm.prefill([prompt])
         assert prefill.kv_lengths == pyramid.computed(len(prompt), 3)
-        tail = min(1 + pyramid.recent(len(prompt)), len(prompt))
+        tail = min(pyramid.recent_tokens(len(prompt)), len(prompt))
         for kept, at_prefill in zip(completion.kept_positions, prefill.kept_positions, strict=True):
             assert kept == sorted(set(kept))
             assert kept[: len(at_prefill)] == at_prefill  # prompt keys never shrink in generation
@@ -136,7 +136,7 @@ def test_every_step_and_layer_is_as_planned(
         for row, sequence in scheduler.running.items():
             index = 0 if len(prompts) == 1 else int(sequence.request.name.removeprefix("prompt "))
             assert row.lengths == plan.at(steps)[index]
-            protected = 1 + pyramid.recent(row.position)
+            protected = pyramid.recent_tokens(row.position)
             generated = range(max(row.position - protected, len(sequence.prompt)), row.position)
             for kept, prompt in zip(row.kept_positions(), before[index], strict=True):
                 assert kept == sorted(set(kept))

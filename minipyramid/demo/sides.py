@@ -51,7 +51,7 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
         llm.generate([ids[0][:WARM_UP]], SamplingParams(max_new_tokens=1))
     newest, sinks = 0, 0
     if isinstance(policy, PyramidConfig):
-        newest, sinks = 1 + policy.recent(len(ids[0])), policy.streamingllm_sink_len
+        newest, sinks = policy.recent_tokens(len(ids[0])), policy.streamingllm_sink_len
     machine = f"{str(pruned.dtype).removeprefix('torch.')} on {pruned.device.type}"
     return Picture(
         title=f"{Path(args.model).name}, {pruned.config.num_hidden_layers} layers, "

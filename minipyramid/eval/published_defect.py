@@ -41,7 +41,7 @@ class Size:
 def drop_oldest(held: HeldTokens, settings: PyramidConfig) -> HeldTokens:
     """Every layer that is shorter than all that was seen drops its oldest tokens, as if they were pending."""
     group = settings.exceed_length_to_compress
-    tail = 1 + settings.recent(held.position)
+    tail = settings.recent_tokens(held.position)
     layers = []
     for (keys, values, positions), n in zip(held.layers, held.lengths, strict=True):
         drop = min(group, n - tail)

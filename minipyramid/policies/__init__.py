@@ -2,9 +2,8 @@
 
 To add one, write a file with a frozen dataclass that derives from `Policy` (or from `HeldShare`, if it
 computes every layer over the whole prompt and holds a share of it), and give it a line in `POLICIES`. The
-engine then runs it in batches, plans it and holds it to budgets, and the evaluation and the benchmark have a
-row for it. A class of your own needs no
-line: name its place, as in `--policy package.module:Name`.
+engine then runs it in batches, plans it and fits it to budgets, and the evaluation and the benchmark have a
+row for it. A class of your own needs no line: name where to import it from, `--policy package.module:Name`.
 """
 
 import importlib

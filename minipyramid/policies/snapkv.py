@@ -21,7 +21,7 @@ class SnapKV(HeldShare):
     def hold(self, seen: Seen, count: int) -> Tensor:
         """The newest 32, or all but a 20th of a smaller count, and what they look at most.  [K, count]"""
         window = min(WINDOW, count - count // 20)
-        vote = seen.new_votes(window).sum(1)  # [K, T - window]
+        vote = seen.votes(window).sum(1)  # [K, T - window]
         if vote.shape[1]:
             vote = F.avg_pool1d(vote, POOL, 1, POOL // 2, count_include_pad=False)
         return top_scored(F.pad(vote, (0, window)), count, newest=window)
