@@ -54,7 +54,7 @@ class Row:
         self.cache.keys[layer][self.index, :, start:end] = k
         self.cache.values[layer][self.index, :, start:end] = v
         self.lengths[layer] = end
-        heads = [self.kept[layer], positions.int().view(-1, end - start)]
+        heads = [self.kept[layer], positions.int() if positions.dim() == 2 else positions.int()[None]]
         lines = max(len(head) for head in heads)
         self.kept[layer] = torch.cat([head.expand(lines, -1) for head in heads], dim=1)
 
@@ -113,11 +113,6 @@ class KVCache:
         votes = [torch.zeros(rows, need.pending, device=device) for _ in need.slots]
         per_token = config.kv_bytes_per_token(dtype.itemsize)
         return cls(slabs(), slabs(), votes, config, need, per_token, rows, slots_adjacent)
-
-    @property
-    def bytes_allotted(self) -> int:
-        """Keys, values and votes of all rows, in use or not."""
-        return self.capacity * self.need.bytes(self.bytes_per_token)
 
     def takes(self, need: Need) -> bool:
         """Whether a row is free and has the room."""

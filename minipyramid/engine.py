@@ -21,7 +21,7 @@ from minipyramid.errors import RequestError, TokenizerError, expect_type
 from minipyramid.model import Model
 from minipyramid.plan import Need, Planner, need_of
 from minipyramid.policy import FULL, Policy
-from minipyramid.request import Completion, Conversation, Prompt, Request, Sequence, check_ids
+from minipyramid.request import Completion, Conversation, Prompt, Request, Sequence, check_ids, parse_bytes
 from minipyramid.sampling import SamplingParams, choose
 from minipyramid.scheduler import Scheduler
 from minipyramid.tokenizer import TextStream, Tokenizer
@@ -54,17 +54,18 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         policy: Policy = FULL,
         kv_budget: float | None = None,
-        kv_memory: int | None = None,
+        kv_memory: int | str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         per_token = self.config.kv_bytes_per_token(self.dtype.itemsize)
         self.planner = Planner(self.config, policy, kv_budget, per_token)
-        self.scheduler = Scheduler(self._allot, per_token, self.device, kv_memory)
-        self._step_over = threading.Condition()  # guards the fields below; free during a step
+        memory = None if kv_memory is None else parse_bytes(kv_memory)
+        self.scheduler = Scheduler(self._allot, per_token, self.device, memory)
+        self._step_over = threading.Condition()  # guards the two fields below; free during a step
         self._stepping = False
         self._cancelled: deque[Sequence] = deque()
-        self._news: list[News] = []  # since the last step's end
+        self._news: deque[News] = deque()  # of what was added by `add`
 
     # --- what callers do ---
 
@@ -78,41 +79,28 @@ class Engine:
             TokenizerError: a text is given to a checkpoint without a readable tokenizer.
         """
         sequence = self.prepare(request)
-        self.submit(sequence)
+        self.submit(sequence, self._news)
         return sequence
 
     def step(self) -> list[News]:
-        """Start what has room, and take one token of every running sequence; returns what is new of each.
+        """Take one token of every running sequence, and start what has room.
 
-        Where another thread is stepping, wait for its end and return nothing: all news stand in the
-        sequences.
+        Returns what is new of all that was added by `add` since `step` was last called, whichever thread has
+        computed it. Where another thread is in a step, this call waits for its end.
         """
-        with self._step_over:
-            if self._stepping:
-                self._step_over.wait()
-                return []
-            self._stepping = True
-        try:
-            self._step()
-        except BaseException as error:
-            self._fail(error)
-            raise
-        finally:
-            with self._step_over:
-                self._release_cancelled()
-                self._stepping = False
-                self._step_over.notify_all()
-                news, self._news = self._news, []
+        self._advance()
+        news = []
+        while self._news:
+            news.append(self._news.popleft())
         return news
 
     def cancel(self, sequence: Sequence) -> None:
-        """Give its row back at once, or behind the step that is being computed."""
+        """Give its row back at once, or after the step that is being computed."""
+        expect_type("sequence", sequence, Sequence, "what Engine.add has returned")
         with self._step_over:
             self._cancelled.append(sequence)
             if not self._stepping:
-                self._stepping = True
                 self._release_cancelled()
-                self._stepping = False
 
     def run(self, sequences: list[Sequence], on_step: OnStep = None) -> Iterator[News]:
         """Submit prepared sequences and step until all have ended; closing it cancels those that are left."""
@@ -120,17 +108,17 @@ class Engine:
         left = len(sequences)
         try:
             for sequence in sequences:
-                sequence.news = news
-                self.submit(sequence)
+                self.submit(sequence, news)
             while left:
-                self.step()
+                before = self.scheduler.generated
+                self._advance()
                 while news:
                     sequence, piece = news.popleft()
                     if sequence.error:
                         raise sequence.error
                     left -= 1 if piece is None else 0
                     yield sequence, piece
-                if on_step:
+                if on_step and self.scheduler.generated > before:
                     on_step(self.scheduler)
         finally:
             for sequence in sequences:
@@ -140,6 +128,7 @@ class Engine:
 
     def prepare(self, request: Request) -> Sequence:
         """Check a request, tokenise its prompt, and plan it; raises as `add` does, and starts nothing."""
+        expect_type("request", request, Request, "a Request")
         params, name, to_score = request.params, request.name, request.continuation
         expect_type("params", params, SamplingParams, "SamplingParams or a list of them")
         conversation = Conversation() if request.conversation is None else request.conversation
@@ -156,6 +145,8 @@ class Engine:
         if params.stop:
             self.need_tokenizer()
         policy, layers = self.planner.policy_for(len(ids), new_tokens), self.config.num_hidden_layers
+        if to_score is not None:
+            check_ids(to_score, "the continuation", self.config)
         if to_score is None:
             need = need_of(policy, len(ids), new_tokens, layers)
         else:  # nothing of what is scored is dropped
@@ -177,8 +168,11 @@ class Engine:
         self.scheduler.check(sequence)
         return sequence
 
-    def submit(self, sequence: Sequence) -> None:
-        """Let a prepared sequence wait until it can start."""
+    def submit(self, sequence: Sequence, news: deque[News]) -> None:
+        """Let a prepared sequence wait until it can start; what is new of it goes into `news`."""
+        if sequence.ended or sequence.row or sequence in self.scheduler.waiting:
+            raise RequestError(f"{sequence.request.name} was submitted before; prepare it again")
+        sequence.news = news
         self.scheduler.waiting.append(sequence)  # safe beside a step, which takes from the other end
 
     def encode(self, text_or_ids: Prompt, name: str, continues: bool = False) -> list[int]:
@@ -198,10 +192,30 @@ class Engine:
 
     # --- one step ---
 
+    def _advance(self) -> None:
+        """One step, by this thread or, where another is in one, by that."""
+        with self._step_over:
+            if self._stepping:
+                self._step_over.wait()
+                return
+            self._stepping = True
+        try:
+            self._decode()
+            self._start(self.scheduler.admit())
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            with self._step_over:
+                try:
+                    self._release_cancelled()
+                finally:
+                    self._stepping = False
+                    self._step_over.notify_all()
+
     @torch.inference_mode()
-    def _step(self) -> None:
-        """The decode loop's body."""
-        self._start(self.scheduler.admit())
+    def _decode(self) -> None:
+        """The decode loop's body: one token of every running sequence."""
         running = self.scheduler.in_order()
         if not running:
             return
@@ -221,6 +235,7 @@ class Engine:
         for sequence in finishing:
             self._end(sequence)
 
+    @torch.inference_mode()
     def _start(self, admitted: list[Sequence]) -> None:
         """Compute the prompts of those that start, some at a time, and choose each one's first token."""
         left = []
@@ -228,23 +243,31 @@ class Engine:
             if sequence.row:
                 left.append((sequence, sequence.row))
             else:  # there was no memory after all
-                self._end(sequence)
+                self._let_go(sequence)
         while left:
-            began = time.perf_counter()
             ends = accumulate(len(sequence.prompt) for sequence, _ in left)
             count = max(1, sum(end <= PROMPTS_AT_ONCE[self.device.type] for end in ends))
             together, left = left[:count], left[count:]
-            ids = self._tensor([token for sequence, _ in together for token in sequence.prompt])
-            spans = [Span(row, len(s.prompt), s.policy, seed=sum(s.prompt)) for s, row in together]
-            logits = self.model.logits(self.model.extend(ids, spans))  # [B, vocab_size]
-            writes = [i for i, (sequence, _) in enumerate(together) if sequence.request.continuation is None]
-            if writes:
-                self._choose(logits[writes], [together[i][0] for i in writes])
-            seconds = time.perf_counter() - began
-            for (sequence, row), scores in zip(together, logits, strict=True):
-                sequence.completion.prefill_s = seconds
-                if sequence.request.continuation is not None:
-                    self._score(sequence, row, sequence.request.continuation, scores[None])
+            try:
+                self._compute_prompts(together)
+            except Exception as error:  # of a policy, say; those that run are not touched by it
+                for sequence, _ in together:
+                    sequence.error = error
+                    self._let_go(sequence)
+
+    def _compute_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
+        began = time.perf_counter()
+        ids = self._tensor([token for sequence, _ in together for token in sequence.prompt])
+        spans = [Span(row, len(s.prompt), s.policy, seed=sum(s.prompt)) for s, row in together]
+        logits = self.model.logits(self.model.extend(ids, spans))  # [B, vocab_size]
+        writes = [i for i, (sequence, _) in enumerate(together) if sequence.request.continuation is None]
+        if writes:
+            self._choose(logits[writes], [together[i][0] for i in writes])
+        seconds = time.perf_counter() - began
+        for (sequence, row), scores in zip(together, logits, strict=True):
+            sequence.completion.prefill_s = seconds
+            if sequence.request.continuation is not None:
+                self._score(sequence, row, sequence.request.continuation, scores[None])
 
     def _score(self, sequence: Sequence, row: Row, ids: list[int], logits: Tensor) -> None:
         """Append a continuation, and note the scores after the prompt and after each of its tokens."""
@@ -264,29 +287,23 @@ class Engine:
         for sequence, token, logprob in zip(sequences, chosen.tolist(), logprobs, strict=True):
             piece = sequence.accept(token, logprob)
             if piece:
-                self._tell(sequence, piece)
+                sequence.news.append((sequence, piece))
 
     def _end(self, sequence: Sequence) -> None:
-        """It is complete, or could not be started."""
+        """It is complete."""
         if sequence.row:
             sequence.note_held(sequence.row)
         self._let_go(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
-        self.scheduler.retire(sequence)
-        sequence.ended = True
-        self._tell(sequence, None)
-
-    def _tell(self, sequence: Sequence, piece: str | None) -> None:
-        self._news.append((sequence, piece))
-        sequence.news.append((sequence, piece))
+        """Give its row back, unless it has ended or was never submitted here."""
+        if self.scheduler.retire(sequence):
+            sequence.news.append((sequence, None))
 
     @torch.inference_mode()
     def _release_cancelled(self) -> None:
         while self._cancelled:
-            sequence = self._cancelled.popleft()
-            if not sequence.ended:
-                self._let_go(sequence)
+            self._let_go(self._cancelled.popleft())
 
     def _fail(self, error: BaseException) -> None:
         """A step that broke off leaves rows half written, so those that ran end; the others still wait."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from minipyramid.request import Completion, Conversation, Params, Prefill, Promp
 from minipyramid.sampling import SamplingParams
 from minipyramid.tokenizer import load_tokenizer
 
-AnyPolicy = str | Path | Policy  # a name, a file, or a configuration
+AnyPolicy = str | Path | Policy  # a name, a file, or a policy
+Memory = int | str | None  # bytes, or as in "2GiB"
+Earlier = Conversation | None  # turns that a prompt follows
+Finished = Iterator[tuple[int, Completion]]  # a prompt's index, and what became of it
 
 
 class LLM:
@@ -51,7 +55,7 @@ class LLM:
         *,
         policy: AnyPolicy = "auto",
         kv_budget: float | None = None,
-        kv_memory: int | str | None = None,
+        kv_memory: Memory = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         compile: bool = False,
@@ -67,7 +71,6 @@ class LLM:
         directory = locate(model, revision, progress=progress is not None)
         config = read_config(directory)
         chosen = pick_policy(policy, directory, config.num_hidden_layers)
-        memory = None if kv_memory is None else request.parse_bytes(kv_memory)
         on = pick_device(device)
         tokenizer = load_tokenizer(directory, config.vocab_size)
         weights = checkpoint.load(directory, config, pick_dtype(dtype, config.dtype, on), on, progress)
@@ -75,7 +78,7 @@ class LLM:
             from minipyramid.compiled import compile_step
 
             compile_step(weights)
-        self._use(Engine(weights, tokenizer, chosen, kv_budget, memory), directory)
+        self._use(Engine(weights, tokenizer, chosen, kv_budget, kv_memory), directory)
 
     def _use(self, engine: Engine, directory: Path) -> None:
         self.engine, self.directory = engine, directory
@@ -89,15 +92,12 @@ class LLM:
         llm._use(engine, directory)
         return llm
 
-    def under(
-        self, policy: AnyPolicy, *, kv_budget: float | None = None, kv_memory: int | str | None = None
-    ) -> "LLM":
+    def under(self, policy: AnyPolicy, *, kv_budget: float | None = None, kv_memory: Memory = None) -> "LLM":
         """The same weights under another policy, in an engine of its own; arguments as those of `LLM`."""
         from minipyramid.policies import pick_policy
 
         chosen = pick_policy(policy, self.directory, self.config.num_hidden_layers)
-        memory = None if kv_memory is None else request.parse_bytes(kv_memory)
-        return LLM.of(Engine(self.model, self.tokenizer, chosen, kv_budget, memory), self.directory)
+        return LLM.of(Engine(self.model, self.tokenizer, chosen, kv_budget, kv_memory), self.directory)
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
         """Continue any number of prompts; texts or token ids in, completions in their order out.
@@ -112,9 +112,7 @@ class LLM:
         finished = dict(self.completions(prompts, params))
         return [finished[i] for i in sorted(finished)]
 
-    def completions(
-        self, prompts: Prompts, params: Params = None, on_step: OnStep = None
-    ) -> Iterator[tuple[int, Completion]]:
+    def completions(self, prompts: Prompts, params: Params = None, on_step: OnStep = None) -> Finished:
         """Like `generate`, but each as it is finished, with its prompt's index; `on_step` ends a step."""
         listed = request.as_list(prompts)
         one = SamplingParams() if params is None else params
@@ -122,20 +120,25 @@ class LLM:
         if len(each) != len(listed):
             told = f"{len(each)} sampling parameters for {len(listed)} prompts"
             raise RequestError(f"{told}; give one, or as many")
-        sequences = []
-        for i, (prompt, params_of_it) in enumerate(zip(listed, each, strict=True)):
-            sequences.append(self.engine.prepare(Request(prompt, params_of_it, name=name_of(i, listed))))
+        sequences = self._prepare(listed, each)
         # A function of its own, so that what is wrong is raised by the call and not by the first `next`.
         return self._completions(sequences, on_step)
 
-    def _completions(self, sequences: list[Sequence], on_step: OnStep) -> Iterator[tuple[int, Completion]]:
+    def _prepare(self, prompts: list[Prompt], params: list[SamplingParams], **others: Any) -> list[Sequence]:
+        """Check all requests of a call before any starts."""
+        one = len(prompts) == 1
+        names = ["the prompt" if one else f"prompt {i}" for i in range(len(prompts))]
+        each = zip(prompts, params, names, strict=True)
+        return [self.engine.prepare(Request(prompt, p, name=name, **others)) for prompt, p, name in each]
+
+    def _completions(self, sequences: list[Sequence], on_step: OnStep) -> Finished:
         index = {sequence: i for i, sequence in enumerate(sequences)}
         for sequence, piece in self.engine.run(sequences, on_step):
             if piece is None:
                 yield index[sequence], sequence.completion
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, conversation: Conversation | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, conversation: Earlier = None
     ) -> Generator[str, None, Completion]:
         """The same for one prompt, as pieces of text; joined they are the completion's text.
 
@@ -151,21 +154,19 @@ class LLM:
                 yield piece
         return sequence.completion
 
-    def prefill(self, prompts: Prompts, conversation: Conversation | None = None) -> list[Prefill]:
+    def prefill(self, prompts: Prompts, conversation: Earlier = None) -> list[Prefill]:
         """Compute prompts and tell what the cache holds of each, and the scores of the token that comes next.
 
         With a `conversation` one prompt is its next turn, to which nothing is replied.
         """
         listed, done = request.as_list(prompts), []
-        for i, prompt in enumerate(listed):
-            asked = Request(prompt, conversation=conversation, continuation=[], name=name_of(i, listed))
-            kept, logits = self._run_to_logits(asked)
+        defaults = [SamplingParams()] * len(listed)
+        for sequence in self._prepare(listed, defaults, conversation=conversation, continuation=[]):
+            logits, kept = self._run_to_logits(sequence), sequence.completion
             done.append(Prefill(logits[0], kept.kept_positions, kept.kv_lengths))
         return done
 
-    def score(
-        self, prompt: Prompt, continuation: Prompt, conversation: Conversation | None = None
-    ) -> list[float]:
+    def score(self, prompt: Prompt, continuation: Prompt, conversation: Earlier = None) -> list[float]:
         """Log-probability (nats) of each token of a continuation, given the prompt's cache and those before.
 
         The prompt is pruned as for generating so many tokens; what is scored is given, so nothing of it is
@@ -177,9 +178,7 @@ class LLM:
         scores: list[float] = logits.log_softmax(-1).gather(1, target)[:, 0].tolist()
         return scores
 
-    def logits(
-        self, prompt: Prompt, continuation: list[int], conversation: Conversation | None = None
-    ) -> Tensor:
+    def logits(self, prompt: Prompt, continuation: list[int], conversation: Earlier = None) -> Tensor:
         """Scores of what may follow the prompt and each token of a continuation.  [1 + T, vocab_size]
 
         A `conversation` is left as it is.
@@ -187,22 +186,17 @@ class LLM:
         snapshot = None
         if conversation is not None:
             snapshot = Conversation(conversation.held, conversation.token_ids)
-        return self._run_to_logits(Request(prompt, conversation=snapshot, continuation=continuation))[1]
+        asked = Request(prompt, conversation=snapshot, continuation=continuation)
+        return self._run_to_logits(self.engine.prepare(asked))
 
     def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> Plan:
         """What prompts of these lengths (tokens) will hold; nothing is allotted."""
         return self.engine.planner.plan(prompt_lengths, max_new_tokens)
 
-    def _run_to_logits(self, asked: Request) -> tuple[Completion, Tensor]:
-        """Run a request that generates nothing; returns the scores behind its prompt, too."""
-        sequence = self.engine.prepare(asked)
+    def _run_to_logits(self, sequence: Sequence) -> Tensor:
+        """Run what generates nothing; returns the scores after the prompt and each token to score."""
         for _ in self.engine.run([sequence]):
             pass
         if sequence.logits is None:
-            raise RequestError(f"{asked.name} was cancelled before it was computed; ask again")
-        return sequence.completion, sequence.logits
-
-
-def name_of(index: int, prompts: list[Prompt]) -> str:
-    """What errors call a prompt."""
-    return "the prompt" if len(prompts) == 1 else f"prompt {index}"
+            raise RequestError(f"{sequence.request.name} was cancelled before it was computed; ask again")
+        return sequence.logits

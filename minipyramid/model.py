@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from minipyramid.attention import attend, attend_each
 from minipyramid.cache import KVCache, LayerCache, Span
 from minipyramid.config import ModelConfig
+from minipyramid.errors import ConfigError
 from minipyramid.linear import Linear
-from minipyramid.policy import Seen
+from minipyramid.policy import Policy, Seen
 from minipyramid.rope import inverse_frequencies, rotate_, rotations
 
 # Tokens that the feed-forward runs over at a time, by device. Its activation (2 * intermediate_size) is the
@@ -107,7 +108,7 @@ def attend_and_hold(
     whole = None if newest_only and T > 1 else logsumexp
     seen = Seen(q, keys, values, whole, layer, span.count, span.seed * len(row.lengths) + layer)
     if held < T:
-        chosen = span.policy.hold(seen, held)  # [held] or [K, held]
+        chosen = checked(span.policy.hold(seen, held), held, span.policy)  # [held] or [K, held]
         positions = positions[chosen]
         slots = chosen.expand(len(k), -1)[..., None].expand(-1, -1, k.shape[2])  # [K, held, D]
         k, v = k.gather(1, slots), v.gather(1, slots)
@@ -115,9 +116,17 @@ def attend_and_hold(
     if newest_only:
         return out, torch.tensor([T - 1], device=q.device)
     if passed_on < T:
-        which = span.policy.pass_on(seen, passed_on)
+        which = checked(span.policy.pass_on(seen, passed_on), passed_on, span.policy)
         return out[which], which
     return out, torch.arange(T, device=q.device)
+
+
+def checked(chosen: Tensor, count: int, policy: Policy) -> Tensor:
+    """What a policy has chosen, if it is so many indices; `ConfigError` for one that miscounts."""
+    if chosen.shape[-1] == count and chosen.dtype == torch.int64:
+        return chosen
+    told = f"{list(chosen.shape)} of {chosen.dtype}, expected {count} indices of torch.int64"
+    raise ConfigError(f"{type(policy).__name__} has chosen {told}")
 
 
 class Model(nn.Module):

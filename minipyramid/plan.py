@@ -5,7 +5,7 @@ The cache is allotted from a plan, once. With nothing pruned it is flat: prompt 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import add, index
+from operator import add, index, le
 
 from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError, RequestError
@@ -33,8 +33,9 @@ class Need:
 
 
 def need_of(policy: Policy, prompt_tokens: int, new_tokens: int, layers: int) -> Need:
-    """What one sequence needs at its longest, layer by layer."""
-    prompt, generation = policy.held(prompt_tokens, layers), policy.generation(prompt_tokens, layers)
+    """What one sequence needs at its longest. Raises `ConfigError` for lists of a policy that cannot be."""
+    prompt = checked_held(policy, prompt_tokens, layers)
+    generation = policy.generation(prompt_tokens, layers)
     if generation is None:
         return Need(tuple(n + new_tokens for n in prompt))
     group, done = generation.group, generation.compactions(new_tokens)
@@ -49,6 +50,18 @@ def need_of(policy: Policy, prompt_tokens: int, new_tokens: int, layers: int) ->
     ]
     pending = max(generated - compactions * group for generated, compactions in moments)
     return Need(tuple(slots), pending, group)
+
+
+def checked_held(policy: Policy, prompt_tokens: int, layers: int) -> list[int]:
+    """The policy's `held`, if its two lists are what they must be, for a policy may be the user's own."""
+    computed, held = policy.computed(prompt_tokens, layers), policy.held(prompt_tokens, layers)
+    falls = computed[:1] == [prompt_tokens] and sorted(computed, reverse=True) == computed
+    fits = len(computed) == len(held) == layers and all(map(le, held, computed))
+    if falls and fits and min(computed) >= 1 and min(held) >= 0:
+        return held
+    lists = f"{type(policy).__name__} computes {computed!r:.80} and holds {held!r:.80}"
+    rule = f"all {prompt_tokens} tokens computed first, then never more, and no layer to hold more than that"
+    raise ConfigError(f"{lists} in {layers} layers; expected {rule}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minipyramid.cache import HeldTokens, KVCache, Positions, Row
 from minipyramid.config import ModelConfig
-from minipyramid.errors import RequestError
+from minipyramid.errors import RequestError, expect_type
 from minipyramid.plan import Need
 from minipyramid.policy import PendingTokens, Policy
 from minipyramid.sampling import SamplingParams
@@ -85,8 +85,7 @@ class Sequence:
     eos_ids: tuple[int, ...]  # that end it
     stream: TextStream
     generator: torch.Generator
-    # What is new of it: a piece of its text at a time, and None once it has ended. A caller's sequences may
-    # share one.
+    # Where the engine puts what is new of it: a piece of its text at a time, and None once it has ended.
     news: "deque[tuple[Sequence, str | None]]" = field(default_factory=deque)
     seen_ids: Tensor | None = None  # [vocab_size] bool, ids that the repetition penalty makes less likely
     # [1 + T, vocab_size], after the prompt and after each token of a continuation to score.
@@ -102,15 +101,13 @@ class Sequence:
         to_score = self.request.continuation
         return self.request.params.max_new_tokens if to_score is None else len(to_score)
 
-    def start(self, cache: KVCache) -> Row:
-        """Take a row of a cache, with what former turns left, and return it."""
-        generation = self.policy.generation(len(self.prompt), len(cache.keys))
-        drops = (
-            generation is not None and self.request.continuation is None
-        )  # what is scored is never dropped
-        self.row = cache.add_row(PendingTokens(generation, self.new_tokens) if generation and drops else None)
-        if self.former:
-            self.row.adopt(self.former)
+    def take_row(self, cache: KVCache) -> Row:
+        """Take a row of a cache and return it."""
+        pending = None
+        if self.request.continuation is None:  # what is scored is never dropped
+            generation = self.policy.generation(len(self.prompt), len(cache.keys))
+            pending = PendingTokens(generation, self.new_tokens) if generation else None
+        self.row = cache.add_row(pending)
         return self.row
 
     def accept(self, token: int, logprob: float | None) -> str:
@@ -147,10 +144,7 @@ class Sequence:
 
 def as_list(prompts: Any) -> list[Any]:
     """One prompt or several; a list of ids is one."""
-    if not isinstance(prompts, (str, list)):
-        raise TypeError(
-            f"prompts is a {type(prompts).__name__}, expected a text, a list of texts or of token id lists"
-        )
+    expect_type("prompts", prompts, (str, list), "a text, a list of texts or of token id lists")
     one = isinstance(prompts, str) or (prompts and all(isinstance(p, int) for p in prompts))
     return [prompts] if one else list(prompts)
 
@@ -167,8 +161,7 @@ def check_ids(ids: Any, name: str, config: ModelConfig) -> list[int]:
 
 def parse_bytes(size: int | str) -> int:
     """A number of bytes, or a text such as 500MiB or 2GB (units are powers of 1,024 either way)."""
-    if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise TypeError(f"the size is {size!r}, expected bytes or a text such as 2GiB")
+    expect_type("the size", size, (int, str), "bytes or a text such as 2GiB")
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) *([KMGT]?)(?:i?B)?", str(size).strip(), re.IGNORECASE)
     if not match or not (count := int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))):
         raise RequestError(f"the size is {size!r}, expected bytes or a text such as 2GiB")

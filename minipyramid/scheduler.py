@@ -36,18 +36,22 @@ class Scheduler:
         self.caches: list[KVCache] = []
         self.running: dict[Row, Sequence] = {}  # who has which row of which cache
         self.finished = self.generated = 0  # sequences that have ended, and tokens of all
-        self._free = default_memory(device)  # as it was when last nothing was in flight
+        self._free = 0  # half of what was free when last nothing was in flight
 
     @property
     def memory(self) -> int:
         """The bound on what is in flight, in bytes."""
-        return self._free if self.given_memory is None else self.given_memory
+        if self.given_memory is not None:
+            return self.given_memory
+        if not self.caches:
+            self._free = default_memory(self.device)
+        return self._free
 
     @property
     def bytes_in_flight(self) -> int:
         """Of all caches, and of what earlier turns of the conversations that run have left."""
         former = sum(s.former.bytes for s in self.running.values() if s.former)
-        return former + sum(cache.bytes_allotted for cache in self.caches)
+        return former + sum(cache.capacity * cache.need.bytes(self.per_token) for cache in self.caches)
 
     def bytes_of(self, sequence: Sequence) -> int:
         """What it needs at its longest, with what earlier turns have left until it ends."""
@@ -67,22 +71,21 @@ class Scheduler:
 
         Returns those taken; one whose cache could not be allotted has `error` set.
         """
-        if not self.caches:
-            self._free = default_memory(self.device)
         admitted: list[Sequence] = []
         fresh: dict[Need, list[Sequence]] = {}  # caches to be allotted: a row's need, and who shares it
-        room = self.memory - self.bytes_in_flight
-        while len(admitted) < len(self.waiting):
-            sequence = self.waiting[len(admitted)]
-            former = sequence.former.bytes if sequence.former else 0
+        room, passed = self.memory - self.bytes_in_flight, 0  # `passed` of those that wait get a fresh cache
+        while passed < len(self.waiting):
+            sequence = self.waiting[passed]
+            needed = self.bytes_of(sequence)
+            former = needed - sequence.need.bytes(self.per_token)
             free = [cache for cache in self.caches if cache.takes(sequence.need)]
             if free and former <= room:
-                tightest = min(free, key=lambda cache: cache.need.bytes(self.per_token))
-                self.running[sequence.start(tightest)] = sequence
                 room -= former
-            elif self.bytes_of(sequence) <= room or not (self.caches or fresh):
+                self._begin(sequence, min(free, key=lambda cache: cache.need.bytes(self.per_token)))
+            elif needed <= room or not (self.caches or fresh):
                 fresh.setdefault(sequence.need, []).append(sequence)
-                room -= self.bytes_of(sequence)
+                room -= needed
+                passed += 1
             else:
                 break
             admitted.append(sequence)
@@ -94,26 +97,38 @@ class Scheduler:
                     sequence.error = error
                 continue
             self.caches.append(cache)
-            self.running |= {sequence.start(cache): sequence for sequence in together}
-        # Last, so that whatever interrupts this loses none.
-        for _ in admitted:
-            self.waiting.popleft()
+            for sequence in together:
+                self._begin(sequence, cache)
         return admitted
+
+    def _begin(self, sequence: Sequence, cache: KVCache) -> None:
+        """Move a sequence from those that wait to those that run, so that no interruption loses it."""
+        row = sequence.take_row(cache)
+        self.running[row] = sequence
+        self.waiting.remove(sequence)
+        if sequence.former:
+            row.adopt(sequence.former)
 
     def in_order(self) -> list[Sequence]:
         """Those that run, in the order of the caches' rows, which is that of a step."""
         return [self.running[row] for cache in self.caches for row in cache.rows]
 
-    def retire(self, sequence: Sequence) -> None:
-        """Take out one that has ended or waits no longer; a cache whose rows have all ended is given back."""
-        if sequence.row:
-            del self.running[sequence.row]
+    def retire(self, sequence: Sequence) -> bool:
+        """Take out one that runs or waits; a cache whose rows have all ended is given back.
+
+        Returns whether it was here.
+        """
+        if sequence.row and self.running.pop(sequence.row, None):
             sequence.row.cache.retire(sequence.row)
-            sequence.row = None
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        else:
+            return False
+        sequence.row = sequence.former = None
+        sequence.ended = True
         self.caches = [cache for cache in self.caches if cache.rows]
         self.finished += 1
+        return True
 
 
 def default_memory(device: torch.device) -> int:

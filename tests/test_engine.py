@@ -7,15 +7,18 @@ from __future__ import annotations
 import gc
 import random
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import STEEP, prompts_of, write_checkpoint
+from helpers import STEEP, prompts_of, say, write_checkpoint
 
-from minipyramid import LLM, Engine, Request, RequestError, SamplingParams
+from minipyramid import LLM, ConfigError, Conversation, Engine, Policy, Request, RequestError, SamplingParams
 from minipyramid.cache import KVCache
+from minipyramid.policies.held_share import HeldShare
+from minipyramid.policy import Seen
 from minipyramid.request import Sequence
 
 FEW = SamplingParams(max_new_tokens=6, ignore_eos=True)
@@ -47,7 +50,7 @@ def test_requests_come_and_go_while_others_run(tiny: LLM) -> None:
     one = tiny.under(STEEP).plan([90], 25).needs[0].bytes(tiny.config.kv_bytes_per_token(4))
     llm = tiny.under(STEEP, kv_memory=6 * one)
     engine, handles, cancelled = llm.engine, dict[int, Sequence](), set[int]()
-    order = rng.sample(range(200), 200)
+    order, told = rng.sample(range(200), 200), dict[Sequence, list[str | None]]()
     while order or not is_idle(engine):
         for _ in range(rng.randint(0, 3)):
             if order:
@@ -59,18 +62,19 @@ def test_requests_come_and_go_while_others_run(tiny: LLM) -> None:
                 engine.cancel(handles[i])
                 cancelled.add(i)
                 assert handles[i].ended
-        engine.step()
+        for sequence, piece in engine.step():
+            told.setdefault(sequence, []).append(piece)
         assert in_use(engine) <= 6 * one
     assert 5 < len(cancelled) < 100
     alone = tiny.under(STEEP)
     for i, handle in handles.items():
         assert handle.ended
-        assert handle.news.pop() == (handle, None)
+        assert told[handle].pop() is None
         if i not in cancelled:
             (single,) = alone.generate([prompts[i]], params[i])
             assert handle.completion.token_ids == single.token_ids
             assert handle.completion.kept_positions == single.kept_positions
-            assert "".join(piece or "" for _, piece in handle.news) == single.text
+            assert "".join(piece or "" for piece in told[handle]) == single.text
 
 
 def test_step_tells_what_is_new_of_each(tiny: LLM) -> None:
@@ -209,6 +213,128 @@ def test_scores_are_read_beside_requests_that_generate(tiny: LLM) -> None:
     assert len(llm.engine.scheduler.running) == 1
     llm.engine.cancel(running)
     assert is_idle(llm.engine)
+
+
+def test_news_reaches_whoever_steps_beside_other_threads(tiny: LLM) -> None:
+    """`step` gave all news to the thread that had computed it, so a loop beside `generate` never ended."""
+    llm = tiny.under(STEEP)
+    prompts, params = prompts_of([30] * 6), SamplingParams(max_new_tokens=30, ignore_eos=True)
+    beside = threading.Thread(target=lambda: [llm.generate(prompt, params) for prompt in prompts * 2])
+    waited = {llm.engine.add(Request(prompt, params)) for prompt in prompts}
+    beside.start()
+    while waited:
+        waited -= {sequence for sequence, piece in llm.engine.step() if piece is None}
+    beside.join(timeout=60)
+    assert is_idle(llm.engine)
+
+
+def test_the_first_text_comes_with_the_prompt(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not a decode step later."""
+    done: list[str] = []
+    for name in ("extend", "step"):
+        method = getattr(type(tiny.model), name)
+
+        def noted(*args: Any, name: str = name, method: Any = method, **others: Any) -> Any:
+            done.append(name)
+            return method(*args, **others)
+
+        monkeypatch.setattr(type(tiny.model), name, noted)
+    engine = tiny.under(STEEP).engine
+    handle = engine.add(Request([5, 6, 7], FEW))
+    engine.step()
+    assert done == ["extend"]
+    assert len(handle.completion.token_ids) == 1
+
+
+def test_what_goes_wrong_in_one_prompt_touches_no_other(tiny: LLM) -> None:
+    """A continuation of unknown ids, or a policy that miscounts, once ended everybody's requests."""
+
+    @dataclass(frozen=True)
+    class Miscounts(HeldShare):
+        def hold(self, seen: Seen, count: int) -> torch.Tensor:
+            return torch.arange(count + 1)
+
+    with pytest.raises(RequestError, match="token id 1000000"):
+        tiny.logits([5, 6], [10**6])
+    llm = tiny.under(Miscounts())
+    (prompt,) = prompts_of([40])
+    running = llm.engine.add(Request([5], SamplingParams(max_new_tokens=40, ignore_eos=True)))
+    llm.engine.step()
+    with pytest.raises(ConfigError, match="Miscounts has chosen"):
+        llm.generate([prompt], FEW)
+    assert not running.ended
+    while not running.ended:
+        llm.engine.step()
+    assert len(running.completion.token_ids) == 40
+    assert is_idle(llm.engine)
+
+
+@pytest.mark.parametrize("lists", [([40, 50, 50], [1] * 3), ([50] * 2, [1] * 3), ([50] * 3, [51] * 3)])
+def test_lists_that_cannot_be_are_refused(tiny: LLM, lists: tuple[list[int], list[int]]) -> None:
+    @dataclass(frozen=True)
+    class Wrong(Policy):
+        def computed(self, prompt_tokens: int, layers: int) -> list[int]:
+            return lists[0]
+
+        def held(self, prompt_tokens: int, layers: int) -> list[int]:
+            return lists[1]
+
+    with pytest.raises(ConfigError, match="Wrong computes"):
+        tiny.under(Wrong()).generate([list(range(3, 53))], FEW)
+
+
+def test_a_layer_may_hold_nothing_of_a_prompt(tiny: LLM) -> None:
+    @dataclass(frozen=True)
+    class OneLayer(Policy):
+        def held(self, prompt_tokens: int, layers: int) -> list[int]:
+            return [0, prompt_tokens, 0]
+
+        def hold(self, seen: Seen, count: int) -> torch.Tensor:
+            return torch.arange(count)
+
+    (completion,) = tiny.under(OneLayer()).generate(prompts_of([30]), FEW)
+    assert completion.kv_lengths == [6, 36, 6]
+    assert completion.kept_positions[0] == list(range(30, 36))
+
+
+@pytest.mark.parametrize("where", ["minipyramid.cache.Row.adopt", "minipyramid.cache.KVCache.allot"])
+def test_a_failure_while_starting_leaves_the_engine_whole(
+    tiny: LLM, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows without an owner, and requests that waited and ran at once, once hung every later call."""
+    llm, conversation = tiny.under(STEEP), Conversation()
+    prompt, other = prompts_of([20, 25])
+    say(llm, prompt, FEW, conversation)
+
+    def fail(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(where, fail)
+        say(llm, other, FEW, conversation)
+    assert is_idle(llm.engine)
+    assert say(llm, other, FEW, conversation).token_ids
+    assert is_idle(llm.engine)
+
+
+def test_misuse_is_refused_and_hangs_nobody(tiny: LLM) -> None:
+    engine, other = tiny.under(STEEP).engine, tiny.under("full").engine
+    (prompt,) = prompts_of([10])
+    for wrong in (None, "hello", 5):
+        with pytest.raises(TypeError):
+            engine.add(wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            engine.cancel(wrong)  # type: ignore[arg-type]
+    theirs = other.add(Request(prompt, FEW))
+    engine.cancel(theirs)
+    assert not theirs.ended
+    with pytest.raises(RequestError, match="before"):
+        other.submit(theirs, theirs.news)
+    while not theirs.ended:
+        other.step()
+    assert len(engine.add(Request(prompt, FEW)).prompt) == 10
+    while not is_idle(engine):
+        engine.step()
 
 
 def test_cancelling_what_has_ended_or_never_began_changes_nothing(tiny: LLM) -> None:

@@ -19,7 +19,9 @@ def read_prompts(args: argparse.Namespace, needed: bool = True) -> list[str]:
         raise RequestError("--lines is for --prompt-file; give a file, or leave it out")
     if args.prompt_file is not None:
         text = read_text(args.prompt_file)
-        prompts += [line for line in text.splitlines() if line.strip()] if lines else [text]
+        # Not `splitlines`, which would also cut at a form feed.
+        each = [line.removesuffix("\r") for line in text.split("\n")]
+        prompts += [line for line in each if line.strip()] if lines else [text]
     if needed and not prompts:
         raise RequestError("no prompt; give one as an argument, with --prompt, or with --prompt-file")
     return prompts

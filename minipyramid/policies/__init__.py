@@ -96,7 +96,7 @@ def class_of(name: str) -> type[Policy]:
         module = f"{__name__}.{module}"
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a module of the user's own may raise anything
         raise ConfigError(
             f"policy {name!r} cannot be imported ({error}); expected package.module:Name"
         ) from error

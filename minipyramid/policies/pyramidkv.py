@@ -16,7 +16,7 @@ class PyramidKV(SnapKV):
 
         It has more where the first layer would get more than the whole prompt.
         """
-        newest = min(WINDOW, total // (2 * layers))
+        newest = max(1, min(WINDOW, total // (2 * layers)))
         mean = total / layers - newest
         slope = min(mean - mean / STEEPNESS, prompt_tokens - newest - mean)
         # Sums up to each layer are rounded, and not each layer's share, so that they come to the total.
