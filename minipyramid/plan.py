@@ -142,15 +142,11 @@ class Planner:
                     f"kv_budget is {self.kv_budget}, but policy full holds everything; leave one of them out"
                 )
 
-    @property
-    def layers(self) -> int:
-        return self.config.num_hidden_layers
-
     def policy_for(self, prompt_tokens: int, new_tokens: int) -> Policy:
         """The policy of one request; raises `BudgetError`."""
         if self.kv_budget is None:
             return self.policy
-        return self.policy.within(self.kv_budget, prompt_tokens, new_tokens, self.layers)
+        return self.policy.within(self.kv_budget, prompt_tokens, new_tokens, self.config.num_hidden_layers)
 
     def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> Plan:
         """Plan prompts of these lengths (tokens), each by the policy that it would run with."""
@@ -161,4 +157,4 @@ class Planner:
         for i, length in enumerate(lengths):
             self.config.check_length(length, new, f"prompt {i}")
         requests = [(self.policy_for(length, new), length, new) for length in lengths]
-        return Plan(requests, self.layers, self.bytes_per_token)
+        return Plan(requests, self.config.num_hidden_layers, self.bytes_per_token)

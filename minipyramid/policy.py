@@ -155,8 +155,10 @@ def top_scored(score: Tensor, count: int, first: int = 0, newest: int = 0) -> Te
     Of equal scores the earlier token wins, for topk promises no order.  [..., T] -> [..., count]
     """
     score = score.float().clone()
-    score[..., :first] = torch.finfo(score.dtype).max
-    score[..., score.shape[-1] - newest :] = math.inf
+    if first:
+        score[..., :first] = torch.finfo(score.dtype).max
+    if newest:
+        score[..., -newest:] = math.inf
     ranked = score.sort(descending=True, stable=True).indices
     return ranked[..., :count].sort().values
 
