@@ -200,8 +200,10 @@ class Engine:
                 return
             self._stepping = True
         try:
-            self._decode()
-            self._start(self.scheduler.admit())
+            # Around all of it: slabs that are allotted outside cost each compiled step another graph.
+            with torch.inference_mode():
+                self._decode()
+                self._start(self.scheduler.admit())
         except BaseException as error:
             self._fail(error)
             raise
@@ -213,7 +215,6 @@ class Engine:
                     self._stepping = False
                     self._step_over.notify_all()
 
-    @torch.inference_mode()
     def _decode(self) -> None:
         """The decode loop's body: one token of every running sequence."""
         running = self.scheduler.in_order()
@@ -235,7 +236,6 @@ class Engine:
         for sequence in finishing:
             self._end(sequence)
 
-    @torch.inference_mode()
     def _start(self, admitted: list[Sequence]) -> None:
         """Compute the prompts of those that start, some at a time, and choose each one's first token."""
         left = []
