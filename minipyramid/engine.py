@@ -170,6 +170,7 @@ class Engine:
 
     def submit(self, sequence: Sequence, news: deque[News]) -> None:
         """Let a prepared sequence wait until it can start; what is new of it goes into `news`."""
+        expect_type("sequence", sequence, Sequence, "what Engine.prepare has returned")
         if sequence.ended or sequence.row or sequence in self.scheduler.waiting:
             raise RequestError(f"{sequence.request.name} was submitted before; prepare it again")
         sequence.news = news

@@ -123,9 +123,9 @@ def attend_and_hold(
 
 def checked(chosen: Tensor, count: int, policy: Policy) -> Tensor:
     """What a policy has chosen, if it is so many indices; `ConfigError` for one that miscounts."""
-    if chosen.shape[-1] == count and chosen.dtype == torch.int64:
+    if isinstance(chosen, Tensor) and chosen.shape[-1:] == (count,) and chosen.dtype == torch.int64:
         return chosen
-    told = f"{list(chosen.shape)} of {chosen.dtype}, expected {count} indices of torch.int64"
+    told = f"{chosen!r:.60}, expected a tensor of {count} indices, torch.int64"
     raise ConfigError(f"{type(policy).__name__} has chosen {told}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,8 @@ def test_misuse_is_refused_and_hangs_nobody(tiny: LLM) -> None:
             engine.add(wrong)  # type: ignore[arg-type]
         with pytest.raises(TypeError):
             engine.cancel(wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            engine.submit(wrong, deque())  # type: ignore[arg-type]
     theirs = other.add(Request(prompt, FEW))
     engine.cancel(theirs)
     assert not theirs.ended
