@@ -21,7 +21,7 @@ class LargeValues(HeldShare):
 
     def hold(self, seen: Seen, count: int) -> Tensor:
         """Which of the prompt's T tokens each key/value head holds.  [K, count]"""
-        score = seen.computed_values.norm(dim=-1)  # [K, T]
+        score = seen.values[:, -len(seen.q) :].norm(dim=-1)  # [K, T]
         return top_scored(score, count, first=4, newest=count // 2)
 
 

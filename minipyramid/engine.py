@@ -308,14 +308,14 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         """A step that broke off leaves rows half written, so those that ran end; the others still wait."""
-        for sequence in self.scheduler.running.values():
+        for sequence in self.scheduler.drop_all():
             sequence.error = RequestError(f"a step was broken off ({type(error).__name__}); ask again")
-            self._cancelled.append(sequence)
+            sequence.news.append((sequence, None))
 
     def _allot(self, need: Need, rows: int) -> KVCache:
         try:
             return KVCache.allot(self.config, need, rows, self.dtype, self.device)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:  # the second for lengths that are no integers
             problem = "the keys and values do not fit into memory; give a smaller kv_memory"
             raise RequestError(problem) from error
 

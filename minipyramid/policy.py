@@ -43,11 +43,6 @@ class Seen:
         """The keys of the T tokens.  [K, T, D]"""
         return self.keys[:, -len(self.q) :]
 
-    @property
-    def computed_values(self) -> Tensor:
-        """Their values.  [K, T, D]"""
-        return self.values[:, -len(self.q) :]
-
     def votes(self, voters: int, weights: Tensor | None = None) -> Tensor:
         """How much the newest `voters` of the T tokens look at each one before them.  [K, G, T - voters]"""
         T, n = len(self.q), self.keys.shape[1]

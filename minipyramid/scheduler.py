@@ -62,9 +62,8 @@ class Scheduler:
         """Refuse what could never run: `RequestError` where it needs more than the memory by itself."""
         needed = self.bytes_of(sequence)
         if needed > self.memory:
-            short = f"{sequence.request.name} needs {needed} bytes of keys and values"
-            way_out = "give it more, ask for fewer tokens, or lower kv_budget"
-            raise RequestError(f"{short}, but kv_memory is {self.memory}; {way_out}")
+            told = f"{sequence.request.name} needs {needed} bytes of cache, but kv_memory is {self.memory}"
+            raise RequestError(f"{told}; give it more, ask for fewer tokens, or lower kv_budget")
 
     def admit(self) -> list[Sequence]:
         """Start waiting sequences in their order, up to the first that has no room.
@@ -129,6 +128,14 @@ class Scheduler:
         self.caches = [cache for cache in self.caches if cache.rows]
         self.finished += 1
         return True
+
+    def drop_all(self) -> list[Sequence]:
+        """End those that run and forget every cache, also one that an interruption left without an owner."""
+        dropped = list(self.running.values())
+        self.caches, self.running = [], {}
+        for sequence in dropped:
+            sequence.ended, sequence.row = True, None
+        return dropped
 
 
 def default_memory(device: torch.device) -> int:

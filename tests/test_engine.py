@@ -298,6 +298,22 @@ def test_a_layer_may_hold_nothing_of_a_prompt(tiny: LLM) -> None:
     assert completion.kept_positions[0] == list(range(30, 36))
 
 
+def test_a_row_without_an_owner_is_forgotten(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One Ctrl-C between taking a row and noting whose it is made every later call fail."""
+    llm, add_row = tiny.under(STEEP), KVCache.add_row
+    (prompt,) = prompts_of([20])
+
+    def interrupted(*args: Any) -> Any:
+        add_row(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(KVCache, "add_row", interrupted)
+        llm.generate([prompt], FEW)
+    assert is_idle(llm.engine)
+    assert llm.generate([prompt], FEW)[0].token_ids == tiny.under(STEEP).generate([prompt], FEW)[0].token_ids
+
+
 @pytest.mark.parametrize("where", ["minipyramid.cache.Row.adopt", "minipyramid.cache.KVCache.allot"])
 def test_a_failure_while_starting_leaves_the_engine_whole(
     tiny: LLM, where: str, monkeypatch: pytest.MonkeyPatch
