@@ -145,11 +145,10 @@ class Engine:
         if params.stop:
             self.need_tokenizer()
         policy, layers = self.planner.policy_for(len(ids), new_tokens), self.config.num_hidden_layers
-        if to_score is not None:
-            check_ids(to_score, "the continuation", self.config)
         if to_score is None:
             need = need_of(policy, len(ids), new_tokens, layers)
         else:  # nothing of what is scored is dropped
+            check_ids(to_score, "the continuation", self.config)
             need = need_of(policy, len(ids), 0, layers).plus([new_tokens] * layers)
         if former:
             need = need.plus(former.lengths)

@@ -38,11 +38,6 @@ class Seen:
     prompt_tokens: int  # N: layer 0 computed so many
     seed: int = 0  # of this prompt and layer, the same in every batch
 
-    @property
-    def computed_keys(self) -> Tensor:
-        """The keys of the T tokens.  [K, T, D]"""
-        return self.keys[:, -len(self.q) :]
-
     def votes(self, voters: int, weights: Tensor | None = None) -> Tensor:
         """How much the newest `voters` of the T tokens look at each one before them.  [K, G, T - voters]"""
         T, n = len(self.q), self.keys.shape[1]

@@ -134,7 +134,9 @@ class Scheduler:
         dropped = list(self.running.values())
         self.caches, self.running = [], {}
         for sequence in dropped:
-            sequence.ended, sequence.row = True, None
+            sequence.row = sequence.former = None
+            sequence.ended = True
+        self.finished += len(dropped)
         return dropped
 
 

@@ -16,7 +16,6 @@ from minipyramid.formats.huggingface import read_config
 from minipyramid.linear import pack
 from minipyramid.model import Model
 from minipyramid.policies import pick_policy
-from minipyramid.request import parse_bytes
 
 SPREAD = 0.02  # standard deviation of random weights
 
@@ -48,9 +47,8 @@ def load_llm(args: argparse.Namespace, policy: str, kv_budget: float | None) -> 
     config, directory = config_of(args), Path(args.model)
     device, dtype = device_and_dtype(args, config)
     chosen = pick_policy(policy, directory, config.num_hidden_layers)
-    memory = None if args.kv_memory is None else parse_bytes(args.kv_memory)
     model = random_model(config, dtype, device)
-    return LLM.of(Engine(model, None, chosen, kv_budget, memory), directory)
+    return LLM.of(Engine(model, None, chosen, kv_budget, args.kv_memory), directory)
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Model:
