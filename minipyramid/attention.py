@@ -76,10 +76,15 @@ def attend_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor | None) ->
 
 
 def votes(
-    q: Tensor, keys: Tensor, logsumexp: Tensor | None, context: int, weights: Tensor | None = None
+    q: Tensor,
+    keys: Tensor,
+    logsumexp: Tensor | None,
+    context: int,
+    weights: Tensor | None = None,
+    highest: bool = False,
 ) -> Tensor:
     """How much the newest V tokens look at each of the first `context` keys: probabilities, weighted and
-    added up.
+    added up, or the `highest` of them.
 
     q [V, H, D] are the voters' queries, keys [K, n, D] all that the layer attended to, the voters' last,
     logsumexp [H, V] the log of what a softmax divides by, where attention has told it, weights [V]  ->  [K,
@@ -110,5 +115,8 @@ def votes(
         else:
             divided_by = logsumexp[:, start : start + VOTERS].view(K, H // K, -1, 1)
             probs = scores.sub_(divided_by).exp_()
-        total += weights[start : start + VOTERS] @ probs
+        if highest:
+            total = torch.maximum(total, probs.amax(2))
+        else:
+            total += weights[start : start + VOTERS] @ probs
     return total

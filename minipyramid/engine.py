@@ -258,7 +258,10 @@ class Engine:
     def _compute_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
         began = time.perf_counter()
         ids = self._tensor([token for sequence, _ in together for token in sequence.prompt])
-        spans = [Span(row, len(s.prompt), s.policy, seed=sum(s.prompt)) for s, row in together]
+        spans = [
+            Span(row, len(s.prompt), s.policy, seed=sum(s.prompt), scores=self._look_over(s, row))
+            for s, row in together
+        ]
         logits = self.model.logits(self.model.extend(ids, spans))  # [B, vocab_size]
         writes = [i for i, (sequence, _) in enumerate(together) if sequence.request.continuation is None]
         if writes:
@@ -268,6 +271,17 @@ class Engine:
             sequence.completion.prefill_s = seconds
             if sequence.request.continuation is not None:
                 self._score(sequence, row, sequence.request.continuation, scores[None])
+
+    def _look_over(self, sequence: Sequence, row: Row) -> list[Tensor] | None:
+        """What the policy finds of a prompt in a pass of its own, which the row lends itself to."""
+        start = row.position
+
+        def compute(ids: list[int], policy: Policy) -> None:
+            self.config.check_length(start + len(ids), 0, f"{sequence.request.name}, looked over,")
+            self.model.extend(self._tensor(ids), [Span(row, len(ids), policy)])
+            row.position = start
+
+        return sequence.policy.look_over(sequence.prompt, compute)
 
     def _score(self, sequence: Sequence, row: Row, ids: list[int], logits: Tensor) -> None:
         """Append a continuation, and note the scores after the prompt and after each of its tokens."""

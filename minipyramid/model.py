@@ -106,7 +106,11 @@ def attend_and_hold(
     newest_only = passed_on == 1 and layer == last_layer
     out, logsumexp = attend(q[-1:] if newest_only else q, keys, values)
     whole = None if newest_only and T > 1 else logsumexp
-    seen = Seen(q, keys, values, whole, layer, span.count, span.seed * len(row.lengths) + layer)
+    scores = None
+    if span.scores and layer < len(span.scores):
+        scores = span.scores[layer][:, positions - row.position]  # [K, T]
+    seed = span.seed * len(row.lengths) + layer
+    seen = Seen(q, keys, values, whole, layer, span.count, seed, scores)
     if held < T:
         chosen = checked(span.policy.hold(seen, held), held, span.policy)  # [held] or [K, held]
         positions = positions[chosen]

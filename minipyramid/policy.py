@@ -17,13 +17,19 @@ PyramidInfer (`minipyramid/pyramid.py`) and those of `minipyramid/policies/`.
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from minipyramid.attention import votes
 from minipyramid.errors import ConfigError, check_number
+
+
+P = TypeVar("P", bound="Policy")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Seen:
     layer: int  # 0-based
     prompt_tokens: int  # N: layer 0 computed so many
     seed: int = 0  # of this prompt and layer, the same in every batch
+    repeated: Tensor | None = None  # [K, T] what `Policy.look_over` has found of them
 
     def votes(self, voters: int, weights: Tensor | None = None) -> Tensor:
         """How much the newest `voters` of the T tokens look at each one before them.  [K, G, T - voters]"""
@@ -60,10 +67,12 @@ class Generation:
     group: int  # tokens of one compaction
     stay: tuple[int, ...]  # [layer] how many of each group stay
     distance_weight: float  # of the newest voter; the oldest has 1
+    fewest_recent: int = 0  # R is not less
 
     def older(self, generated: int) -> int:
         """Generated tokens that are older than the recent ones, after so many were generated."""
-        return max(0, generated - 1 - int((self.prompt_tokens + generated) * self.recent_ratio))
+        recent = int((self.prompt_tokens + generated) * self.recent_ratio)
+        return max(0, generated - 1 - max(recent, self.fewest_recent))
 
     def compactions(self, generated: int) -> int:
         """How many compactions have happened by then."""
@@ -87,6 +96,13 @@ class Generation:
 class Policy:
     """What each layer computes and holds. This one computes and holds everything: `full`."""
 
+    @classmethod
+    def from_settings(cls: type[P], given: dict[str, Any], path: Path) -> P:
+        """From the fields of a JSON file. Raises `ConfigError` for what is no setting."""
+        from minipyramid.settings import settings_of
+
+        return settings_of(cls, given, str(path))
+
     def computed(self, prompt_tokens: int, layers: int) -> list[int]:
         """Tokens of the prompt that each layer receives: all in layer 0, then never more than before."""
         return [prompt_tokens] * layers
@@ -94,6 +110,18 @@ class Policy:
     def held(self, prompt_tokens: int, layers: int) -> list[int]:
         """Tokens of the prompt that each layer leaves in its cache, at most as many as it computes."""
         return self.computed(prompt_tokens, layers)
+
+    def look_over(self, ids: list[int], compute: "Compute") -> list[Tensor] | None:
+        """Score a prompt before it is computed, for a policy that needs a pass of its own for it.
+
+        `compute(ids, policy)` runs tokens through the layers under a policy that holds nothing of them.
+        Returns [layer] of [K, N], which `hold` then finds in `Seen.repeated`, as far as layers need it.
+        """
+        return None
+
+    def looked_over(self, prompt_tokens: int, layers: int) -> int:
+        """Tokens that `look_over` computes, over all layers."""
+        return 0
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """Which of the T tokens the next layer receives, where it receives fewer.  [count] ascending"""
@@ -132,6 +160,7 @@ class Policy:
 
 
 FULL = Policy()
+Compute = Callable[[list[int], Policy], None]  # run tokens through the layers; nothing of them is held
 
 
 def check_share(share: float) -> None:

@@ -171,9 +171,7 @@ class PyramidConfig(Policy):
     @classmethod
     def load(cls, path: str | Path) -> "PyramidConfig":
         """Read a published file, or a flat one. Raises `CheckpointError` or `ConfigError`."""
-        from minipyramid.settings import settings_of
-
-        return settings_of(cls, read_json(Path(path)), str(path))
+        return cls.from_settings(read_json(Path(path)), Path(path))
 
     @classmethod
     def for_budget(cls, share: float, *, prompt_tokens: int, new_tokens: int, layers: int) -> "PyramidConfig":

@@ -13,7 +13,6 @@ from minipyramid.config import read_json
 from minipyramid.errors import ConfigError, expect_type, nearest
 from minipyramid.policy import Policy
 from minipyramid.pyramid import PRESETS, PyramidConfig
-from minipyramid.settings import settings_of
 
 AnyPolicy = str | Path | Policy
 SETTINGS = "pyramid.json"  # a checkpoint's own settings file
@@ -21,10 +20,12 @@ SETTINGS = "pyramid.json"  # a checkpoint's own settings file
 POLICIES = {
     "full": "minipyramid.policy:Policy",
     "pyramid": "minipyramid.pyramid:PyramidConfig",
+    "profile": "profile:Profile",
     "streaming": "streaming:Streaming",
     "h2o": "h2o:H2O",
     "snapkv": "snapkv:SnapKV",
     "pyramidkv": "pyramidkv:PyramidKV",
+    "keydiff": "keydiff:KeyDiff",
     "random": "random:Random",
 }
 SPLIT = "-split"  # behind a policy's name: it chooses, and the pyramid says how many each layer holds
@@ -34,7 +35,7 @@ def pick_policy(policy: AnyPolicy, directory: Path, layers: int) -> Policy:
     """The policy that a name, a file or a configuration stands for, with a checkpoint's directory and depth.
 
     `pyramid` is PyramidInfer with the checkpoint's settings, if these are PyramidInfer's, else with the
-    published ones.
+    published ones; `profile` is the checkpoint's own.
 
     Raises:
         CheckpointError: a file is missing or no JSON.
@@ -50,6 +51,10 @@ def pick_policy(policy: AnyPolicy, directory: Path, layers: int) -> Policy:
         if own is not None and (name == "auto" or isinstance(own, PyramidConfig)):
             return own
         return PyramidConfig.for_layers(layers)
+    if name == "profile":
+        if not beside.exists() or type(own := load_policy(beside)) is not class_of(name):
+            raise ConfigError(f"{directory} has no profile; python -m minipyramid.calibrate finds one")
+        return own
     if isinstance(policy, Path) or name.endswith(".json"):
         return load_policy(Path(policy))
     if name.endswith(SPLIT):
@@ -71,7 +76,7 @@ def load_policy(path: Path) -> Policy:
     name = settings.pop("policy", "pyramid")
     if not isinstance(name, str) or name not in POLICIES:
         raise ConfigError(f"{path}: there is no policy {name!r:.60}; {nearest(str(name), POLICIES)}")
-    return settings_of(class_of(name), settings, str(path))
+    return class_of(name).from_settings(settings, path)
 
 
 def by_default(name: str) -> Policy:

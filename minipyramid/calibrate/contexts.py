@@ -1,0 +1,166 @@
+"""Contexts of a text, computed once, and what any profile would lose of them.
+
+A context is followed by two things: by what follows it in the text, and by a stretch of its own, said again.
+The first asks for what a text usually needs, the second for what somebody may ask for later; neither needs a
+question or a label. A profile's loss is the KL divergence of its next-token distributions from the full
+cache's (nats per token, mean over tokens and windows).
+
+Every layer's queries, keys and values are recorded in one pass. What a layer would hold is then chosen
+from the record by the profile's own code, and only what follows is computed: a profile costs tenths of a
+second, and not a prompt.
+"""
+
+import random
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from minipyramid import LLM, RequestError
+from minipyramid.cache import KVCache, Row, Span
+from minipyramid.plan import Need
+from minipyramid.policies.profile import Level, Profile
+from minipyramid.policies.repeat import say_again
+from minipyramid.policy import Compute, Policy, Seen
+
+AGAIN = 0.1  # weight of what is said again; its KL is some five times that of the text that follows
+
+
+@dataclass(frozen=True)
+class Window:
+    """A context, and what is read after it."""
+
+    context: list[int]
+    following: list[int]
+    again: list[int]  # a stretch of the context
+
+
+@dataclass(frozen=True)
+class Recorder(Policy):
+    """Computes what a profile computes, holds nothing, and keeps what each layer had at hand."""
+
+    profile: Profile
+    repeats: bool  # whether the score `repeat` is wanted, which takes a second pass
+    seen: list[Seen] = field(default_factory=list, compare=False)
+
+    def look_over(self, ids: list[int], compute: Compute) -> list[Tensor] | None:
+        """The score of every layer."""
+        layers = len(self.profile.levels[0].held)
+        return say_again(ids, compute, layers - 1) if self.repeats else None
+
+    def computed(self, prompt_tokens: int, layers: int) -> list[int]:
+        """As the profile."""
+        return self.profile.computed(prompt_tokens, layers)
+
+    def held(self, prompt_tokens: int, layers: int) -> list[int]:
+        """Nothing."""
+        return [0] * layers
+
+    def pass_on(self, seen: Seen, count: int) -> Tensor:
+        """As the profile."""
+        return self.profile.pass_on(seen, count)
+
+    def hold(self, seen: Seen, count: int) -> Tensor:
+        """Nothing.  [0]"""
+        self.seen.append(seen)
+        return torch.arange(0, device=seen.q.device)
+
+
+def cut_windows(
+    tokens: list[int], begin: list[int], context: int, following: int, count: int, rng: random.Random
+) -> list[Window]:
+    """Windows from places drawn at random; what is said again is drawn from all of the context but its end."""
+    length = context + following - len(begin)
+    if len(tokens) < length:
+        raise RequestError(f"the text has {len(tokens)} tokens, expected {length} or more")
+    windows = []
+    for _ in range(count):
+        start = rng.randrange(len(tokens) - length + 1)
+        ids = begin + tokens[start : start + length]
+        said = rng.randrange(len(begin), max(len(begin) + 1, context - 2 * following))
+        windows.append(Window(ids[:context], ids[context:], ids[said : said + following]))
+    return windows
+
+
+class Contexts:
+    """Windows whose contexts are computed as `profile` computes them, and held as any level says."""
+
+    def __init__(self, llm: LLM, windows: list[Window], profile: Profile, repeats: bool = False) -> None:
+        self.llm, self.windows, self.profile = llm, windows, profile
+        self.seen: list[list[Seen]] = []  # [window][layer]
+        # What stands in the rows: by row and layer, how many tokens by which choice.
+        self.standing: dict[tuple[int, int], tuple[int, str, float]] = {}
+        for window in windows:
+            recorder = Recorder(profile, repeats)
+            llm.under(recorder).prefill(window.context)
+            self.seen.append(recorder.seen)
+
+    @cached_property
+    def rows(self) -> list[tuple[Row, Row]]:
+        """Two rows of one cache for each window: for what follows, and for what is said again."""
+        longest = max(len(w.context) + len(w.following) for w in self.windows)
+        need = Need((longest,) * self.llm.config.num_hidden_layers)
+        rows = 2 * len(self.windows)
+        cache = KVCache.allot(self.llm.config, need, rows, self.llm.dtype, self.llm.device)
+        return [(cache.add_row(), cache.add_row()) for _ in self.windows]
+
+    @torch.inference_mode()
+    def logprobs(self, level: Level) -> Tensor:
+        """Log-probabilities behind what is held by a level.  [2 * windows * following, vocab_size]"""
+        held = Profile((level,), share=level.share, fewest=0, lines=self.profile.lines)
+        ids: list[int] = []
+        spans = []
+        for window, rows, seen in zip(self.windows, self.rows, self.seen, strict=True):
+            counts = held.held(len(window.context), len(seen))
+            for layer, (of_layer, count) in enumerate(zip(seen, counts, strict=True)):
+                self.hold(rows, of_layer, held, (count, level.scores[layer], level.newest[layer]))
+            for row, continuation in zip(rows, (window.following, window.again), strict=True):
+                row.position = len(window.context)
+                spans.append(Span(row, len(continuation)))
+                ids += continuation
+        x = self.llm.model.extend(torch.tensor(ids, device=self.llm.device), spans, all_positions=True)
+        return self.llm.model.logits(x).log_softmax(-1)
+
+    def hold(self, rows: tuple[Row, Row], seen: Seen, held: Profile, how: tuple[int, str, float]) -> None:
+        """Leave in both rows what a layer holds; nothing is copied where it stands there already."""
+        count, layer = how[0], seen.layer
+        same = self.standing.get((rows[0].index, layer)) == how
+        if not same:
+            self.standing[rows[0].index, layer] = how
+            keys, values = chosen_of(seen, held, count)
+        for row in rows:
+            row.lengths[layer] = count if same else 0  # what followed before is overwritten
+            row.kept[layer] = row.kept[layer][:, : row.lengths[layer]]
+            if not same:
+                row.write(layer, keys, values, torch.arange(count, device=keys.device))
+
+
+def chosen_of(seen: Seen, held: Policy, count: int) -> tuple[Tensor, Tensor]:
+    """Keys and values that a policy holds of a layer.  two of [K, count, D]"""
+    keys, values = seen.keys, seen.values
+    if count < keys.shape[1]:
+        chosen = held.hold(seen, count).expand(len(keys), -1)  # [K, count]
+        slots = chosen[..., None].expand(-1, -1, keys.shape[2])
+        keys, values = keys.gather(1, slots), values.gather(1, slots)
+    return keys, values
+
+
+@dataclass(frozen=True)
+class Loss:
+    """KL divergence from the full cache, nats per token."""
+
+    following: float
+    again: float
+
+    @property
+    def total(self) -> float:
+        """What a search makes small."""
+        return self.following + AGAIN * self.again
+
+
+def loss(full: Tensor, pruned: Tensor, windows: list[Window]) -> Loss:
+    """Of a profile's log-probabilities against the full cache's, both [2 * windows * following, vocab_size]."""
+    divergence = (full.exp() * (full - pruned)).sum(-1)  # [2 * windows * following]
+    of_kind = divergence.view(len(windows), 2, -1).mean((0, 2)).tolist()
+    return Loss(*of_kind)

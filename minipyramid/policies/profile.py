@@ -1,0 +1,257 @@
+"""The decoupled pyramid: what each layer computes and what it holds, as two lists that a calibration has found.
+
+PyramidInfer has one list for both, so a layer that looks back is starved by what shallower layers have
+dropped (docs/method.md). Here the hidden states of a prompt are cut where looking back is over, and each layer
+holds what it needs of what it computes: much where it looks back, next to nothing where it looks at its
+neighbours only. `python -m minipyramid.calibrate` finds both lists for a checkpoint, from plain text.
+
+A *level* is one such pair of lists, with the scores by which each layer chooses. A file has several, each for
+a share of the full cache; between two levels the lists are interpolated, below the smallest what is held is
+scaled down, and above the largest both lists go up to the whole prompt.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipyramid.budget import most_tokens, refusal
+from minipyramid.errors import ConfigError, check_fields, check_number, nearest, number
+from minipyramid.policies.repeat import say_again
+from minipyramid.policies.scores import SCORES, read_lines
+from minipyramid.policy import Compute, Generation, Policy, Seen, top_scored
+from minipyramid.settings import settings_of
+
+GROUP = 16  # generated tokens of one compaction, as PyramidInfer publishes it
+FEWEST_RECENT = (64, 32, 16, 8, 0)  # recent tokens at least; tried in this order under a budget
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the layers compute and hold of a prompt, as shares of its tokens, and how they choose.
+
+    Attributes:
+        computed: per layer; 1 in the first, then never more than before.
+        held: per layer, at most what is computed.
+        scores: per layer, a name of `SCORES`, or two with a + between them, which share the room.
+        newest: per layer, the share of the room that is set aside for the newest tokens.
+    """
+
+    computed: tuple[float, ...]
+    held: tuple[float, ...]
+    scores: tuple[str, ...]
+    newest: tuple[float, ...]
+
+    @classmethod
+    def read(cls, given: Any) -> "Level":
+        """From a settings file, where one score or one `newest` may stand for all layers.
+
+        Raises:
+            ConfigError: a list is missing, of another length, or has values that cannot be.
+        """
+        if not isinstance(given, dict) or not {"computed", "held"} <= given.keys() <= names_of(cls):
+            told = f"a level is {given!r:.60}, expected an object with computed and held"
+            raise ConfigError(f"{told}, and scores and newest where they differ from keydiff and 0.5")
+        layers = len(given["held"]) if isinstance(given["held"], list) else 1
+        spread = {"scores": "keydiff", "newest": 0.5} | given
+        lists = {}
+        for name, value in spread.items():
+            lists[name] = value if isinstance(value, list) else [value] * layers
+            if len(lists[name]) != layers:
+                raise ConfigError(f"a level has {len(lists[name])} {name}, but {layers} held; give as many")
+        for name in ("computed", "held", "newest"):
+            limits = (float, 0.0, 1.0)
+            lists[name] = [check_number(name, x, limits, ConfigError, ConfigError) for x in lists[name]]
+        level = cls(**{name: tuple(value) for name, value in lists.items()})
+        level.check()
+        return level
+
+    def check(self) -> None:
+        """Raise `ConfigError` for lists that no layers could follow, and for unknown scores."""
+        if self.computed[:1] != (1.0,) or any(b > a for a, b in pairwise(self.computed)):
+            raise ConfigError(f"computed is {self.computed!r:.80}, expected 1.0 first and then never a rise")
+        for layer, (held, computed) in enumerate(zip(self.held, self.computed, strict=True)):
+            if held > computed:
+                raise ConfigError(f"layer {layer} holds {held} and computes {computed}; hold no more")
+        for score in self.scores:
+            parts = score.split("+") if isinstance(score, str) else [repr(score)]
+            for part in parts[:2]:
+                if part not in SCORES:
+                    raise ConfigError(f"there is no score {part!r:.60}; {nearest(part, SCORES)}")
+            if len(parts) > 2:
+                raise ConfigError(f"the score {score!r:.60} joins more than two; join two")
+
+    @property
+    def share(self) -> float:
+        """Of the full cache that is held."""
+        return sum(self.held) / len(self.held)
+
+
+def names_of(kind: Any) -> set[str]:
+    """The fields of a dataclass."""
+    return {part.name for part in fields(kind)}
+
+
+def between(low: Level, high: Level, share: float) -> Level:
+    """The level on the line between two that holds `share`; each layer chooses as the lower one does."""
+    t = (share - low.share) / (high.share - low.share)
+    lists = {
+        name: tuple(a + (b - a) * t for a, b in zip(getattr(low, name), getattr(high, name), strict=True))
+        for name in ("computed", "held")
+    }
+    return replace(low, **lists)
+
+
+@dataclass(frozen=True)
+class Profile(Policy):
+    """Levels, and the share of a prompt that is held.
+
+    Attributes:
+        levels: what the layers compute and hold, by ascending share.
+        share: of a prompt that is held, over all layers.
+        generated_share: the same of generated tokens; None for as much. They are voted on as PyramidInfer's
+            are, and of each group a layer keeps its own share.
+        sinks: first tokens of a prompt that are always held and passed on, as far as there is room.
+        fewest: no layer computes or holds fewer tokens of a prompt; 0 under a budget.
+        fewest_recent: so many of the newest tokens are protected at least, beside the newest one; a budget
+            lowers it where it must.
+        lines: of the score `fitted`.  [L, K, 2 * D + 4]
+        measured: what the calibration has noted, for whoever reads the file.
+    """
+
+    levels: tuple[Level, ...]
+    share: float = number(0.25, 0, 1)
+    generated_share: float | None = number(None, 0, 1, kind=float)
+    sinks: int = number(4, 0, 10**9)
+    fewest: int = number(64, 0, 10**9)
+    fewest_recent: int = number(64, 0, 10**9)
+    lines: Tensor | None = field(default=None, compare=False, repr=False)
+    measured: Any = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self, ConfigError)
+        shares = [level.share for level in self.levels]
+        if not shares or sorted(set(shares)) != shares or len({len(x.held) for x in self.levels}) != 1:
+            raise ConfigError(f"levels hold the shares {shares}, expected one or more, ascending, of equal layers")
+
+    @classmethod
+    def from_settings(cls, given: dict[str, Any], path: Path) -> "Profile":
+        """From the fields of a file; `fitted` names the file of lines that lies beside it."""
+        given = dict(given)
+        levels, file = given.pop("levels", None), given.pop("fitted", None)
+        if not isinstance(levels, list) or not (file is None or isinstance(file, str)):
+            raise ConfigError(f"{path}: expected levels, a list, and fitted, the name of a file beside it or none")
+        if "lines" in given:
+            raise ConfigError(f"{path}: 'lines' is no setting; fitted names their file")
+        try:
+            read = tuple(Level.read(level) for level in levels)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        lines = None if file is None else read_lines(path.parent / file)
+        return settings_of(cls, given | {"levels": read, "lines": lines}, str(path))
+
+    # --- how many ---
+
+    def level(self, share: float) -> Level:
+        """The lists that hold this share of a prompt."""
+        first, last = self.levels[0], self.levels[-1]
+        nothing = replace(first, held=(0.0,) * len(first.held))
+        whole = replace(last, computed=(1.0,) * len(last.held), held=(1.0,) * len(last.held))
+        path = [nothing, *self.levels, *([whole] if last.share < 1 else [])]
+        for low, high in pairwise(path):
+            if share <= high.share:
+                break
+        return between(low, high, min(share, high.share)) if share < high.share else high
+
+    def counts(self, prompt_tokens: int, layers: int) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt that each layer computes, and holds."""
+        level = self.level(self.share)
+        if len(level.held) != layers:
+            raise ConfigError(f"the profile is of {len(level.held)} layers, and the model has {layers}")
+        least = min(prompt_tokens, max(1, self.fewest))
+        # Sums up to each layer are rounded, and not each layer's share, so that they come to the whole share.
+        ends = [round(end) for end in accumulate(share * prompt_tokens for share in level.held)]
+        held = [max(least, end - start) for start, end in pairwise([0, *ends])]
+        computed = [max(least, round(share * prompt_tokens)) for share in level.computed]
+        # A layer computes what it or a deeper one holds.
+        computed = list(accumulate(map(max, computed[::-1], held[::-1]), max))[::-1]
+        return [prompt_tokens, *computed[1:]], [min(prompt_tokens, count) for count in held]
+
+    def computed(self, prompt_tokens: int, layers: int) -> list[int]:
+        """All in layer 0, then the level's shares."""
+        return self.counts(prompt_tokens, layers)[0]
+
+    def held(self, prompt_tokens: int, layers: int) -> list[int]:
+        """The level's shares."""
+        return self.counts(prompt_tokens, layers)[1]
+
+    def generation(self, prompt_tokens: int, layers: int) -> Generation:
+        """Of each group a layer keeps the share that it holds of a prompt; half of the mean is recent."""
+        share = self.share if self.generated_share is None else self.generated_share
+        stay = tuple(round(GROUP * held) for held in self.level(share).held)
+        return Generation(prompt_tokens, share / 2, GROUP, stay, distance_weight=1.0, fewest_recent=self.fewest_recent)
+
+    def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> "Profile":
+        """Generated tokens follow the share as far as they fit; what they leave is held of the prompt."""
+        most = int(most_tokens(share, prompt_tokens, new_tokens, layers))
+        of_prompt = share * prompt_tokens * layers
+        tried: list[tuple[int, Profile]] = []  # tokens that are left for the prompt, and by which settings
+        for recent, part in [(n, share) for n in FEWEST_RECENT] + [(0, share / 2), (0, 0.0)]:
+            settings = replace(self, generated_share=part, fewest=0, fewest_recent=recent)
+            generated = sum(settings.kv_lengths(prompt_tokens, new_tokens, layers))
+            left = most - (generated - sum(settings.held(prompt_tokens, layers)))
+            tried.append((left, settings))
+            if left >= of_prompt / 2:
+                break
+        left, settings = max(tried, key=itemgetter(0)) if left < of_prompt / 2 else tried[-1]
+        if left < layers:
+            raise refusal(share, most - left + layers, prompt_tokens, new_tokens, layers)
+        room = left
+        while True:  # a layer holds one token or more, which may exceed what its share is rounded to
+            settings = replace(settings, share=min(1.0, room / (layers * prompt_tokens)))
+            excess = sum(settings.held(prompt_tokens, layers)) - left
+            if excess <= 0:
+                return settings
+            room -= excess
+
+    # --- which ---
+
+    def look_over(self, ids: list[int], compute: Compute) -> list[Tensor] | None:
+        """The prompt is said again where a layer chooses by that."""
+        layers = self.repeating_layers
+        return say_again(ids, compute, layers[-1]) if layers else None
+
+    @property
+    def repeating_layers(self) -> list[int]:
+        """Those that choose by the score `repeat`."""
+        scores = self.level(self.share).scores
+        return [layer for layer, score in enumerate(scores) if "repeat" in score.split("+")]
+
+    def looked_over(self, prompt_tokens: int, layers: int) -> int:
+        """Token-layers of the second pass, of twice the prompt."""
+        repeating = self.repeating_layers
+        return 2 * prompt_tokens * (repeating[-1] + 1) if repeating else 0
+
+    def pass_on(self, seen: Seen, count: int) -> Tensor:
+        """The newest and the sinks: tokens chosen by votes or keys cost perplexity (docs/settings.md)."""
+        return top_scored(torch.arange(len(seen.q), device=seen.q.device), count, self.sinks)
+
+    def hold(self, seen: Seen, count: int) -> Tensor:
+        """By the layer's score, of each head by itself, beside the newest and the sinks.  [K, count]"""
+        level = self.level(self.share)
+        newest = max(1, int(level.newest[seen.layer] * count))
+        by, *other = level.scores[seen.layer].split("+")
+        score = SCORES[by](seen, self.lines)  # [K, T]
+        if not other:
+            return top_scored(score, count, self.sinks, newest)
+        # Half of the room that is left is for what the first score puts first.
+        half = (count + min(newest + self.sinks, count)) // 2
+        first = top_scored(score, half, self.sinks, newest)
+        second = SCORES[other[0]](seen, self.lines).float()
+        both = second.expand(len(seen.keys), -1).scatter(1, first.expand(len(seen.keys), -1), math.inf)
+        return top_scored(both, count)

@@ -1,0 +1,101 @@
+"""Scores: what tells which tokens of a prompt a layer had better hold, one number per key/value head and token.
+
+    newest    a token's number: the later, the higher
+    votes     how much the prompt's newest tokens look at it (PyramidInfer, SnapKV): right for what the prompt
+              itself asks, blind for what is asked later
+    keydiff   how little its key is like the other keys of its head (KeyDiff, Park et al., 2025): an unusual
+              key is a fact, a usual one is filler. Needs no query, so it is right for what is asked later, too
+    repeat    how much it is looked at when the prompt is said once more behind itself (KVzip, Kim et al.,
+              2025), times the size of its value: the best judge of all, and a second pass
+    fitted    the logarithm of `repeat`, foretold by a straight line from what the cache holds of the token.
+              The line is fitted once per checkpoint (`python -m minipyramid.calibrate`)
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minipyramid.attention import votes
+from minipyramid.errors import CheckpointError, ConfigError
+from minipyramid.policy import Seen
+
+VOTERS = 64  # newest tokens that vote; 32 and 128 foretold the same (KL within 3 %, embedded checkpoint)
+Lines = Tensor | None  # [L, K, 2 * D + 4] of the score `fitted`
+
+
+def newest(seen: Seen, lines: Lines) -> Tensor:
+    """[1, T], all heads alike."""
+    return torch.arange(len(seen.q), device=seen.q.device)[None]
+
+
+def voted(seen: Seen, lines: Lines) -> Tensor:
+    """The voters are voted on as well, by those that follow them.  [K, T]"""
+    T, n = len(seen.q), seen.keys.shape[1]
+    voters = min(VOTERS, T)
+    logsumexp = None if seen.logsumexp is None else seen.logsumexp[:, T - voters :]
+    return votes(seen.q[T - voters :], seen.keys, logsumexp, context=n).sum(1)[:, n - T :]
+
+
+def keydiff(seen: Seen, lines: Lines) -> Tensor:
+    """Minus the cosine between a key, as it stands rotated in the cache, and the mean direction.  [K, T]"""
+    return -usualness(seen.keys[:, -len(seen.q) :])
+
+
+def usualness(keys: Tensor) -> Tensor:
+    """Cosine between each key and the mean direction of its head's keys.  [K, T, D] -> [K, T]"""
+    directions = F.normalize(keys.float(), dim=-1)
+    return F.cosine_similarity(directions, directions.mean(1, keepdim=True), dim=-1)
+
+
+def repeated(seen: Seen, lines: Lines) -> Tensor:
+    """[K, T]"""
+    if seen.repeated is None:
+        raise ConfigError("the score repeat needs a second pass over the prompt, which only a profile takes")
+    return seen.repeated
+
+
+def fitted(seen: Seen, lines: Lines) -> Tensor:
+    """[K, T]"""
+    if lines is None:
+        raise ConfigError("the score fitted has no lines; python -m minipyramid.calibrate fits them")
+    T = len(seen.q)
+    known = features(seen.keys[:, -T:], seen.values[:, -T:])  # [K, T, 2 * D + 4]
+    of_layer = lines[seen.layer].to(known)
+    if of_layer.shape != (len(known), known.shape[2]):
+        raise ConfigError(f"the fitted lines are {list(lines.shape)}, and were fitted for another model")
+    return (known @ of_layer[..., None])[..., 0]
+
+
+def features(keys: Tensor, values: Tensor) -> Tensor:
+    """What the line reads of a token: its key, its value, their sizes, how usual the key is, and 1.
+
+    two of [K, T, D] -> [K, T, 2 * D + 4]
+    """
+    k, v = keys.float(), values.float()
+    sizes = [k.norm(dim=-1), v.norm(dim=-1), usualness(k), torch.ones(k.shape[:2], device=k.device)]
+    return torch.cat((k, v, torch.stack(sizes, -1)), -1)
+
+
+def read_lines(path: Path) -> Tensor:
+    """The lines of `fitted` from their file; raises `CheckpointError`."""
+    try:
+        lines: Tensor = load_file(path)["lines"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path} holds no fitted lines ({error}); calibrate again") from error
+    if lines.dim() != 3 or not lines.is_floating_point() or not lines.isfinite().all():
+        raise CheckpointError(f"{path}: lines are {list(lines.shape)}, expected finite numbers by layer and head")
+    return lines
+
+
+SCORES: dict[str, Callable[[Seen, Lines], Tensor]] = {
+    "newest": newest,
+    "votes": voted,
+    "keydiff": keydiff,
+    "repeat": repeated,
+    "fitted": fitted,
+}
