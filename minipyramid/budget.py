@@ -8,9 +8,8 @@ so they can be solved for without computing anything.
 The first of these that comes close is taken: the decay ratio is lowered (or, where generated tokens are most
 of it, they are pruned less than published); the schedule becomes `constant` with a ratio of its own, which
 drops from the first layer on, where cosine hardly does; on top of that `recent_ratio` falls to 0.05; fewer
-generated tokens stay; the first layers that drop drop more, down to `min_context_length`; that falls;
-`prefill_full_ratio` falls (there are only as many full layers as the settings have), with a decay ratio of
-0.05 behind them; `recent_ratio` falls to 0, last because the recent tokens are the voters.
+generated tokens stay; the first layers that drop drop more, down to `min_context_length`; that falls; full
+layers become fewer, down to one; `recent_ratio` falls to 0, last because the recent tokens are the voters.
 """
 
 import math
@@ -88,7 +87,7 @@ def most_tokens(share: float, prompt_tokens: int, new_tokens: int, layers: int) 
 def stages(base: Settings, prompt_tokens: int, layers: int) -> Iterator[tuple[Settings, Settings]]:
     """What is given up, in this order; a stage is a line between two configurations."""
     # No prompt is pruned, whatever a file's ratios are.
-    base = changed(base, prefill_decay_ratio=1.0, prefill_full_ratio=1.0)
+    base = changed(base, prefill_decay_ratio=1.0)
     given = asdict(base)
     few = min(given["recent_ratio"], 0.05)  # it falls to this first, and to 0 only last
     context = max(1, prompt_tokens - 1 - int(prompt_tokens * few))
@@ -117,16 +116,11 @@ def stages(base: Settings, prompt_tokens: int, layers: int) -> Iterator[tuple[Se
     # No least context.
     small = changed(cliff, min_context_length=0, prefill_decay_ratio=min(1.0, (1 + 1e-6) / context))
     yield cliff, small
-    # Full layers that are not full, and a 20th in the first layer behind them; further ones, whose ratios
-    # multiply up, keep next to nothing. (0.02, 0.1 and 0.3 did no better on the embedded checkpoint at a
-    # quarter of the bytes. Of a short prompt it is more, for a layer that would keep nothing drops nothing.)
-    if given["prefill_full_layers"] > 1:
-        wide = changed(small, prefill_decay_ratio=min(1.0, max(0.05, 20 / context)))
-        ratio = asdict(small)["prefill_decay_ratio"]
-        small = changed(small, prefill_full_ratio=ratio)
-        yield wide, changed(wide, prefill_full_ratio=ratio)
+    # Fewer full layers.
+    shallow = changed(small, prefill_full_layers=1)
+    yield small, shallow
     # No voter but the newest token.
-    yield small, changed(small, recent_ratio=0.0)
+    yield shallow, changed(shallow, recent_ratio=0.0)
 
 
 def changed(settings: Settings, **changes: Any) -> Settings:
@@ -135,9 +129,10 @@ def changed(settings: Settings, **changes: Any) -> Settings:
 
 
 def between(start: Settings, end: Settings, t: float) -> Settings:
-    """The configuration at `t` of the way, 0 to 1; a file may have a whole number where a ratio is meant."""
-    pairs = {field.name: (getattr(start, field.name), getattr(end, field.name)) for field in fields(end)}
-    kinds: dict[str, Any] = {"min_context_length": int}
-    return changed(
-        end, **{n: kinds.get(n, float)(a + (b - a) * t) for n, (a, b) in pairs.items() if a != b and t < 1}
-    )
+    """The configuration at `t` of the way, 0 to 1."""
+    changes: dict[str, Any] = {}
+    for field in fields(end):
+        a, b = getattr(start, field.name), getattr(end, field.name)
+        if a != b and t < 1:
+            changes[field.name] = type(b)(a + (b - a) * t)
+    return changed(end, **changes)
