@@ -68,11 +68,13 @@ class Row:
             self.cache.config, layers, self.position, list(self.lengths), self.cache.bytes_per_token
         )
 
-    def adopt(self, held: "HeldTokens") -> None:
-        """Write all that an earlier turn left; none of it is voted on again."""
-        for layer, (k, v, positions) in enumerate(held.layers):
+    def adopt(self, held: "HeldTokens | None") -> None:
+        """Hold what an earlier turn left and nothing else; none of it is voted on again."""
+        self.lengths = [0] * len(self.lengths)
+        self.kept = [kept[:1, :0] for kept in self.kept]
+        for layer, (k, v, positions) in enumerate(held.layers if held else ()):
             self.write(layer, k, v, positions)
-        self.position = held.position
+        self.position = held.position if held else 0
 
 
 @dataclass

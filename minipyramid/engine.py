@@ -63,7 +63,7 @@ class Engine:
         memory = None if kv_memory is None else parse_bytes(kv_memory)
         self.scheduler = Scheduler(self._allot, per_token, self.device, memory)
         self._step_over = threading.Condition()  # guards the two fields below; free during a step
-        self._stepping = False
+        self._stepping = 0  # the thread that is in a step
         self._cancelled: deque[Sequence] = deque()
         self._news: deque[News] = deque()  # of what was added by `add`
 
@@ -195,10 +195,12 @@ class Engine:
     def _advance(self) -> None:
         """One step, by this thread or, where another is in one, by that."""
         with self._step_over:
+            if self._stepping == threading.get_ident():
+                raise RequestError("a policy cannot ask the engine that is running it; give it another LLM")
             if self._stepping:
                 self._step_over.wait()
                 return
-            self._stepping = True
+            self._stepping = threading.get_ident()
         try:
             # Around all of it: slabs that are allotted outside cost each compiled step another graph.
             with torch.inference_mode():
@@ -212,7 +214,7 @@ class Engine:
                 try:
                     self._release_cancelled()
                 finally:
-                    self._stepping = False
+                    self._stepping = 0
                     self._step_over.notify_all()
 
     def _decode(self) -> None:
@@ -247,13 +249,21 @@ class Engine:
         while left:
             ends = accumulate(len(sequence.prompt) for sequence, _ in left)
             count = max(1, sum(end <= PROMPTS_AT_ONCE[self.device.type] for end in ends))
-            together, left = left[:count], left[count:]
-            try:
-                self._compute_prompts(together)
-            except Exception as error:  # of a policy, say; those that run are not touched by it
-                for sequence, _ in together:
+            self._try_prompts(left[:count])
+            left = left[count:]
+
+    def _try_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
+        """Compute some prompts; where that fails (a policy may raise), each by itself, so one fails alone."""
+        try:
+            self._compute_prompts(together)
+        except Exception as error:
+            for sequence, row in together:
+                if len(together) == 1:
                     sequence.error = error
                     self._let_go(sequence)
+                elif not (sequence.ended or sequence.completion.token_ids):  # others are past it
+                    row.adopt(sequence.former)
+                    self._try_prompts([(sequence, row)])
 
     def _compute_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
         began = time.perf_counter()
@@ -314,7 +324,7 @@ class Engine:
     def _allot(self, need: Need, rows: int) -> KVCache:
         try:
             return KVCache.allot(self.config, need, rows, self.dtype, self.device)
-        except (RuntimeError, TypeError) as error:  # the second for lengths that are no integers
+        except Exception as error:
             problem = "the keys and values do not fit into memory; give a smaller kv_memory"
             raise RequestError(problem) from error
 

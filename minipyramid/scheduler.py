@@ -105,8 +105,7 @@ class Scheduler:
         row = sequence.take_row(cache)
         self.running[row] = sequence
         self.waiting.remove(sequence)
-        if sequence.former:
-            row.adopt(sequence.former)
+        row.adopt(sequence.former)
 
     def in_order(self) -> list[Sequence]:
         """Those that run, in the order of the caches' rows, which is that of a step."""

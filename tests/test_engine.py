@@ -179,12 +179,16 @@ def test_a_step_that_breaks_off_ends_what_ran_and_nothing_else(
     assert llm.generate([other], FEW)[0].token_ids == tiny.under(STEEP).generate([other], FEW)[0].token_ids
 
 
-def test_what_cannot_be_allotted_fails_alone(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, OverflowError, ValueError])
+def test_what_cannot_be_allotted_fails_alone(
+    tiny: LLM, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever says so: a request waited for ever where it was neither RuntimeError nor TypeError."""
     allot = KVCache.allot
 
     def short(config: Any, need: Any, rows: int, *others: Any) -> KVCache:
         if max(need.slots) > 50:
-            raise RuntimeError("out of memory")
+            raise error("out of memory")
         return allot(config, need, rows, *others)
 
     monkeypatch.setattr(KVCache, "allot", short)
@@ -268,6 +272,73 @@ def test_what_goes_wrong_in_one_prompt_touches_no_other(tiny: LLM) -> None:
         llm.engine.step()
     assert len(running.completion.token_ids) == 40
     assert is_idle(llm.engine)
+
+
+def test_a_policy_that_raises_for_one_prompt_ends_no_other_of_its_piece(tiny: LLM) -> None:
+    """Prompts that were computed in one piece with it all failed, also a conversation's turn."""
+
+    @dataclass(frozen=True)
+    class Picky(HeldShare):
+        def hold(self, seen: Seen, count: int) -> torch.Tensor:
+            if len(seen.q) == 33:
+                raise ZeroDivisionError("33 tokens")
+            return torch.arange(count)
+
+    llm, conversation, expected = tiny.under(Picky()), Conversation(), Conversation()
+    before, guilty, other, third = prompts_of([15, 33, 20, 20])
+    say(llm, before, FEW, conversation)
+    say(llm, before, FEW, expected)
+    sequences = [llm.engine.add(Request(prompt, FEW)) for prompt in (guilty, other)]
+    sequences.append(llm.engine.add(Request(third, FEW, conversation)))
+    while not is_idle(llm.engine):
+        llm.engine.step()
+    assert [type(sequence.error) for sequence in sequences] == [ZeroDivisionError, type(None), type(None)]
+    alone = [llm.generate([other], FEW)[0], say(llm, third, FEW, expected)]
+    for sequence, single in zip(sequences[1:], alone, strict=True):
+        assert sequence.completion.token_ids == single.token_ids
+        assert sequence.completion.kept_positions == single.kept_positions
+
+
+def test_what_fails_after_a_prompt_takes_no_token_twice(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score that fails beside a text that has its first token: the text goes on where it is."""
+    llm = tiny.under(STEEP)
+    prompt, continuation = prompts_of([20, 10])
+    (expected,) = llm.generate([prompt], FEW)
+    extend = type(llm.model).extend
+
+    def short(*args: Any, all_positions: bool = False) -> Any:
+        if all_positions:
+            raise RuntimeError("out of memory")
+        return extend(*args)
+
+    monkeypatch.setattr(type(llm.model), "extend", short)
+    writing = llm.engine.add(Request(prompt, FEW))
+    scoring = llm.engine.add(Request(prompt, continuation=continuation))
+    while not is_idle(llm.engine):
+        llm.engine.step()
+    assert isinstance(scoring.error, RuntimeError)
+    assert writing.error is None
+    assert writing.completion.token_ids == expected.token_ids
+
+
+def test_a_policy_that_asks_its_own_llm_is_told_so(tiny: LLM) -> None:
+    """It waited for the step that it was in, for ever."""
+    inner: list[LLM] = []
+
+    @dataclass(frozen=True)
+    class Asks(HeldShare):
+        def hold(self, seen: Seen, count: int) -> torch.Tensor:
+            inner[0].generate([[5, 6]], FEW)
+            return torch.arange(count)
+
+    inner.append(tiny.under(Asks()))
+    prompts = prompts_of([20, 25])
+    with pytest.raises(RequestError, match="another LLM"):
+        inner[0].generate(prompts, FEW)
+    assert is_idle(inner[0].engine)
+    asking, inner[0] = inner[0], tiny
+    (completion,) = asking.generate(prompts[:1], FEW)
+    assert len(completion.token_ids) == 6
 
 
 @pytest.mark.parametrize("lists", [([40, 50, 50], [1] * 3), ([50] * 2, [1] * 3), ([50] * 3, [51] * 3)])
