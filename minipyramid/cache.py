@@ -64,9 +64,7 @@ class Row:
         for layer, kept in enumerate(self.kept_positions()):
             k, v = (held.clone() for held in self.read(layer))
             layers.append((k, v, torch.tensor(kept, device=k.device)))
-        return HeldTokens(
-            self.cache.config, layers, self.position, list(self.lengths), self.cache.bytes_per_token
-        )
+        return HeldTokens(self.cache.config, layers, self.position, list(self.lengths))
 
     def adopt(self, held: "HeldTokens | None") -> None:
         """Hold what an earlier turn left and nothing else; none of it is voted on again."""
@@ -190,12 +188,11 @@ class HeldTokens:
     layers: list[tuple[Tensor, Tensor, Tensor]]  # keys and values [K, n, D], positions [n] or [K, n]
     position: int  # of the next token
     lengths: list[int]  # [layer]
-    bytes_per_token: int
 
     @property
     def bytes(self) -> int:
         """Of keys and values."""
-        return self.bytes_per_token * sum(self.lengths)
+        return sum(k.nbytes + v.nbytes for k, v, _ in self.layers)
 
 
 @dataclass(frozen=True)

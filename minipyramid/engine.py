@@ -16,12 +16,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from minipyramid.cache import KVCache, Row, Span
+from minipyramid.cache import Row, Span
 from minipyramid.errors import RequestError, TokenizerError, expect_type
 from minipyramid.model import Model
-from minipyramid.plan import Need, Planner, need_of
+from minipyramid.plan import Planner, need_of
 from minipyramid.policy import FULL, Policy
-from minipyramid.request import Completion, Conversation, Prompt, Request, Sequence, check_ids, parse_bytes
+from minipyramid.request import Completion, Conversation, Prompt, Request, Sequence, check_ids
 from minipyramid.sampling import SamplingParams, choose
 from minipyramid.scheduler import Scheduler
 from minipyramid.tokenizer import TextStream, Tokenizer
@@ -58,10 +58,8 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
-        per_token = self.config.kv_bytes_per_token(self.dtype.itemsize)
-        self.planner = Planner(self.config, policy, kv_budget, per_token)
-        memory = None if kv_memory is None else parse_bytes(kv_memory)
-        self.scheduler = Scheduler(self._allot, per_token, self.device, memory)
+        self.scheduler = Scheduler(self.config, self.dtype, self.device, kv_memory)
+        self.planner = Planner(self.config, policy, kv_budget, self.scheduler.per_token)
         self._step_over = threading.Condition()  # guards the two fields below; free during a step
         self._stepping = 0  # the thread that is in a step
         self._cancelled: deque[Sequence] = deque()
@@ -136,9 +134,7 @@ class Engine:
         # As it stands now, so that a turn that is added meanwhile, or twice, cannot mix with this one.
         former, former_ids = conversation.held, list(conversation.token_ids)
         if former and former.config is not self.config:
-            raise RequestError(
-                "the conversation was begun with another LLM, whose cache it holds; begin anew"
-            )
+            raise RequestError("the conversation holds the cache of another LLM; begin a new one")
         ids = self.encode(request.prompt, name, continues=bool(former_ids))
         new_tokens = params.max_new_tokens if to_score is None else len(to_score)
         self.config.check_length(len(former_ids) + len(ids), new_tokens, name)
@@ -159,8 +155,8 @@ class Engine:
         generator = torch.Generator(self.device).manual_seed(seed)
         completion = Completion(ids, [] if params.logprobs else None)
         eos_ids = () if params.ignore_eos else self.config.eos_token_ids
-        earlier = (former, former_ids)
-        sequence = Sequence(request, ids, policy, need, completion, *earlier, eos_ids, stream, generator)
+        how = (policy, need, completion, former, former_ids, eos_ids, stream, generator)
+        sequence = Sequence(request, ids, new_tokens, *how)
         if params.repetition_penalty != 1:
             sequence.seen_ids = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
             sequence.seen_ids[self._tensor(former_ids + ids)] = True
@@ -320,13 +316,6 @@ class Engine:
         for sequence in self.scheduler.drop_all():
             sequence.error = RequestError(f"a step was broken off ({type(error).__name__}); ask again")
             sequence.news.append((sequence, None))
-
-    def _allot(self, need: Need, rows: int) -> KVCache:
-        try:
-            return KVCache.allot(self.config, need, rows, self.dtype, self.device)
-        except Exception as error:
-            problem = "the keys and values do not fit into memory; give a smaller kv_memory"
-            raise RequestError(problem) from error
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, device=self.device)

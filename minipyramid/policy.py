@@ -97,14 +97,14 @@ class Policy:
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """Which of the T tokens the next layer receives, where it receives fewer.  [count] ascending"""
-        raise NotImplementedError(f"{type(self).__name__} computes less with depth, so it needs pass_on")
+        raise ConfigError(f"{type(self).__name__} computes less with depth, so it needs pass_on")
 
     def hold(self, seen: Seen, count: int) -> Tensor:
         """Which of the T tokens the layer holds; asked where it holds fewer than it computes.
 
         Returns [count] for all key/value heads alike or [K, count], ascending.
         """
-        raise NotImplementedError(f"{type(self).__name__} holds less than it computes, so it needs hold")
+        raise ConfigError(f"{type(self).__name__} holds less than it computes, so it needs hold")
 
     def generation(self, prompt_tokens: int, layers: int) -> Generation | None:
         """How generated tokens are dropped; None where all of them stay."""

@@ -7,12 +7,12 @@ row is free that is large enough for it, or when a cache whose rows have all end
 """
 
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from minipyramid.cache import KVCache, Row
+from minipyramid.config import ModelConfig
 from minipyramid.errors import RequestError
 from minipyramid.plan import Need
 from minipyramid.request import Sequence
@@ -22,16 +22,26 @@ class Scheduler:
     """Sequences that wait, in their order, and the caches of those that run.
 
     Args:
-        allot: makes a cache with so many rows of such a size.
-        per_token: bytes of one token in one layer.
+        config: the model's shape.
+        dtype: of keys and values.
         device: where the caches are.
-        memory: bytes for the keys, values and votes of everything in flight; None for half of what is free.
+        memory: bytes for the keys, values and votes of everything in flight, a number or as in "2GiB"; None
+            for half of what is free.
+
+    Raises:
+        RequestError: the memory is no such size.
     """
 
     def __init__(
-        self, allot: Callable[[Need, int], KVCache], per_token: int, device: torch.device, memory: int | None
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, memory: int | str | None
     ) -> None:
-        self.allot, self.per_token, self.device, self.given_memory = allot, per_token, device, memory
+        self.config, self.dtype, self.device = config, dtype, device
+        self.per_token = config.kv_bytes_per_token(dtype.itemsize)
+        self.given_memory: int | None = None
+        if memory is not None:
+            from minipyramid.sizes import parse_bytes
+
+            self.given_memory = parse_bytes(memory)
         self.waiting: deque[Sequence] = deque()
         self.caches: list[KVCache] = []
         self.running: dict[Row, Sequence] = {}  # who has which row of which cache
@@ -90,10 +100,11 @@ class Scheduler:
             admitted.append(sequence)
         for need, together in fresh.items():
             try:
-                cache = self.allot(need, len(together))
-            except RequestError as error:
+                cache = KVCache.allot(self.config, need, len(together), self.dtype, self.device)
+            except Exception as error:
+                problem = f"the keys and values do not fit into memory ({error!r:.80})"
                 for sequence in together:
-                    sequence.error = error
+                    sequence.error = RequestError(f"{problem}; give a smaller kv_memory")
                 continue
             self.caches.append(cache)
             for sequence in together:

@@ -96,9 +96,9 @@ def class_of(name: str) -> type[Policy]:
         module = f"{__name__}.{module}"
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's own may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's own may do anything
         raise ConfigError(
-            f"policy {name!r} cannot be imported ({error}); expected package.module:Name"
+            f"policy {name!r} cannot be imported ({error!r:.120}); expected package.module:Name"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise ConfigError(
