@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from minipyramid.cache import Row, Span
+from minipyramid.cache import HeldTokens, Row, Span
 from minipyramid.errors import RequestError, TokenizerError, expect_type
 from minipyramid.model import Model
 from minipyramid.plan import Planner, need_of
@@ -87,13 +87,14 @@ class Engine:
         computed it. Where another thread is in a step, this call waits for its end.
         """
         self._advance()
-        news = []
-        while self._news:
-            news.append(self._news.popleft())
-        return news
+        with self._step_over:  # `cancel` takes away what is not told yet
+            return [self._news.popleft() for _ in range(len(self._news))]
 
     def cancel(self, sequence: Sequence) -> None:
-        """Give its row back at once, or after the step that is being computed."""
+        """Give its row back at once, or after the step that is being computed.
+
+        Then it has `ended`, and of what was added by `add` no `step` tells anything any more.
+        """
         expect_type("sequence", sequence, Sequence, "what Engine.add has returned")
         with self._step_over:
             self._cancelled.append(sequence)
@@ -120,7 +121,8 @@ class Engine:
                     on_step(self.scheduler)
         finally:
             for sequence in sequences:
-                self.cancel(sequence)
+                if sequence.news is news:  # it was submitted here
+                    self.cancel(sequence)
 
     # --- from a request to a sequence ---
 
@@ -132,7 +134,9 @@ class Engine:
         conversation = Conversation() if request.conversation is None else request.conversation
         expect_type("conversation", conversation, Conversation, "a Conversation")
         # As it stands now, so that a turn that is added meanwhile, or twice, cannot mix with this one.
-        former, former_ids = conversation.held, list(conversation.token_ids)
+        former = conversation.held
+        former_ids = check_ids(conversation.token_ids, "the conversation's token_ids", self.config)
+        expect_type("the conversation's held", former, (HeldTokens, type(None)), "HeldTokens or None")
         if former and former.config is not self.config:
             raise RequestError("the conversation holds the cache of another LLM; begin a new one")
         ids = self.encode(request.prompt, name, continues=bool(former_ids))
@@ -156,7 +160,7 @@ class Engine:
         completion = Completion(ids, [] if params.logprobs else None)
         eos_ids = () if params.ignore_eos else self.config.eos_token_ids
         how = (policy, need, completion, former, former_ids, eos_ids, stream, generator)
-        sequence = Sequence(request, ids, new_tokens, *how)
+        sequence = Sequence(request, ids, new_tokens, *how, prepared_by=self)
         if params.repetition_penalty != 1:
             sequence.seen_ids = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
             sequence.seen_ids[self._tensor(former_ids + ids)] = True
@@ -166,9 +170,9 @@ class Engine:
     def submit(self, sequence: Sequence, news: deque[News]) -> None:
         """Let a prepared sequence wait until it can start; what is new of it goes into `news`."""
         expect_type("sequence", sequence, Sequence, "what Engine.prepare has returned")
-        if sequence.ended or sequence.row or sequence in self.scheduler.waiting:
-            raise RequestError(f"{sequence.request.name} was submitted before; prepare it again")
-        sequence.news = news
+        if sequence.prepared_by is not self:
+            raise RequestError(f"{sequence.request.name} was taken before or is another engine's; prepare it")
+        sequence.prepared_by, sequence.news = None, news
         self.scheduler.waiting.append(sequence)  # safe beside a step, which takes from the other end
 
     def encode(self, text_or_ids: Prompt, name: str, continues: bool = False) -> list[int]:
@@ -309,7 +313,11 @@ class Engine:
     @torch.inference_mode()
     def _release_cancelled(self) -> None:
         while self._cancelled:
-            self._let_go(self._cancelled.popleft())
+            sequence = self._cancelled.popleft()
+            self._let_go(sequence)
+            if sequence.news is self._news:
+                for told in [told for told in self._news if told[0] is sequence]:
+                    self._news.remove(told)
 
     def _fail(self, error: BaseException) -> None:
         """A step that broke off leaves rows half written, so those that ran end; the others still wait."""

@@ -115,11 +115,9 @@ class Policy:
 
         Raises:
             BudgetError: with the smallest share that can be reached.
-            ConfigError: the share is not above 0 and at most 1, or the policy has nothing to give up.
+            ConfigError: the share is not above 0 and at most 1, or the policy has no `within` of its own.
         """
-        raise ConfigError(
-            f"kv_budget is {share}, but the policy has nothing to give up; leave one of them out"
-        )
+        raise ConfigError(f"{type(self).__name__} has no `within` to solve a budget of {share}; give it one")
 
     def kv_lengths(self, prompt_tokens: int, new_tokens: int, layers: int) -> list[int]:
         """Tokens that each layer holds after `new_tokens` were generated."""

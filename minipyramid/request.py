@@ -94,6 +94,7 @@ class Sequence:
     last_token: int = -1  # accepted, and computed in the next step
     ended: bool = False  # finished, cancelled or failed
     error: Exception | None = None
+    prepared_by: object = None  # the engine that may still take it, once
 
     def take_row(self, cache: KVCache) -> Row:
         """Take a row of a cache and return it."""
