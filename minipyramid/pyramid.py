@@ -158,7 +158,7 @@ class PyramidConfig(Policy):
         """Read a published file, or a flat one. Raises `CheckpointError` or `ConfigError`."""
         from minipyramid.settings import settings_of
 
-        return settings_of(cls, read_json(Path(path)), str(path))
+        return settings_of(cls, read_json(Path(path), holds="a policy's settings"), str(path))
 
     @classmethod
     def for_budget(cls, share: float, *, prompt_tokens: int, new_tokens: int, layers: int) -> "PyramidConfig":

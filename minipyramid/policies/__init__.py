@@ -55,8 +55,11 @@ def pick_policy(policy: AnyPolicy, directory: Path, layers: int) -> Policy:
     if name.endswith(SPLIT):
         from minipyramid.policies.split import Split
 
-        like = pick_policy("pyramid", directory, layers)
-        return Split(like, by_default(name.removesuffix(SPLIT)))
+        choice = name.removesuffix(SPLIT)
+        if choice not in POLICIES and ":" not in choice:
+            those = [known for known in POLICIES if known not in ("full", "pyramid")]
+            raise ConfigError(f"there is no policy {choice!r} for {name!r}; {nearest(choice, those)}")
+        return Split(pick_policy("pyramid", directory, layers), by_default(choice))
     return PyramidConfig.preset(name) if name in PRESETS else by_default(name)
 
 
@@ -67,7 +70,7 @@ def load_policy(path: Path) -> Policy:
         CheckpointError: the file is missing or no JSON.
         ConfigError: a name is no setting, or a value cannot be.
     """
-    settings = read_json(path)
+    settings = read_json(path, holds="a policy's settings")
     name = settings.pop("policy", "pyramid")
     if not isinstance(name, str) or name not in POLICIES:
         raise ConfigError(f"{path}: there is no policy {name!r:.60}; {nearest(str(name), POLICIES)}")
