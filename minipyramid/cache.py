@@ -146,7 +146,7 @@ class KVCache:
         return layer_caches
 
     def end_step(self) -> None:
-        """Count the token that was written in every layer, and compact the rows whose moment has come."""
+        """Count the token that was written in every layer, and compact the rows where a group is due."""
         for row in self.rows:
             row.lengths = [length + 1 for length in row.lengths]
             row.position += 1
@@ -209,7 +209,7 @@ class LayerCache:
     slots_adjacent: bool
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write one token of every row, k and v [B, K, D], behind what the row holds.
+        """Write one token of every row, k and v [B, K, D], after what the row holds.
 
         Returns the slabs [B, K, S, D] and which slots are held [B, S]. Where all rows hold equally many and
         slots are adjacent it returns only those slots, and no mask. (In the other memory order the products
@@ -223,8 +223,8 @@ class LayerCache:
         rows = torch.arange(len(k), device=k.device)
         self.keys[rows, :, self.ends] = k
         self.values[rows, :, self.ends] = v
-        held = torch.arange(self.keys.shape[2], device=k.device) <= self.ends[:, None]
-        return self.keys, self.values, held
+        is_held = torch.arange(self.keys.shape[2], device=k.device) <= self.ends[:, None]
+        return self.keys, self.values, is_held
 
     def vote(self, probs: Tensor) -> None:
         """Add the newest token's vote to every row's sums; probs [B, H, S].

@@ -87,7 +87,7 @@ class Engine:
         computed it. Where another thread is in a step, this call waits for its end.
         """
         self._advance()
-        with self._step_over:  # `cancel` takes away what is not told yet
+        with self._step_over:  # so that `cancel` does not take pieces away meanwhile
             return [self._news.popleft() for _ in range(len(self._news))]
 
     def cancel(self, sequence: Sequence) -> None:
@@ -134,14 +134,14 @@ class Engine:
         conversation = Conversation() if request.conversation is None else request.conversation
         expect_type("conversation", conversation, Conversation, "a Conversation")
         # As it stands now, so that a turn that is added meanwhile, or twice, cannot mix with this one.
-        former = conversation.held
-        former_ids = check_ids(conversation.token_ids, "the conversation's token_ids", self.config)
-        expect_type("the conversation's held", former, (HeldTokens, type(None)), "HeldTokens or None")
-        if former and former.config is not self.config:
+        earlier = conversation.held
+        earlier_ids = check_ids(conversation.token_ids, "the conversation's token_ids", self.config)
+        expect_type("the conversation's held", earlier, (HeldTokens, type(None)), "HeldTokens or None")
+        if earlier and earlier.config is not self.config:
             raise RequestError("the conversation holds the cache of another LLM; begin a new one")
-        ids = self.encode(request.prompt, name, continues=bool(former_ids))
+        ids = self.encode(request.prompt, name, continues=bool(earlier_ids))
         new_tokens = params.max_new_tokens if to_score is None else len(to_score)
-        self.config.check_length(len(former_ids) + len(ids), new_tokens, name)
+        self.config.check_length(len(earlier_ids) + len(ids), new_tokens, name)
         if params.stop:
             self.need_tokenizer()
         policy, layers = self.planner.policy_for(len(ids), new_tokens), self.config.num_hidden_layers
@@ -150,20 +150,20 @@ class Engine:
         else:  # nothing of what is scored is dropped
             check_ids(to_score, "the continuation", self.config)
             need = need_of(policy, len(ids), 0, layers).plus([new_tokens] * layers)
-        if former:
-            need = need.plus(former.lengths)
+        if earlier:
+            need = need.plus(earlier.lengths)
         # A space before the first word belongs to the text only if something stands before it.
-        at_start = self.tokenizer is not None and not self.tokenizer.decode(former_ids + ids, continues=True)
+        at_start = self.tokenizer is not None and not self.tokenizer.decode(earlier_ids + ids, continues=True)
         stream = TextStream(self.tokenizer, params.stop, at_start=at_start)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         generator = torch.Generator(self.device).manual_seed(seed)
         completion = Completion(ids, [] if params.logprobs else None)
         eos_ids = () if params.ignore_eos else self.config.eos_token_ids
-        how = (policy, need, completion, former, former_ids, eos_ids, stream, generator)
+        how = (policy, need, completion, earlier, earlier_ids, eos_ids, stream, generator)
         sequence = Sequence(request, ids, new_tokens, *how, prepared_by=self)
         if params.repetition_penalty != 1:
             sequence.seen_ids = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
-            sequence.seen_ids[self._tensor(former_ids + ids)] = True
+            sequence.seen_ids[self._tensor(earlier_ids + ids)] = True
         self.scheduler.check(sequence)
         return sequence
 
@@ -262,7 +262,7 @@ class Engine:
                     sequence.error = error
                     self._let_go(sequence)
                 elif not (sequence.ended or sequence.completion.token_ids):  # others are past it
-                    row.adopt(sequence.former)
+                    row.adopt(sequence.earlier)
                     self._try_prompts([(sequence, row)])
 
     def _compute_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
@@ -316,8 +316,8 @@ class Engine:
             sequence = self._cancelled.popleft()
             self._let_go(sequence)
             if sequence.news is self._news:
-                for told in [told for told in self._news if told[0] is sequence]:
-                    self._news.remove(told)
+                for piece in [piece for piece in self._news if piece[0] is sequence]:
+                    self._news.remove(piece)
 
     def _fail(self, error: BaseException) -> None:
         """A step that broke off leaves rows half written, so those that ran end; the others still wait."""

@@ -40,16 +40,15 @@ def need_of(policy: Policy, prompt_tokens: int, new_tokens: int, layers: int) ->
     if generation is None:
         return Need(tuple(n + new_tokens for n in prompt))
     group, done = generation.group, generation.compactions(new_tokens)
-    # (generated tokens, compactions) at the two longest moments: at the end, and just before the last
-    # compaction.
-    moments = [(new_tokens, done)]
+    # (generated tokens, compactions) where most is held: at the end, or just before the last compaction.
+    longest = [(new_tokens, done)]
     if done:
-        moments.append((generation.moment(done - 1, new_tokens), done - 1))
+        longest.append((generation.compacts_at(done - 1, new_tokens), done - 1))
     slots = [
-        max(n + generated - compactions * (group - stay) for generated, compactions in moments)
+        max(n + generated - compactions * (group - stay) for generated, compactions in longest)
         for n, stay in zip(prompt, generation.stay, strict=True)
     ]
-    pending = max(generated - compactions * group for generated, compactions in moments)
+    pending = max(generated - compactions * group for generated, compactions in longest)
     return Need(tuple(slots), pending, group)
 
 
@@ -93,11 +92,8 @@ class Plan:
 
     def at(self, generated: int) -> list[list[int]]:
         """Tokens that each layer holds of each sequence after so many generated tokens.  [sequence][layer]"""
-        held = []
-        for policy, prompt, new in self.requests:
-            so_far = max(0, min(generated, new))
-            held.append(policy.kv_lengths(prompt, so_far, self.layers))
-        return held
+        each = [(policy, prompt, max(0, min(generated, new))) for policy, prompt, new in self.requests]
+        return [policy.kv_lengths(prompt, so_far, self.layers) for policy, prompt, so_far in each]
 
     @property
     def computed(self) -> list[list[int]]:
@@ -136,7 +132,7 @@ class Plan:
 
     @property
     def slack_bytes(self) -> int:
-        """Allotted for a layer's longest moment, just before a compaction, and free at the end."""
+        """Allotted for what a layer holds just before a compaction, and free at the end."""
         return sum(self.bytes_per_token * sum(need.slots) for need in self.needs) - self.kv_bytes
 
     def max_batch(self, memory: int) -> int:
@@ -157,8 +153,8 @@ class Planner:
         if self.kv_budget is not None:
             check_share(self.kv_budget)
             if self.policy == FULL:
-                told = f"kv_budget is {self.kv_budget}, but policy full holds everything"
-                raise ConfigError(f"{told}; leave one of them out")
+                problem = f"kv_budget is {self.kv_budget}, but policy full holds everything"
+                raise ConfigError(f"{problem}; leave one of them out")
 
     def policy_for(self, prompt_tokens: int, new_tokens: int) -> Policy:
         """The policy of one request; raises `BudgetError`."""

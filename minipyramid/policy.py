@@ -69,14 +69,14 @@ class Generation:
         """How many compactions have happened by then."""
         return self.older(generated) // self.group
 
-    def moment(self, compaction: int, new_tokens: int) -> int:
+    def compacts_at(self, compaction: int, new_tokens: int) -> int:
         """Number of generated tokens at which a compaction (0-based) happens; `new_tokens` + 1 if never."""
         return bisect_left(range(new_tokens + 1), (compaction + 1) * self.group, key=self.older)
 
-    def weight(self, voter: int, moment: int) -> float:
-        """What a generated token counts in the compaction at `moment`; 0 if it is no voter then."""
-        oldest = self.older(moment)
-        voters = moment - oldest
+    def weight(self, voter: int, compacts_at: int) -> float:
+        """What a generated token counts in the compaction at so many; 0 if it is no voter then."""
+        oldest = self.older(compacts_at)
+        voters = compacts_at - oldest
         rank = voter - oldest
         if rank < 0:
             return 0.0
@@ -158,7 +158,8 @@ class PendingTokens:
         self.generation = generation
         self.generated = 0
         self.compacted = 0  # compactions that have happened
-        self.moments = [generation.moment(i, new_tokens) for i in range(generation.compactions(new_tokens))]
+        compactions = range(generation.compactions(new_tokens))
+        self.compact_at = [generation.compacts_at(i, new_tokens) for i in compactions]
 
     @property
     def count(self) -> int:
@@ -173,13 +174,13 @@ class PendingTokens:
         """
         self.generated += 1
         groups = math.ceil(self.count / self.generation.group)
-        coming = self.moments[self.compacted : self.compacted + groups]
-        weights = [self.generation.weight(self.generated - 1, moment) for moment in coming]
+        coming = self.compact_at[self.compacted : self.compacted + groups]
+        weights = [self.generation.weight(self.generated - 1, generated) for generated in coming]
         return weights + [0.0] * (groups - len(weights))
 
     def take_due_group(self) -> bool:
         """Whether the oldest group is due; it is not pending any more then, and the caller compacts it."""
-        due = self.compacted < len(self.moments) and self.moments[self.compacted] == self.generated
+        due = self.compacted < len(self.compact_at) and self.compact_at[self.compacted] == self.generated
         if due:
             self.compacted += 1
         return due
@@ -201,7 +202,7 @@ def votes_to_cast(
     lengths [L, B] are what the layers hold before the token; U is the cache's `room` for pending tokens.
     """
     by_group = [tokens.add_one() for tokens in pending]
-    if not any(tokens.moments for tokens in pending):
+    if not any(tokens.compact_at for tokens in pending):
         return [None] * len(lengths)
     offsets, group = torch.arange(room, device=lengths.device), pending[0].generation.group
     padded = [weights + [0.0] * (room // group + 1 - len(weights)) for weights in by_group]

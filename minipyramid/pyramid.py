@@ -32,7 +32,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +45,6 @@ STRATEGIES: dict[str, Callable[[float, int, int], float]] = {
     "cosine": lambda p, i, L: p + (1 - p) * (1 + math.cos(math.pi * i / L)) / 2,
     "linear": lambda p, i, L: 1 - (1 - p) * i / L,
     "constant": lambda p, i, L: p,
-}
-# The layers of the model that a preset was published for, and what differs from the defaults.
-PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
-    "llama2-7b": (32, {}),
-    "llama2-13b": (40, {"prefill_decay_ratio": 0.8, "layerwise_downsample_interval": 2}),
-    "llama2-70b": (80, {"layerwise_downsample_interval": 3}),
-    "llama3-8b": (32, {}),
-    "llama3-70b": (80, {"layerwise_downsample_interval": 3}),
 }
 
 
@@ -144,6 +135,8 @@ class PyramidConfig(Policy):
     @classmethod
     def preset(cls, name: str) -> "PyramidConfig":
         """Published settings by the model they were published for; `ConfigError` for another name."""
+        from minipyramid.presets import PRESETS
+
         if name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; {nearest(name, PRESETS)}")
         return cls(**PRESETS[name][1])
@@ -151,6 +144,8 @@ class PyramidConfig(Policy):
     @classmethod
     def for_layers(cls, layers: int) -> "PyramidConfig":
         """The preset of the published model whose number of layers is nearest."""
+        from minipyramid.presets import PRESETS
+
         return cls.preset(min(PRESETS, key=lambda name: abs(PRESETS[name][0] - layers)))
 
     @classmethod

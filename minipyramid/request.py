@@ -80,8 +80,8 @@ class Sequence:
     policy: Policy
     need: Need  # of the cache
     completion: Completion  # what has become of it so far
-    former: HeldTokens | None  # what earlier turns had left when it was taken
-    former_ids: list[int]
+    earlier: HeldTokens | None  # what earlier turns had left when it was taken
+    earlier_ids: list[int]
     eos_ids: tuple[int, ...]  # that end it
     stream: TextStream
     generator: torch.Generator
@@ -134,7 +134,7 @@ class Sequence:
         conversation = self.request.conversation
         if conversation is not None and not self.request.continuation:  # what is scored becomes no turn
             conversation.held = row.copy_out()
-            conversation.token_ids = self.former_ids + self.prompt + done.token_ids
+            conversation.token_ids = self.earlier_ids + self.prompt + done.token_ids
 
 
 def as_list(prompts: Any) -> list[Any]:

@@ -60,20 +60,20 @@ class Scheduler:
     @property
     def bytes_in_flight(self) -> int:
         """Of all caches, and of what earlier turns of the conversations that run have left."""
-        former = sum(s.former.bytes for s in self.running.values() if s.former)
-        return former + sum(cache.capacity * cache.need.bytes(self.per_token) for cache in self.caches)
+        earlier = sum(s.earlier.bytes for s in self.running.values() if s.earlier)
+        return earlier + sum(cache.capacity * cache.need.bytes(self.per_token) for cache in self.caches)
 
     def bytes_of(self, sequence: Sequence) -> int:
         """What it needs at its longest, with what earlier turns have left until it ends."""
-        former = sequence.former.bytes if sequence.former else 0
-        return sequence.need.bytes(self.per_token) + former
+        earlier = sequence.earlier.bytes if sequence.earlier else 0
+        return sequence.need.bytes(self.per_token) + earlier
 
     def check(self, sequence: Sequence) -> None:
         """Refuse what could never run: `RequestError` where it needs more than the memory by itself."""
         needed = self.bytes_of(sequence)
         if needed > self.memory:
-            told = f"{sequence.request.name} needs {needed} bytes of cache, but kv_memory is {self.memory}"
-            raise RequestError(f"{told}; give it more, ask for fewer tokens, or lower kv_budget")
+            problem = f"{sequence.request.name} needs {needed} bytes of cache, but kv_memory is {self.memory}"
+            raise RequestError(f"{problem}; give it more, ask for fewer tokens, or lower kv_budget")
 
     def admit(self) -> list[Sequence]:
         """Start waiting sequences in their order, up to the first that has no room.
@@ -86,10 +86,10 @@ class Scheduler:
         while passed < len(self.waiting):
             sequence = self.waiting[passed]
             needed = self.bytes_of(sequence)
-            former = needed - sequence.need.bytes(self.per_token)
+            earlier = needed - sequence.need.bytes(self.per_token)
             free = [cache for cache in self.caches if cache.takes(sequence.need)]
-            if free and former <= room:
-                room -= former
+            if free and earlier <= room:
+                room -= earlier
                 self._begin(sequence, min(free, key=lambda cache: cache.need.bytes(self.per_token)))
             elif needed <= room or not (self.caches or fresh):
                 fresh.setdefault(sequence.need, []).append(sequence)
@@ -116,7 +116,7 @@ class Scheduler:
         row = sequence.take_row(cache)
         self.running[row] = sequence
         self.waiting.remove(sequence)
-        row.adopt(sequence.former)
+        row.adopt(sequence.earlier)
 
     def in_order(self) -> list[Sequence]:
         """Those that run, in the order of the caches' rows, which is that of a step."""
@@ -133,7 +133,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             return False
-        sequence.row = sequence.former = None
+        sequence.row = sequence.earlier = None
         sequence.ended = True
         self.caches = [cache for cache in self.caches if cache.rows]
         self.finished += 1
@@ -144,7 +144,7 @@ class Scheduler:
         dropped = list(self.running.values())
         self.caches, self.running = [], {}
         for sequence in dropped:
-            sequence.row = sequence.former = None
+            sequence.row = sequence.earlier = None
             sequence.ended = True
         self.finished += len(dropped)
         return dropped

@@ -177,10 +177,10 @@ def test_full_chooses_nothing_and_cannot_be_split() -> None:
 def test_room_is_split_to_the_token_and_falls_with_depth(tokens: int, layers: int, share: float) -> None:
     total = max(layers, int(share * tokens * layers))
     for policy in (HeldShare(), PyramidKV()):
-        counts = policy.split(total, tokens, layers)
+        counts = policy.spread(total, tokens, layers)
         assert sum(counts) == total
         assert all(0 <= count <= tokens for count in counts)
-    even, falling = (policy.split(total, tokens, layers) for policy in (HeldShare(), PyramidKV()))
+    even, falling = (policy.spread(total, tokens, layers) for policy in (HeldShare(), PyramidKV()))
     assert max(even) - min(even) <= 1
     window = min(WINDOW, total // (2 * layers))
     mean = total / layers - window

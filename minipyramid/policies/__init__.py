@@ -12,7 +12,8 @@ from pathlib import Path
 from minipyramid.config import read_json
 from minipyramid.errors import ConfigError, expect_type, nearest
 from minipyramid.policy import Policy
-from minipyramid.pyramid import PRESETS, PyramidConfig
+from minipyramid.presets import PRESETS
+from minipyramid.pyramid import PyramidConfig
 from minipyramid.settings import settings_of
 
 AnyPolicy = str | Path | Policy
