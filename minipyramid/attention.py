@@ -56,18 +56,18 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | No
     return out[0].transpose(0, 1).flatten(1), None  # [T, H * D]
 
 
-def attend_each(q: Tensor, keys: Tensor, values: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend_each(q: Tensor, keys: Tensor, values: Tensor, is_held: Tensor | None) -> tuple[Tensor, Tensor]:
     """The newest token of every sequence looks at the slots that its row holds.
 
-    q [B, H, D] dense and divided by sqrt(D) (once for all caches), keys and values [B, K, S, D], held [B, S]
-    bool, None where all are  ->  [B, H * D], and the probabilities [B, H, S]
+    q [B, H, D] dense and divided by sqrt(D) (once for all caches), keys and values [B, K, S, D], is_held [B,
+    S] bool, None where all are  ->  [B, H * D], and the probabilities [B, H, S]
     """
     (B, H, D), K = q.shape, keys.shape[1]
     # `@` on four axes reshapes by itself, which took 5 % of a step (12 caches of one sequence, float32).
     scores = torch.bmm(q.view(B * K, H // K, D), keys.flatten(0, 1).mT)  # [B * K, G, S]
     scores = scores.view(B, H, -1)
-    if held is not None:
-        scores.masked_fill_(~held[:, None], float("-inf"))
+    if is_held is not None:
+        scores.masked_fill_(~is_held[:, None], float("-inf"))
     # The sum over many slots loses digits in bf16.
     probs = scores.softmax(-1, dtype=torch.float32)
     weights = probs.to(q.dtype).view(B * K, H // K, -1)
@@ -87,7 +87,7 @@ def votes(
     added up, or the `highest` of them.
 
     q [V, H, D] are the voters' queries, keys [K, n, D] all that the layer attended to, the voters' last,
-    logsumexp [H, V] the log of what a softmax divides by, where attention has told it, weights [V]  ->  [K,
+    logsumexp [H, V] the log of what a softmax divides by, where attention returned it, weights [V]  ->  [K,
     G, context] float32
 
     The voters' probabilities are computed a block at a time, so no n x n matrix is ever held. With the
@@ -101,7 +101,7 @@ def votes(
     visible = n if logsumexp is None else context
     for start in range(0, V, VOTERS):
         block = q[start : start + VOTERS]
-        # Divided here, where they are few, and not behind the product.
+        # Divided here, where they are few, and not after the product.
         grouped = (
             (block / math.sqrt(D)).view(-1, K, H // K, D).permute(1, 2, 0, 3).flatten(1, 2)
         )  # [K, G * block, D]

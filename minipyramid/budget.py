@@ -8,9 +8,8 @@ so they can be solved for without computing anything.
 The first of these that comes close is taken: the decay ratio is lowered (or, where generated tokens are most
 of it, they are pruned less than published); the schedule becomes `constant` with a ratio of its own, which
 drops from the first layer on, where cosine hardly does; on top of that `recent_ratio` falls to 0.05; fewer
-generated tokens stay; the first layers that drop drop more, down to `min_context_length`; that falls;
-`prefill_full_ratio` falls (there are only as many full layers as the settings have), with a decay ratio of
-0.05 behind them; `recent_ratio` falls to 0, last because the recent tokens are the voters.
+generated tokens stay; the first layers that drop drop more, down to `min_context_length`; that falls; full
+layers become fewer, down to one; `recent_ratio` falls to 0, last because the recent tokens are the voters.
 """
 
 import math
@@ -37,7 +36,7 @@ def solve(base: Settings, share: float, prompt_tokens: int, new_tokens: int, lay
     most = most_tokens(share, prompt_tokens, new_tokens, layers)
     tried: list[tuple[int, Settings]] = []  # tokens held, and by which settings
 
-    def best_of(start: Settings, end: Settings) -> tuple[int, Settings]:
+    def search(start: Settings, end: Settings) -> tuple[int, Settings]:
         """What holds most within the share, of this line between two configurations and all before it.
 
         The share falls along a line, but not everywhere: a layer whose context would fall to
@@ -47,7 +46,7 @@ def solve(base: Settings, share: float, prompt_tokens: int, new_tokens: int, lay
         for _ in range(ROUNDS):
             best = -1
             for t in [min(1.0, max(0.0, middle + width * (2 * i / POINTS - 1))) for i in range(POINTS + 1)]:
-                config = between(start, end, t)
+                config = part_of_the_way(start, end, t)
                 held = sum(config.kv_lengths(prompt_tokens, new_tokens, layers))
                 tried.append((held, config))
                 if best < held <= most:
@@ -56,7 +55,7 @@ def solve(base: Settings, share: float, prompt_tokens: int, new_tokens: int, lay
         return max((t for t in tried if t[0] <= most), key=itemgetter(0), default=(-1, base))
 
     for line in stages(base, prompt_tokens, layers):
-        best = best_of(*line)
+        best = search(*line)
         if best[0] >= CLOSE * most:
             return best[1]
     if best[0] < 0:
@@ -64,16 +63,17 @@ def solve(base: Settings, share: float, prompt_tokens: int, new_tokens: int, lay
         raise refusal(share, least, prompt_tokens, new_tokens, layers)
     # A compaction drops a batch of tokens in every layer at once. What it left unused goes to the prompt, and
     # what is left then to generated tokens.
-    best = best_of(changed(best[1], prefill_decay_ratio=1.0), best[1])
-    return best_of(changed(best[1], gen_decay_ratio=1.0, gen_compress_ratio=1.0), best[1])[1]
+    best = search(changed(best[1], prefill_decay_ratio=1.0), best[1])
+    return search(changed(best[1], gen_decay_ratio=1.0, gen_compress_ratio=1.0), best[1])[1]
 
 
 def refusal(share: float, least: int, prompt_tokens: int, new_tokens: int, layers: int) -> BudgetError:
     """The error for a share that cannot be held; `least` tokens over all layers are the fewest that can."""
     share_of_least = least / (layers * (prompt_tokens + new_tokens))
     smallest = math.ceil(1e4 * share_of_least) / 1e4  # rounded up, for it must be taken
-    told = f"a budget of {share} cannot be held with {prompt_tokens} + {new_tokens} tokens in {layers} layers"
-    return BudgetError(f"{told}; the smallest that can is {smallest:.4f}", smallest)
+    tokens = f"{prompt_tokens} + {new_tokens} tokens in {layers} layers"
+    problem = f"a budget of {share} cannot be held with {tokens}"
+    return BudgetError(f"{problem}; the smallest that can is {smallest:.4f}", smallest)
 
 
 def most_tokens(share: float, prompt_tokens: int, new_tokens: int, layers: int) -> float:
@@ -88,15 +88,15 @@ def most_tokens(share: float, prompt_tokens: int, new_tokens: int, layers: int) 
 def stages(base: Settings, prompt_tokens: int, layers: int) -> Iterator[tuple[Settings, Settings]]:
     """What is given up, in this order; a stage is a line between two configurations."""
     # No prompt is pruned, whatever a file's ratios are.
-    base = changed(base, prefill_decay_ratio=1.0, prefill_full_ratio=1.0)
+    base = changed(base, prefill_decay_ratio=1.0)
     given = asdict(base)
     few = min(given["recent_ratio"], 0.05)  # it falls to this first, and to 0 only last
     context = max(1, prompt_tokens - 1 - int(prompt_tokens * few))
     least = min(given["min_context_length"], context - 1)
     # The ratios of `constant` that leave just more than `least` after one layer, and after all that drop one
     # by one.
-    behind_full = range(given["prefill_full_layers"] - 1, layers - 1)
-    drops = sum(i % given["layerwise_downsample_interval"] == 0 for i in behind_full)
+    after_full = range(given["prefill_full_layers"] - 1, layers - 1)
+    drops = sum(i % given["layerwise_downsample_interval"] == 0 for i in after_full)
     steepest, even = ((1 + 1e-6) * ((least + 1) / context) ** (1 / n) for n in (1, max(1, drops)))
 
     # Nothing is dropped; then generated tokens are, by the settings.
@@ -117,16 +117,11 @@ def stages(base: Settings, prompt_tokens: int, layers: int) -> Iterator[tuple[Se
     # No least context.
     small = changed(cliff, min_context_length=0, prefill_decay_ratio=min(1.0, (1 + 1e-6) / context))
     yield cliff, small
-    # Full layers that are not full, and a 20th in the first layer behind them; further ones, whose ratios
-    # multiply up, keep next to nothing. (0.02, 0.1 and 0.3 did no better on the embedded checkpoint at a
-    # quarter of the bytes. Of a short prompt it is more, for a layer that would keep nothing drops nothing.)
-    if given["prefill_full_layers"] > 1:
-        wide = changed(small, prefill_decay_ratio=min(1.0, max(0.05, 20 / context)))
-        ratio = asdict(small)["prefill_decay_ratio"]
-        small = changed(small, prefill_full_ratio=ratio)
-        yield wide, changed(wide, prefill_full_ratio=ratio)
+    # Fewer full layers.
+    shallow = changed(small, prefill_full_layers=1)
+    yield small, shallow
     # No voter but the newest token.
-    yield small, changed(small, recent_ratio=0.0)
+    yield shallow, changed(shallow, recent_ratio=0.0)
 
 
 def changed(settings: Settings, **changes: Any) -> Settings:
@@ -134,10 +129,11 @@ def changed(settings: Settings, **changes: Any) -> Settings:
     return replace(settings, **changes)
 
 
-def between(start: Settings, end: Settings, t: float) -> Settings:
-    """The configuration at `t` of the way, 0 to 1; a file may have a whole number where a ratio is meant."""
-    pairs = {field.name: (getattr(start, field.name), getattr(end, field.name)) for field in fields(end)}
-    kinds: dict[str, Any] = {"min_context_length": int}
-    return changed(
-        end, **{n: kinds.get(n, float)(a + (b - a) * t) for n, (a, b) in pairs.items() if a != b and t < 1}
-    )
+def part_of_the_way(start: Settings, end: Settings, t: float) -> Settings:
+    """The configuration at `t` of the way, 0 to 1."""
+    changes: dict[str, Any] = {}
+    for field in fields(end):
+        a, b = getattr(start, field.name), getattr(end, field.name)
+        if a != b and t < 1:
+            changes[field.name] = type(b)(a + (b - a) * t)
+    return changed(end, **changes)

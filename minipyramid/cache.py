@@ -64,15 +64,15 @@ class Row:
         for layer, kept in enumerate(self.kept_positions()):
             k, v = (held.clone() for held in self.read(layer))
             layers.append((k, v, torch.tensor(kept, device=k.device)))
-        return HeldTokens(
-            self.cache.config, layers, self.position, list(self.lengths), self.cache.bytes_per_token
-        )
+        return HeldTokens(self.cache.config, layers, self.position, list(self.lengths))
 
-    def adopt(self, held: "HeldTokens") -> None:
-        """Write all that an earlier turn left; none of it is voted on again."""
-        for layer, (k, v, positions) in enumerate(held.layers):
+    def adopt(self, held: "HeldTokens | None") -> None:
+        """Hold what an earlier turn left and nothing else; none of it is voted on again."""
+        self.lengths = [0] * len(self.lengths)
+        self.kept = [kept[:1, :0] for kept in self.kept]
+        for layer, (k, v, positions) in enumerate(held.layers if held else ()):
             self.write(layer, k, v, positions)
-        self.position = held.position
+        self.position = held.position if held else 0
 
 
 @dataclass
@@ -146,7 +146,7 @@ class KVCache:
         return layer_caches
 
     def end_step(self) -> None:
-        """Count the token that was written in every layer, and compact the rows whose moment has come."""
+        """Count the token that was written in every layer, and compact the rows where a group is due."""
         for row in self.rows:
             row.lengths = [length + 1 for length in row.lengths]
             row.position += 1
@@ -188,12 +188,11 @@ class HeldTokens:
     layers: list[tuple[Tensor, Tensor, Tensor]]  # keys and values [K, n, D], positions [n] or [K, n]
     position: int  # of the next token
     lengths: list[int]  # [layer]
-    bytes_per_token: int
 
     @property
     def bytes(self) -> int:
         """Of keys and values."""
-        return self.bytes_per_token * sum(self.lengths)
+        return sum(k.nbytes + v.nbytes for k, v, _ in self.layers)
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ class LayerCache:
     slots_adjacent: bool
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write one token of every row, k and v [B, K, D], behind what the row holds.
+        """Write one token of every row, k and v [B, K, D], after what the row holds.
 
         Returns the slabs [B, K, S, D] and which slots are held [B, S]. Where all rows hold equally many and
         slots are adjacent it returns only those slots, and no mask. (In the other memory order the products
@@ -224,8 +223,8 @@ class LayerCache:
         rows = torch.arange(len(k), device=k.device)
         self.keys[rows, :, self.ends] = k
         self.values[rows, :, self.ends] = v
-        held = torch.arange(self.keys.shape[2], device=k.device) <= self.ends[:, None]
-        return self.keys, self.values, held
+        is_held = torch.arange(self.keys.shape[2], device=k.device) <= self.ends[:, None]
+        return self.keys, self.values, is_held
 
     def vote(self, probs: Tensor) -> None:
         """Add the newest token's vote to every row's sums; probs [B, H, S].

@@ -61,10 +61,11 @@ class ModelConfig:
             raise RequestError(f"{name} has {tokens} is more than the context of {context}; {advice}")
 
 
-def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+def read_json(path: Path, optional: bool = False, holds: str = "a Hugging Face checkpoint") -> dict[str, Any]:
     """Read an object from a JSON file; an `optional` file that is absent is an empty object.
 
-    Raises `CheckpointError` if the file is missing, unreadable (a dangling link, too) or holds anything else.
+    Raises `CheckpointError`, which says what the file `holds`, if it is missing, unreadable (a dangling link,
+    too) or holds anything else.
     """
     if optional and not path.exists() and not path.is_symlink():
         return {}
@@ -72,7 +73,7 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise CheckpointError(f"{path} {reason}; expected a checkpoint in the Hugging Face layout") from error
+        raise CheckpointError(f"{path} {reason}; expected {holds}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value

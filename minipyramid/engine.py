@@ -16,12 +16,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from minipyramid.cache import KVCache, Row, Span
+from minipyramid.cache import HeldTokens, Row, Span
 from minipyramid.errors import RequestError, TokenizerError, expect_type
 from minipyramid.model import Model
-from minipyramid.plan import Need, Planner, need_of
+from minipyramid.plan import Planner, need_of
 from minipyramid.policy import FULL, Policy
-from minipyramid.request import Completion, Conversation, Prompt, Request, Sequence, check_ids, parse_bytes
+from minipyramid.request import Completion, Conversation, Prompt, Request, Sequence, check_ids
 from minipyramid.sampling import SamplingParams, choose
 from minipyramid.scheduler import Scheduler
 from minipyramid.tokenizer import TextStream, Tokenizer
@@ -58,12 +58,10 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
-        per_token = self.config.kv_bytes_per_token(self.dtype.itemsize)
-        self.planner = Planner(self.config, policy, kv_budget, per_token)
-        memory = None if kv_memory is None else parse_bytes(kv_memory)
-        self.scheduler = Scheduler(self._allot, per_token, self.device, memory)
+        self.scheduler = Scheduler(self.config, self.dtype, self.device, kv_memory)
+        self.planner = Planner(self.config, policy, kv_budget, self.scheduler.per_token)
         self._step_over = threading.Condition()  # guards the two fields below; free during a step
-        self._stepping = False
+        self._stepping = 0  # the thread that is in a step
         self._cancelled: deque[Sequence] = deque()
         self._news: deque[News] = deque()  # of what was added by `add`
 
@@ -89,13 +87,14 @@ class Engine:
         computed it. Where another thread is in a step, this call waits for its end.
         """
         self._advance()
-        news = []
-        while self._news:
-            news.append(self._news.popleft())
-        return news
+        with self._step_over:  # so that `cancel` does not take pieces away meanwhile
+            return [self._news.popleft() for _ in range(len(self._news))]
 
     def cancel(self, sequence: Sequence) -> None:
-        """Give its row back at once, or after the step that is being computed."""
+        """Give its row back at once, or after the step that is being computed.
+
+        Then it has `ended`, and of what was added by `add` no `step` tells anything any more.
+        """
         expect_type("sequence", sequence, Sequence, "what Engine.add has returned")
         with self._step_over:
             self._cancelled.append(sequence)
@@ -122,7 +121,8 @@ class Engine:
                     on_step(self.scheduler)
         finally:
             for sequence in sequences:
-                self.cancel(sequence)
+                if sequence.news is news:  # it was submitted here
+                    self.cancel(sequence)
 
     # --- from a request to a sequence ---
 
@@ -134,14 +134,14 @@ class Engine:
         conversation = Conversation() if request.conversation is None else request.conversation
         expect_type("conversation", conversation, Conversation, "a Conversation")
         # As it stands now, so that a turn that is added meanwhile, or twice, cannot mix with this one.
-        former, former_ids = conversation.held, list(conversation.token_ids)
-        if former and former.config is not self.config:
-            raise RequestError(
-                "the conversation was begun with another LLM, whose cache it holds; begin anew"
-            )
-        ids = self.encode(request.prompt, name, continues=bool(former_ids))
+        earlier = conversation.held
+        earlier_ids = check_ids(conversation.token_ids, "the conversation's token_ids", self.config)
+        expect_type("the conversation's held", earlier, (HeldTokens, type(None)), "HeldTokens or None")
+        if earlier and earlier.config is not self.config:
+            raise RequestError("the conversation holds the cache of another LLM; begin a new one")
+        ids = self.encode(request.prompt, name, continues=bool(earlier_ids))
         new_tokens = params.max_new_tokens if to_score is None else len(to_score)
-        self.config.check_length(len(former_ids) + len(ids), new_tokens, name)
+        self.config.check_length(len(earlier_ids) + len(ids), new_tokens, name)
         if params.stop:
             self.need_tokenizer()
         policy, layers = self.planner.policy_for(len(ids), new_tokens), self.config.num_hidden_layers
@@ -150,29 +150,29 @@ class Engine:
         else:  # nothing of what is scored is dropped
             check_ids(to_score, "the continuation", self.config)
             need = need_of(policy, len(ids), 0, layers).plus([new_tokens] * layers)
-        if former:
-            need = need.plus(former.lengths)
+        if earlier:
+            need = need.plus(earlier.lengths)
         # A space before the first word belongs to the text only if something stands before it.
-        at_start = self.tokenizer is not None and not self.tokenizer.decode(former_ids + ids, continues=True)
+        at_start = self.tokenizer is not None and not self.tokenizer.decode(earlier_ids + ids, continues=True)
         stream = TextStream(self.tokenizer, params.stop, at_start=at_start)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         generator = torch.Generator(self.device).manual_seed(seed)
         completion = Completion(ids, [] if params.logprobs else None)
         eos_ids = () if params.ignore_eos else self.config.eos_token_ids
-        earlier = (former, former_ids)
-        sequence = Sequence(request, ids, policy, need, completion, *earlier, eos_ids, stream, generator)
+        how = (policy, need, completion, earlier, earlier_ids, eos_ids, stream, generator)
+        sequence = Sequence(request, ids, new_tokens, *how, prepared_by=self)
         if params.repetition_penalty != 1:
             sequence.seen_ids = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
-            sequence.seen_ids[self._tensor(former_ids + ids)] = True
+            sequence.seen_ids[self._tensor(earlier_ids + ids)] = True
         self.scheduler.check(sequence)
         return sequence
 
     def submit(self, sequence: Sequence, news: deque[News]) -> None:
         """Let a prepared sequence wait until it can start; what is new of it goes into `news`."""
         expect_type("sequence", sequence, Sequence, "what Engine.prepare has returned")
-        if sequence.ended or sequence.row or sequence in self.scheduler.waiting:
-            raise RequestError(f"{sequence.request.name} was submitted before; prepare it again")
-        sequence.news = news
+        if sequence.prepared_by is not self:
+            raise RequestError(f"{sequence.request.name} was taken before or is another engine's; prepare it")
+        sequence.prepared_by, sequence.news = None, news
         self.scheduler.waiting.append(sequence)  # safe beside a step, which takes from the other end
 
     def encode(self, text_or_ids: Prompt, name: str, continues: bool = False) -> list[int]:
@@ -195,10 +195,12 @@ class Engine:
     def _advance(self) -> None:
         """One step, by this thread or, where another is in one, by that."""
         with self._step_over:
+            if self._stepping == threading.get_ident():
+                raise RequestError("a policy cannot ask the engine that is running it; give it another LLM")
             if self._stepping:
                 self._step_over.wait()
                 return
-            self._stepping = True
+            self._stepping = threading.get_ident()
         try:
             # Around all of it: slabs that are allotted outside cost each compiled step another graph.
             with torch.inference_mode():
@@ -212,7 +214,7 @@ class Engine:
                 try:
                     self._release_cancelled()
                 finally:
-                    self._stepping = False
+                    self._stepping = 0
                     self._step_over.notify_all()
 
     def _decode(self) -> None:
@@ -247,13 +249,21 @@ class Engine:
         while left:
             ends = accumulate(len(sequence.prompt) for sequence, _ in left)
             count = max(1, sum(end <= PROMPTS_AT_ONCE[self.device.type] for end in ends))
-            together, left = left[:count], left[count:]
-            try:
-                self._compute_prompts(together)
-            except Exception as error:  # of a policy, say; those that run are not touched by it
-                for sequence, _ in together:
+            self._try_prompts(left[:count])
+            left = left[count:]
+
+    def _try_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
+        """Compute some prompts; where that fails (a policy may raise), each by itself, so one fails alone."""
+        try:
+            self._compute_prompts(together)
+        except Exception as error:
+            for sequence, row in together:
+                if len(together) == 1:
                     sequence.error = error
                     self._let_go(sequence)
+                elif not (sequence.ended or sequence.completion.token_ids):  # others are past it
+                    row.adopt(sequence.earlier)
+                    self._try_prompts([(sequence, row)])
 
     def _compute_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
         began = time.perf_counter()
@@ -317,20 +327,17 @@ class Engine:
     @torch.inference_mode()
     def _release_cancelled(self) -> None:
         while self._cancelled:
-            self._let_go(self._cancelled.popleft())
+            sequence = self._cancelled.popleft()
+            self._let_go(sequence)
+            if sequence.news is self._news:
+                for piece in [piece for piece in self._news if piece[0] is sequence]:
+                    self._news.remove(piece)
 
     def _fail(self, error: BaseException) -> None:
         """A step that broke off leaves rows half written, so those that ran end; the others still wait."""
         for sequence in self.scheduler.drop_all():
             sequence.error = RequestError(f"a step was broken off ({type(error).__name__}); ask again")
             sequence.news.append((sequence, None))
-
-    def _allot(self, need: Need, rows: int) -> KVCache:
-        try:
-            return KVCache.allot(self.config, need, rows, self.dtype, self.device)
-        except (RuntimeError, TypeError) as error:  # the second for lengths that are no integers
-            problem = "the keys and values do not fit into memory; give a smaller kv_memory"
-            raise RequestError(problem) from error
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, device=self.device)

@@ -35,7 +35,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--lines", action="store_true", help="each line of --prompt-file is a prompt of its own"
     )
-    parser.add_argument("--version", action="version", version=f"minipyramid {__version__}")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
         "--model",
         default=str(DEFAULT_MODEL),
@@ -102,6 +102,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Load, generate, print; a single prompt is streamed."""
+    if args.version:
+        print(f"minipyramid {__version__}")
+        return
     params = read_params(args)
     if args.plan:
         plan = plan_of(args, read_prompts(args, needed=False), params.max_new_tokens)

@@ -1,6 +1,7 @@
 """`LLM`: a checkpoint, ready to generate. It loads, and hands requests to the engine."""
 
 from collections.abc import Generator, Iterable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,7 @@ class LLM:
         one = SamplingParams() if params is None else params
         each = one if isinstance(one, list) else [one] * len(listed)
         if len(each) != len(listed):
-            told = f"{len(each)} sampling parameters for {len(listed)} prompts"
-            raise RequestError(f"{told}; give one, or as many")
+            raise RequestError(f"{len(each)} sampling parameters for {len(listed)} prompts; give one for all")
         sequences = self._prepare(listed, each)
         # A function of its own, so that what is wrong is raised by the call and not by the first `next`.
         return self._completions(sequences, on_step)
@@ -183,10 +183,8 @@ class LLM:
 
         A `conversation` is left as it is.
         """
-        snapshot = None
-        if conversation is not None:
-            snapshot = Conversation(conversation.held, conversation.token_ids)
-        asked = Request(prompt, conversation=snapshot, continuation=continuation)
+        to_score = request.check_ids(continuation, "the continuation", self.config)
+        asked = Request(prompt, conversation=copy(conversation), continuation=to_score)
         return self._run_to_logits(self.engine.prepare(asked))
 
     def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> Plan:

@@ -6,10 +6,11 @@ The cache is allotted from a plan, once. With nothing pruned it is flat: prompt 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import add, index, le
+from typing import Any
 
 from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError, RequestError
-from minipyramid.policy import FULL, Policy, check_share
+from minipyramid.policy import FULL, Generation, Policy, check_share
 from minipyramid.sampling import SamplingParams
 
 VOTE_BYTES = 4  # of one pending token in one layer
@@ -35,33 +36,50 @@ class Need:
 def need_of(policy: Policy, prompt_tokens: int, new_tokens: int, layers: int) -> Need:
     """What one sequence needs at its longest. Raises `ConfigError` for lists of a policy that cannot be."""
     prompt = checked_held(policy, prompt_tokens, layers)
-    generation = policy.generation(prompt_tokens, layers)
+    generation = checked_generation(policy, prompt_tokens, layers)
     if generation is None:
         return Need(tuple(n + new_tokens for n in prompt))
     group, done = generation.group, generation.compactions(new_tokens)
-    # (generated tokens, compactions) at the two longest moments: at the end, and just before the last
-    # compaction.
-    moments = [(new_tokens, done)]
+    # (generated tokens, compactions) where most is held: at the end, or just before the last compaction.
+    longest = [(new_tokens, done)]
     if done:
-        moments.append((generation.moment(done - 1, new_tokens), done - 1))
+        longest.append((generation.compacts_at(done - 1, new_tokens), done - 1))
     slots = [
-        max(n + generated - compactions * (group - stay) for generated, compactions in moments)
+        max(n + generated - compactions * (group - stay) for generated, compactions in longest)
         for n, stay in zip(prompt, generation.stay, strict=True)
     ]
-    pending = max(generated - compactions * group for generated, compactions in moments)
+    pending = max(generated - compactions * group for generated, compactions in longest)
     return Need(tuple(slots), pending, group)
 
 
 def checked_held(policy: Policy, prompt_tokens: int, layers: int) -> list[int]:
     """The policy's `held`, if its two lists are what they must be, for a policy may be the user's own."""
     computed, held = policy.computed(prompt_tokens, layers), policy.held(prompt_tokens, layers)
-    falls = computed[:1] == [prompt_tokens] and sorted(computed, reverse=True) == computed
-    fits = len(computed) == len(held) == layers and all(map(le, held, computed))
-    if falls and fits and min(computed) >= 1 and min(held) >= 0:
-        return held
+    if are_counts(computed, layers, 1) and are_counts(held, layers, 0):
+        falls = computed[0] == prompt_tokens and sorted(computed, reverse=True) == computed
+        if falls and all(map(le, held, computed)):
+            return held
     lists = f"{type(policy).__name__} computes {computed!r:.80} and holds {held!r:.80}"
     rule = f"all {prompt_tokens} tokens computed first, then never more, and no layer to hold more than that"
     raise ConfigError(f"{lists} in {layers} layers; expected {rule}")
+
+
+def are_counts(numbers: Any, layers: int, lowest: int) -> bool:
+    """Whether it is a list of whole numbers, one for each layer and none below the lowest."""
+    listed = isinstance(numbers, (list, tuple)) and len(numbers) == layers
+    return listed and all(isinstance(n, int) and n >= lowest for n in numbers)
+
+
+def checked_generation(policy: Policy, prompt_tokens: int, layers: int) -> Generation | None:
+    """The policy's `generation`, if it is what it must be."""
+    given = policy.generation(prompt_tokens, layers)
+    if given is None:
+        return None
+    fits = isinstance(given, Generation) and are_counts([given.group], 1, 1)
+    if fits and are_counts(given.stay, layers, 0) and max(given.stay) <= given.group:
+        return given
+    expected = f"a Generation with a group of 1 or more, of which 0 to all stay in each of {layers} layers"
+    raise ConfigError(f"{type(policy).__name__} drops by {given!r:.120}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -74,11 +92,8 @@ class Plan:
 
     def at(self, generated: int) -> list[list[int]]:
         """Tokens that each layer holds of each sequence after so many generated tokens.  [sequence][layer]"""
-        held = []
-        for policy, prompt, new in self.requests:
-            so_far = max(0, min(generated, new))
-            held.append(policy.kv_lengths(prompt, so_far, self.layers))
-        return held
+        each = [(policy, prompt, max(0, min(generated, new))) for policy, prompt, new in self.requests]
+        return [policy.kv_lengths(prompt, so_far, self.layers) for policy, prompt, so_far in each]
 
     @property
     def computed(self) -> list[list[int]]:
@@ -117,7 +132,7 @@ class Plan:
 
     @property
     def slack_bytes(self) -> int:
-        """Allotted for a layer's longest moment, just before a compaction, and free at the end."""
+        """Allotted for what a layer holds just before a compaction, and free at the end."""
         return sum(self.bytes_per_token * sum(need.slots) for need in self.needs) - self.kv_bytes
 
     def max_batch(self, memory: int) -> int:
@@ -138,9 +153,8 @@ class Planner:
         if self.kv_budget is not None:
             check_share(self.kv_budget)
             if self.policy == FULL:
-                raise ConfigError(
-                    f"kv_budget is {self.kv_budget}, but policy full holds everything; leave one of them out"
-                )
+                problem = f"kv_budget is {self.kv_budget}, but policy full holds everything"
+                raise ConfigError(f"{problem}; leave one of them out")
 
     def policy_for(self, prompt_tokens: int, new_tokens: int) -> Policy:
         """The policy of one request; raises `BudgetError`."""

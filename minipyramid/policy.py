@@ -78,14 +78,14 @@ class Generation:
         """How many compactions have happened by then."""
         return self.older(generated) // self.group
 
-    def moment(self, compaction: int, new_tokens: int) -> int:
+    def compacts_at(self, compaction: int, new_tokens: int) -> int:
         """Number of generated tokens at which a compaction (0-based) happens; `new_tokens` + 1 if never."""
         return bisect_left(range(new_tokens + 1), (compaction + 1) * self.group, key=self.older)
 
-    def weight(self, voter: int, moment: int) -> float:
-        """What a generated token counts in the compaction at `moment`; 0 if it is no voter then."""
-        oldest = self.older(moment)
-        voters = moment - oldest
+    def weight(self, voter: int, compacts_at: int) -> float:
+        """What a generated token counts in the compaction at so many; 0 if it is no voter then."""
+        oldest = self.older(compacts_at)
+        voters = compacts_at - oldest
         rank = voter - oldest
         if rank < 0:
             return 0.0
@@ -125,14 +125,14 @@ class Policy:
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """Which of the T tokens the next layer receives, where it receives fewer.  [count] ascending"""
-        raise NotImplementedError(f"{type(self).__name__} computes less with depth, so it needs pass_on")
+        raise ConfigError(f"{type(self).__name__} computes less with depth, so it needs pass_on")
 
     def hold(self, seen: Seen, count: int) -> Tensor:
         """Which of the T tokens the layer holds; asked where it holds fewer than it computes.
 
         Returns [count] for all key/value heads alike or [K, count], ascending.
         """
-        raise NotImplementedError(f"{type(self).__name__} holds less than it computes, so it needs hold")
+        raise ConfigError(f"{type(self).__name__} holds less than it computes, so it needs hold")
 
     def generation(self, prompt_tokens: int, layers: int) -> Generation | None:
         """How generated tokens are dropped; None where all of them stay."""
@@ -143,11 +143,9 @@ class Policy:
 
         Raises:
             BudgetError: with the smallest share that can be reached.
-            ConfigError: the share is not above 0 and at most 1, or the policy has nothing to give up.
+            ConfigError: the share is not above 0 and at most 1, or the policy has no `within` of its own.
         """
-        raise ConfigError(
-            f"kv_budget is {share}, but the policy has nothing to give up; leave one of them out"
-        )
+        raise ConfigError(f"{type(self).__name__} has no `within` to solve a budget of {share}; give it one")
 
     def kv_lengths(self, prompt_tokens: int, new_tokens: int, layers: int) -> list[int]:
         """Tokens that each layer holds after `new_tokens` were generated."""
@@ -189,7 +187,8 @@ class PendingTokens:
         self.generation = generation
         self.generated = 0
         self.compacted = 0  # compactions that have happened
-        self.moments = [generation.moment(i, new_tokens) for i in range(generation.compactions(new_tokens))]
+        compactions = range(generation.compactions(new_tokens))
+        self.compact_at = [generation.compacts_at(i, new_tokens) for i in compactions]
 
     @property
     def count(self) -> int:
@@ -204,13 +203,13 @@ class PendingTokens:
         """
         self.generated += 1
         groups = math.ceil(self.count / self.generation.group)
-        coming = self.moments[self.compacted : self.compacted + groups]
-        weights = [self.generation.weight(self.generated - 1, moment) for moment in coming]
+        coming = self.compact_at[self.compacted : self.compacted + groups]
+        weights = [self.generation.weight(self.generated - 1, generated) for generated in coming]
         return weights + [0.0] * (groups - len(weights))
 
     def take_due_group(self) -> bool:
         """Whether the oldest group is due; it is not pending any more then, and the caller compacts it."""
-        due = self.compacted < len(self.moments) and self.moments[self.compacted] == self.generated
+        due = self.compacted < len(self.compact_at) and self.compact_at[self.compacted] == self.generated
         if due:
             self.compacted += 1
         return due
@@ -232,7 +231,7 @@ def votes_to_cast(
     lengths [L, B] are what the layers hold before the token; U is the cache's `room` for pending tokens.
     """
     by_group = [tokens.add_one() for tokens in pending]
-    if not any(tokens.moments for tokens in pending):
+    if not any(tokens.compact_at for tokens in pending):
         return [None] * len(lengths)
     offsets, group = torch.arange(room, device=lengths.device), pending[0].generation.group
     padded = [weights + [0.0] * (room // group + 1 - len(weights)) for weights in by_group]

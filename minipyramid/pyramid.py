@@ -32,7 +32,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +45,6 @@ STRATEGIES: dict[str, Callable[[float, int, int], float]] = {
     "cosine": lambda p, i, L: p + (1 - p) * (1 + math.cos(math.pi * i / L)) / 2,
     "linear": lambda p, i, L: 1 - (1 - p) * i / L,
     "constant": lambda p, i, L: p,
-}
-# The layers of the model that a preset was published for, and what differs from the defaults.
-PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
-    "llama2-7b": (32, {}),
-    "llama2-13b": (40, {"prefill_decay_ratio": 0.8, "layerwise_downsample_interval": 2}),
-    "llama2-70b": (80, {"layerwise_downsample_interval": 3}),
-    "llama3-8b": (32, {}),
-    "llama3-70b": (80, {"layerwise_downsample_interval": 3}),
 }
 
 
@@ -73,14 +64,11 @@ class PyramidConfig(Policy):
         exceed_length_to_compress: generated tokens that are voted on together.
         gen_compress_ratio: share of them that stays where the schedule is 1, in the first layer.
 
-    Of our own, and by default without effect (docs/settings.md tells what they give):
+    Of our own, and by default without effect (docs/settings.md tells what it gives):
         prefill_full_layers: so many first layers hold the whole prompt; voting starts after the last of them.
-        prefill_full_ratio: below 1, layer 0 drops the oldest context except the sinks and passes on only this
-            share of it, so the other full layers hold less. (It drops nothing where that would leave
-            `min_context_length` or less.)
 
     Raises:
-        ConfigError: a strategy is not known, a value is out of range, or `prefill_full_ratio` has no layers.
+        ConfigError: a strategy is not known, or a value is out of range.
         TypeError: a value has the wrong type.
     """
 
@@ -96,7 +84,6 @@ class PyramidConfig(Policy):
     exceed_length_to_compress: int = number(16, 1, 10**9)
     gen_compress_ratio: float = number(0.9, 0, 1)
     prefill_full_layers: int = number(1, 1, 10**9)
-    prefill_full_ratio: float = number(1.0, 0, 1)
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
@@ -105,10 +92,6 @@ class PyramidConfig(Policy):
             expect_type(name, strategy, str, "str")
             if strategy not in STRATEGIES:
                 raise ConfigError(f"{name} is {strategy!r}; {nearest(strategy, STRATEGIES)}")
-        if self.prefill_full_ratio < 1 and self.prefill_full_layers == 1:
-            raise ConfigError(
-                f"prefill_full_ratio is {self.prefill_full_ratio}, but prefill_full_layers 1; raise that"
-            )
 
     # --- how many ---
 
@@ -125,8 +108,6 @@ class PyramidConfig(Policy):
             lengths.append(n)
             ratio = schedule(self.prefill_decay_ratio, i, layers)
             drops = i + 1 >= self.prefill_full_layers and i % self.layerwise_downsample_interval == 0
-            if i == 0 and self.prefill_full_layers > 1:  # the one cut of all full layers behind layer 0
-                ratio, drops = self.prefill_full_ratio, True
             kept = int((n - recent) * ratio)
             if drops and kept > self.min_context_length:
                 n = recent + kept
@@ -143,15 +124,10 @@ class PyramidConfig(Policy):
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """The recent tokens, the sinks, and the highest-voted of the context.  [count]"""
-        T, recent = len(seen.q), self.recent_tokens(seen.prompt_tokens)
-        if seen.layer + 1 < self.prefill_full_layers:
-            # By age: layers before the first voting one look at their neighbours only, so their votes mean
-            # little (docs/settings.md).
-            score = torch.arange(T, device=seen.q.device)
-        else:
-            weights = torch.linspace(1.0, self.distance_weight, recent, device=seen.q.device)
-            vote = seen.votes(recent, weights).mean((0, 1)) / recent  # [T - recent]
-            score = torch.cat((vote, vote.new_zeros(recent)))
+        recent = self.recent_tokens(seen.prompt_tokens)
+        weights = torch.linspace(1.0, self.distance_weight, recent, device=seen.q.device)
+        vote = seen.votes(recent, weights).mean((0, 1)) / recent  # [T - recent]
+        score = torch.cat((vote, vote.new_zeros(recent)))
         return top_scored(score, count, self.streamingllm_sink_len, recent)
 
     # --- where settings come from ---
@@ -159,6 +135,8 @@ class PyramidConfig(Policy):
     @classmethod
     def preset(cls, name: str) -> "PyramidConfig":
         """Published settings by the model they were published for; `ConfigError` for another name."""
+        from minipyramid.presets import PRESETS
+
         if name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; {nearest(name, PRESETS)}")
         return cls(**PRESETS[name][1])
@@ -166,12 +144,14 @@ class PyramidConfig(Policy):
     @classmethod
     def for_layers(cls, layers: int) -> "PyramidConfig":
         """The preset of the published model whose number of layers is nearest."""
+        from minipyramid.presets import PRESETS
+
         return cls.preset(min(PRESETS, key=lambda name: abs(PRESETS[name][0] - layers)))
 
     @classmethod
     def load(cls, path: str | Path) -> "PyramidConfig":
         """Read a published file, or a flat one. Raises `CheckpointError` or `ConfigError`."""
-        return cls.from_settings(read_json(Path(path)), Path(path))
+        return cls.from_settings(read_json(Path(path), holds="a policy's settings"), Path(path))
 
     @classmethod
     def for_budget(cls, share: float, *, prompt_tokens: int, new_tokens: int, layers: int) -> "PyramidConfig":

@@ -1,6 +1,5 @@
 """A request on its way from a prompt to a completion."""
 
-import re
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,11 +76,12 @@ class Sequence:
 
     request: Request
     prompt: list[int]  # token ids
+    new_tokens: int  # that may follow it
     policy: Policy
     need: Need  # of the cache
     completion: Completion  # what has become of it so far
-    former: HeldTokens | None  # what earlier turns had left when it was taken
-    former_ids: list[int]
+    earlier: HeldTokens | None  # what earlier turns had left when it was taken
+    earlier_ids: list[int]
     eos_ids: tuple[int, ...]  # that end it
     stream: TextStream
     generator: torch.Generator
@@ -94,12 +94,7 @@ class Sequence:
     last_token: int = -1  # accepted, and computed in the next step
     ended: bool = False  # finished, cancelled or failed
     error: Exception | None = None
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens that may follow the prompt."""
-        to_score = self.request.continuation
-        return self.request.params.max_new_tokens if to_score is None else len(to_score)
+    prepared_by: object = None  # the engine that may still take it, once
 
     def take_row(self, cache: KVCache) -> Row:
         """Take a row of a cache and return it."""
@@ -139,7 +134,7 @@ class Sequence:
         conversation = self.request.conversation
         if conversation is not None and not self.request.continuation:  # what is scored becomes no turn
             conversation.held = row.copy_out()
-            conversation.token_ids = self.former_ids + self.prompt + done.token_ids
+            conversation.token_ids = self.earlier_ids + self.prompt + done.token_ids
 
 
 def as_list(prompts: Any) -> list[Any]:
@@ -157,12 +152,3 @@ def check_ids(ids: Any, name: str, config: ModelConfig) -> list[int]:
     if wrong:
         raise RequestError(f"{name} holds the token id {wrong[0]}, expected 0 to {config.vocab_size - 1}")
     return list(ids)  # a caller may go on changing theirs
-
-
-def parse_bytes(size: int | str) -> int:
-    """A number of bytes, or a text such as 500MiB or 2GB (units are powers of 1,024 either way)."""
-    expect_type("the size", size, (int, str), "bytes or a text such as 2GiB")
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) *([KMGT]?)(?:i?B)?", str(size).strip(), re.IGNORECASE)
-    if not match or not (count := int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))):
-        raise RequestError(f"the size is {size!r}, expected bytes or a text such as 2GiB")
-    return count

@@ -53,8 +53,7 @@ class SamplingParams:
         for text in stop:
             expect_type("stop", text, str, "a text or a list of texts")
         if "" in stop:
-            problem = "an empty text, which would end every generation at once"
-            raise RequestError(f"stop holds {problem}; leave it out")
+            raise RequestError("stop holds an empty text, which would end every generation; leave it out")
         object.__setattr__(self, "stop", tuple(stop))
 
 

@@ -7,12 +7,12 @@ row is free that is large enough for it, or when a cache whose rows have all end
 """
 
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from minipyramid.cache import KVCache, Row
+from minipyramid.config import ModelConfig
 from minipyramid.errors import RequestError
 from minipyramid.plan import Need
 from minipyramid.request import Sequence
@@ -22,16 +22,26 @@ class Scheduler:
     """Sequences that wait, in their order, and the caches of those that run.
 
     Args:
-        allot: makes a cache with so many rows of such a size.
-        per_token: bytes of one token in one layer.
+        config: the model's shape.
+        dtype: of keys and values.
         device: where the caches are.
-        memory: bytes for the keys, values and votes of everything in flight; None for half of what is free.
+        memory: bytes for the keys, values and votes of everything in flight, a number or as in "2GiB"; None
+            for half of what is free.
+
+    Raises:
+        RequestError: the memory is no such size.
     """
 
     def __init__(
-        self, allot: Callable[[Need, int], KVCache], per_token: int, device: torch.device, memory: int | None
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, memory: int | str | None
     ) -> None:
-        self.allot, self.per_token, self.device, self.given_memory = allot, per_token, device, memory
+        self.config, self.dtype, self.device = config, dtype, device
+        self.per_token = config.kv_bytes_per_token(dtype.itemsize)
+        self.given_memory: int | None = None
+        if memory is not None:
+            from minipyramid.sizes import parse_bytes
+
+            self.given_memory = parse_bytes(memory)
         self.waiting: deque[Sequence] = deque()
         self.caches: list[KVCache] = []
         self.running: dict[Row, Sequence] = {}  # who has which row of which cache
@@ -50,20 +60,20 @@ class Scheduler:
     @property
     def bytes_in_flight(self) -> int:
         """Of all caches, and of what earlier turns of the conversations that run have left."""
-        former = sum(s.former.bytes for s in self.running.values() if s.former)
-        return former + sum(cache.capacity * cache.need.bytes(self.per_token) for cache in self.caches)
+        earlier = sum(s.earlier.bytes for s in self.running.values() if s.earlier)
+        return earlier + sum(cache.capacity * cache.need.bytes(self.per_token) for cache in self.caches)
 
     def bytes_of(self, sequence: Sequence) -> int:
         """What it needs at its longest, with what earlier turns have left until it ends."""
-        former = sequence.former.bytes if sequence.former else 0
-        return sequence.need.bytes(self.per_token) + former
+        earlier = sequence.earlier.bytes if sequence.earlier else 0
+        return sequence.need.bytes(self.per_token) + earlier
 
     def check(self, sequence: Sequence) -> None:
         """Refuse what could never run: `RequestError` where it needs more than the memory by itself."""
         needed = self.bytes_of(sequence)
         if needed > self.memory:
-            told = f"{sequence.request.name} needs {needed} bytes of cache, but kv_memory is {self.memory}"
-            raise RequestError(f"{told}; give it more, ask for fewer tokens, or lower kv_budget")
+            problem = f"{sequence.request.name} needs {needed} bytes of cache, but kv_memory is {self.memory}"
+            raise RequestError(f"{problem}; give it more, ask for fewer tokens, or lower kv_budget")
 
     def admit(self) -> list[Sequence]:
         """Start waiting sequences in their order, up to the first that has no room.
@@ -76,10 +86,10 @@ class Scheduler:
         while passed < len(self.waiting):
             sequence = self.waiting[passed]
             needed = self.bytes_of(sequence)
-            former = needed - sequence.need.bytes(self.per_token)
+            earlier = needed - sequence.need.bytes(self.per_token)
             free = [cache for cache in self.caches if cache.takes(sequence.need)]
-            if free and former <= room:
-                room -= former
+            if free and earlier <= room:
+                room -= earlier
                 self._begin(sequence, min(free, key=lambda cache: cache.need.bytes(self.per_token)))
             elif needed <= room or not (self.caches or fresh):
                 fresh.setdefault(sequence.need, []).append(sequence)
@@ -90,10 +100,11 @@ class Scheduler:
             admitted.append(sequence)
         for need, together in fresh.items():
             try:
-                cache = self.allot(need, len(together))
-            except RequestError as error:
+                cache = KVCache.allot(self.config, need, len(together), self.dtype, self.device)
+            except Exception as error:
+                problem = f"the keys and values do not fit into memory ({error!r:.80})"
                 for sequence in together:
-                    sequence.error = error
+                    sequence.error = RequestError(f"{problem}; give a smaller kv_memory")
                 continue
             self.caches.append(cache)
             for sequence in together:
@@ -105,8 +116,7 @@ class Scheduler:
         row = sequence.take_row(cache)
         self.running[row] = sequence
         self.waiting.remove(sequence)
-        if sequence.former:
-            row.adopt(sequence.former)
+        row.adopt(sequence.earlier)
 
     def in_order(self) -> list[Sequence]:
         """Those that run, in the order of the caches' rows, which is that of a step."""
@@ -123,7 +133,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             return False
-        sequence.row = sequence.former = None
+        sequence.row = sequence.earlier = None
         sequence.ended = True
         self.caches = [cache for cache in self.caches if cache.rows]
         self.finished += 1
@@ -134,7 +144,7 @@ class Scheduler:
         dropped = list(self.running.values())
         self.caches, self.running = [], {}
         for sequence in dropped:
-            sequence.row = sequence.former = None
+            sequence.row = sequence.earlier = None
             sequence.ended = True
         self.finished += len(dropped)
         return dropped

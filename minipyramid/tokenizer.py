@@ -63,7 +63,7 @@ class TextStream:
         self.stopped = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # The end of the text, while it may begin a stop string.
-        self._held = ""
+        self._uncertain = ""
 
     def push(self, token: int) -> str:
         """Take a token; returns the text that became certain with it."""
@@ -71,8 +71,8 @@ class TextStream:
 
     def finish(self) -> str:
         """The rest of the text. Characters that stayed incomplete become U+FFFD."""
-        text = self._release(b"", final=True) + self._held
-        self._held = ""
+        text = self._release(b"", final=True) + self._uncertain
+        self._uncertain = ""
         return text
 
     def _release(self, data: bytes, final: bool = False) -> str:
@@ -82,15 +82,15 @@ class TextStream:
         if text and self.at_start:
             text = text.removeprefix(" ")
             self.at_start = False
-        text = self._held + text
+        text = self._uncertain + text
         found = [text.index(s) for s in self.stop if s in text]
         if found:
             self.stopped = True
-            self._held = ""
+            self._uncertain = ""
             return text[: min(found)]
         # No stop string can begin within so many characters.
         certain = 0
         while certain < len(text) and not any(s.startswith(text[certain:]) for s in self.stop):
             certain += 1
-        self._held = text[certain:]
+        self._uncertain = text[certain:]
         return text[:certain]

@@ -86,16 +86,11 @@ class SlowPyramid(Oracle):
                 @ w[p + "mlp.down_proj.weight"].T
             )
             s = ratio(cfg.prefill_decay_strategy, cfg.prefill_decay_ratio, i, layers)
-            by_age = i == 0 and cfg.prefill_full_layers > 1
-            if by_age:
-                s = cfg.prefill_full_ratio
             context, tail = positions[: len(positions) - 1 - R], positions[len(positions) - 1 - R :]
             count = int(len(context) * s)
-            due = by_age or (i + 1 >= cfg.prefill_full_layers and i % cfg.layerwise_downsample_interval == 0)
+            due = i + 1 >= cfg.prefill_full_layers and i % cfg.layerwise_downsample_interval == 0
             if is_prompt and due and len(context) > m and s < 1 and count > m:
                 votes = {key: self.vote(cache, tail, key) for key in context}
-                if by_age:
-                    votes = {key: float(key) for key in context}
                 votes |= dict.fromkeys(context[: cfg.streamingllm_sink_len], math.inf)
                 stay = sorted(sorted(context, key=lambda key: -votes[key])[:count]) + tail
                 x = x[[positions.index(position) for position in stay]]

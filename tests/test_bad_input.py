@@ -13,7 +13,15 @@ import torch
 from helpers import TINY, random_tensors, write_checkpoint
 from safetensors.torch import save_file
 
-from minipyramid import LLM, CheckpointError, ConfigError, MiniPyramidError, RequestError, SamplingParams
+from minipyramid import (
+    LLM,
+    CheckpointError,
+    ConfigError,
+    Conversation,
+    MiniPyramidError,
+    RequestError,
+    SamplingParams,
+)
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -264,10 +272,38 @@ def test_other_wrong_types_raise_type_error(tiny: LLM, tiny_dir: Path) -> None:
         lambda: tiny.score(5, [6]),  # type: ignore[arg-type]
         lambda: tiny.generate("fox", {}),  # type: ignore[arg-type]
         lambda: tiny.generate("fox", 0),  # type: ignore[arg-type]
+        lambda: tiny.logits("fox", None),  # type: ignore[arg-type]
+        lambda: tiny.logits("fox", "fox"),  # type: ignore[arg-type]
+        lambda: tiny.logits("fox", [5.5]),  # type: ignore[list-item]
     ]
     for call in calls:
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=r"is .*expected"):
             call()
+
+
+@pytest.mark.parametrize("wrong", ["x", 5, [], Conversation, {"held": None}])
+def test_what_is_no_conversation_is_a_type_error(tiny: LLM, wrong: Any) -> None:
+    """`score` and `logits` looked for its attributes before anything had checked it."""
+    for call in (
+        lambda: tiny.score("fox", "fox", wrong),
+        lambda: tiny.logits("fox", [5], wrong),
+        lambda: tiny.prefill("fox", wrong),
+        lambda: tiny.stream("fox", None, wrong),
+    ):
+        with pytest.raises(TypeError, match=r"conversation is .*expected a Conversation"):
+            call()
+
+
+def test_what_a_conversation_holds_is_checked(tiny: LLM) -> None:
+    ids: list[Any] = [None, "fox", [5.5], [True], 5]
+    for wrong in ids:
+        with pytest.raises(TypeError, match="the conversation's token_ids"):
+            tiny.stream("fox", None, Conversation(None, wrong))
+    with pytest.raises(RequestError, match="token id 320"):
+        tiny.score("fox", "fox", Conversation(None, [5, 320]))
+    for held in ("fox", [5], 0):
+        with pytest.raises(TypeError, match="the conversation's held"):
+            tiny.logits("fox", [5], Conversation(held))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,27 @@ def test_a_method_that_ends_early_is_told(tiny_dir: Path, capfd: pytest.CaptureF
         worker.run()
 
 
+@dataclass(frozen=True)
+class Raises(Newest):
+    """It runs into an error of its own in every prompt."""
+
+    def hold(self, seen: Seen, count: int) -> torch.Tensor:
+        raise ZeroDivisionError("nothing\nto divide by")
+
+
+def test_a_policy_that_raises_is_one_line(
+    tiny_dir: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback of the method's process stood above it."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    own = "test_bench:Raises"
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", str(tiny_dir), "--prompt-tokens", "40", "--policy", own])
+    assert ended.value.code == 2
+    told = f"minipyramid: error: {own!r} has failed (ZeroDivisionError: nothing to divide by)\n"
+    assert capfd.readouterr().err == told
+
+
 def test_damaged_weights_are_one_line(
     tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,9 +58,9 @@ def test_layers_that_are_to_be_full_stay_full_as_long_as_the_budget_allows() -> 
         config = base.within(budget, 1024, 0, 12)
         lengths = config.computed(1024, 12)
         assert 0.98 * budget <= sum(lengths) / (12 * 1024) <= budget
-        assert config.prefill_full_layers == 4
-        assert lengths[3] == lengths[1] > lengths[4]  # and where it does not, they hold equally much
-        assert (lengths[1] == 1024) == (budget > 4 / 12)
+        assert lengths.count(1024) == config.prefill_full_layers  # and where it does not, they are fewer
+        assert (config.prefill_full_layers == 4) == (budget > 4 / 12)
+        assert config.prefill_full_layers >= min(4, int(12 * budget) - 1)
 
 
 @pytest.mark.parametrize(
@@ -96,29 +96,14 @@ def test_a_share_is_no_truth_value_even_if_it_was_solved_before() -> None:
         PyramidConfig.for_budget(True, **lengths)
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.9, 0.6, 0.25])
-def test_a_cut_of_full_layers_in_a_file_does_not_bound_a_budget(budget: float) -> None:
-    """A file's prefill_full_ratio of 0.5 held 0.55 of the cache where 0.9 was asked for, without a word."""
-    base = PyramidConfig(prefill_full_layers=4, prefill_full_ratio=0.5, recent_ratio=0.02)
-    config = base.within(budget, 1024, 0, 12)
-    assert 0.98 * budget <= share_of(config, 1024, 0, 12) <= budget
-
-
-def test_a_cut_of_full_layers_that_there_are_not_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prefill_full_layers"):
-        PyramidConfig(prefill_full_ratio=0.5)
-    assert (
-        PyramidConfig.for_budget(0.05, prompt_tokens=1024, new_tokens=64, layers=32).prefill_full_ratio == 1
-    )
-
-
 @pytest.mark.parametrize(("prompt", "budget"), [(60, 0.3), (60, 0.25), (80, 0.28), (128, 0.22), (300, 0.15)])
 def test_short_prompts_keep_more_in_full_layers_than_behind_them(prompt: int, budget: float) -> None:
-    """A 20th of a few tokens is none, and a layer that would keep none drops none: all layers held alike."""
+    """A layer that would keep none drops none: all layers held alike."""
     base = PyramidConfig(prefill_full_layers=4, prefill_decay_strategy="constant", recent_ratio=0.02)
     config = base.within(budget, prompt, 0, 12)
     lengths = config.computed(prompt, 12)
-    assert lengths[3] > 1.5 * lengths[4]
+    full = config.prefill_full_layers
+    assert lengths[full - 1] > 1.5 * lengths[full]
     assert sum(lengths) >= 0.9 * budget * prompt * 12
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from helpers import WEIGHTS
 
-from minipyramid import LLM, PyramidConfig, SamplingParams
+from minipyramid import LLM, PyramidConfig, SamplingParams, __version__
 from minipyramid.generate import LoadingLine, build_parser, main
 
 FIELDS = [
@@ -109,6 +109,34 @@ def test_a_prompt_from_stdin(run: Any, monkeypatch: pytest.MonkeyPatch, tiny: LL
     assert run("--prompt-file", "-")[1] == tiny.generate("caf\u00e9 fox")[0].text + "\n"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(run: Any, tmp_path: Path, tiny: LLM) -> None:
+    """Editors on Windows write one; it became the prompt's first character, and what follows no beginning."""
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfthe fox\nonce \xef\xbb\xbfupon")
+    expected = tiny.generate("the fox\nonce \ufeffupon")[0].text
+    assert run("--prompt-file", str(tmp_path / "prompt.txt"))[1] == expected + "\n"
+
+
+def test_a_prompt_without_end_is_refused_and_the_largest_is_read(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device, or a pipe that never ends, was read until the memory was full."""
+    monkeypatch.setattr("minipyramid.cli.prompts.MOST_BYTES", 1 << 20)
+    largest, larger = tmp_path / "largest.txt", tmp_path / "larger.txt"
+    largest.write_bytes(b"the fox" + b"\n" * ((1 << 20) - 7))
+    larger.write_bytes(b"the fox" + b"\n" * ((1 << 20) - 6))
+    assert run("--prompt-file", str(largest), "--lines")[0] == 0
+    for name in (str(larger), "-"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(larger.open("rb")))
+        status, out, err = run("--prompt-file", name, "--lines")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"--prompt-file {name} is larger than 1 MiB" in err
+
+
+def test_the_version_is_printed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version", "--model", "/no/such/model"]) == 0
+    assert capsys.readouterr().out == f"minipyramid {__version__}\n"
+
+
 def test_stats_go_to_stderr(run: Any) -> None:
     status, out, err = run("the fox", "--stats", "--max-new-tokens", "4", "--ignore-eos")
     assert status == 0
@@ -137,7 +165,14 @@ def test_stats_go_to_stderr(run: Any) -> None:
         (["fox", "--threads", "0"], "--threads"),
         (["fox", "--threads", "9999999999"], "--threads"),
         (["fox", "--policy", "llama9"], "llama3-8b"),
-        (["fox", "--policy", "none.json"], "none.json"),
+        (["fox", "--policy", "none.json"], "none.json is missing; expected a policy's settings"),
+        (["fox", "--policy", "auto-split"], "no policy 'auto' for 'auto-split'; expected one of streaming"),
+        (["fox", "--policy", "snapk-split"], "did you mean 'snapkv'?"),
+        (
+            ["fox", "--policy", "llama2-7b-split"],
+            "no policy 'llama2-7b' for 'llama2-7b-split'; expected one of",
+        ),
+        (["--prompt-file", "/dev/zero"], "/dev/zero is larger than 64 MiB"),
         (["fox", "--prompt-file", "/no/such/file"], "/no/such/file"),
         (["fox", "--pyramids", "auto"], "--pyramids"),
     ],
@@ -170,12 +205,18 @@ def test_an_error_is_one_line_whatever_it_names(run: Any, tmp_path: Path) -> Non
     assert (status, err.count("\n")) == (2, 1)
 
 
-def test_a_full_disk_is_one_line(tiny_dir: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("flags", [["the fox"], ["--version"], ["--help"]], ids=str)
+def test_a_full_disk_is_one_line(tiny_dir: Path, flags: list[str], unbuffered: str) -> None:
+    """What argparse prints itself was lost without a word, with exit status 0."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
-    argv = [sys.executable, "-m", "minipyramid.generate", "the fox", "--model", str(tiny_dir)]
+    argv = [sys.executable, "-m", "minipyramid.generate", *flags, "--model", str(tiny_dir)]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120, env=env
+        )
     assert done.returncode == 2
     assert done.stderr.startswith("minipyramid: error: the output cannot be written")
     assert done.stderr.count("\n") == 1

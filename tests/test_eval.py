@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -378,6 +379,11 @@ def test_the_published_defect_loses_what_was_said() -> None:
         (["--plot", ""], ".png"),
         (["--policies", "full,streaming", "--budgets", "0.001"], "less than a token"),
         (["--policies", "auto,elsewhere/auto.json"], "'auto'"),
+        (
+            ["--policies", "minipyramid.policy:Policy,test_eval:Stubborn"],
+            "--policies has test_eval:Stubborn, but",
+        ),
+        (["--policies", "test_eval:Stubborn"], "Stubborn has no `within`"),
     ],
 )
 def test_nonsense_is_one_line(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,6 +391,14 @@ def test_nonsense_is_one_line(args: list[str], told: str, capsys: pytest.Capture
     assert (status, out) == (2, "")
     assert err.count("\n") == 1
     assert told in err
+
+
+@dataclass(frozen=True)
+class Stubborn(Policy):
+    """It cannot be held to a budget. The error told of kv_budget, which is no flag of the evaluation."""
+
+    def held(self, prompt_tokens: int, layers: int) -> list[int]:
+        return [prompt_tokens] * (layers - 1) + [1]
 
 
 def test_a_file_is_not_shown_under_the_name_of_another_policy(

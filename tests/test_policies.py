@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minipyramid import LLM, ConfigError, Conversation, Policy, PyramidConfig, SamplingParams
+from minipyramid import LLM, ConfigError, Conversation, Policy, PyramidConfig, Request, SamplingParams
 from minipyramid.policies import POLICIES
 from minipyramid.policies.h2o import H2O
 from minipyramid.policies.held_share import HeldShare
@@ -24,7 +25,7 @@ from minipyramid.policies.random import Random
 from minipyramid.policies.snapkv import WINDOW, SnapKV
 from minipyramid.policies.split import Split
 from minipyramid.policies.streaming import Streaming
-from minipyramid.policy import Seen
+from minipyramid.policy import Generation, Seen
 
 CHOICES: list[Policy] = [Streaming(), H2O(), SnapKV(), PyramidKV(), Random()]
 SPLITS = ["streaming-split", "h2o-split", "snapkv-split", "pyramidkv-split", "random-split"]
@@ -176,10 +177,10 @@ def test_full_chooses_nothing_and_cannot_be_split() -> None:
 def test_room_is_split_to_the_token_and_falls_with_depth(tokens: int, layers: int, share: float) -> None:
     total = max(layers, int(share * tokens * layers))
     for policy in (HeldShare(), PyramidKV()):
-        counts = policy.split(total, tokens, layers)
+        counts = policy.spread(total, tokens, layers)
         assert sum(counts) == total
         assert all(0 <= count <= tokens for count in counts)
-    even, falling = (policy.split(total, tokens, layers) for policy in (HeldShare(), PyramidKV()))
+    even, falling = (policy.spread(total, tokens, layers) for policy in (HeldShare(), PyramidKV()))
     assert max(even) - min(even) <= 1
     window = min(WINDOW, total // (2 * layers))
     mean = total / layers - window
@@ -296,3 +297,128 @@ def test_a_draw_is_the_same_in_every_run_and_other_for_other_prompts(tiny: LLM) 
     once, again = llm.prefill(prompts), llm.prefill(prompts)
     assert [p.kept_positions for p in once] == [p.kept_positions for p in again]
     assert once[0].kept_positions != once[1].kept_positions
+
+
+# --- a policy of one's own that goes wrong ---
+
+
+WRONG_CHOICES: dict[str, Any] = {
+    "a list": lambda T, count: list(range(count)),
+    "too many": lambda T, count: torch.arange(count + 1),
+    "twice the same": lambda T, count: torch.arange(count).clamp(max=count - 2),
+    "unsorted": lambda T, count: torch.arange(count).flip(0),
+    "below the first": lambda T, count: torch.arange(-1, count - 1),
+    "behind the last": lambda T, count: torch.arange(T - count + 1, T + 1),
+    "a head too many": lambda T, count: torch.arange(count).expand(3, -1),
+    "one head": lambda T, count: torch.arange(count)[None],
+    "one wrong of two heads": lambda T, count: torch.stack([torch.arange(count), torch.arange(count) - 1]),
+    "three axes": lambda T, count: torch.arange(count).expand(2, 2, -1),
+    "small integers": lambda T, count: torch.arange(count, dtype=torch.int32),
+    "a mask": lambda T, count: torch.arange(T) < count,
+    "elsewhere": lambda T, count: torch.arange(count, device="meta"),
+}
+
+
+@pytest.mark.parametrize("choice", WRONG_CHOICES)
+@pytest.mark.parametrize("method", ["hold", "pass_on"])
+def test_a_choice_that_cannot_be_is_refused_by_its_policy_s_name(choice: str, method: str, tiny: LLM) -> None:
+    """What was out of range or chosen twice ran, and read other keys than its author meant."""
+
+    @dataclass(frozen=True)
+    class Strange(Policy):
+        def computed(self, prompt_tokens: int, layers: int) -> list[int]:
+            return [prompt_tokens] + [prompt_tokens if method == "hold" else 10] * (layers - 1)
+
+        def held(self, prompt_tokens: int, layers: int) -> list[int]:
+            return [10] * layers if method == "hold" else self.computed(prompt_tokens, layers)
+
+    def chosen(self: Policy, seen: Seen, count: int) -> Any:
+        return WRONG_CHOICES[choice](len(seen.q), count)
+
+    setattr(Strange, method, chosen)
+    with pytest.raises(ConfigError, match=r"^Strange has chosen .*expected ascending indices") as error:
+        tiny.under(Strange()).prefill(prompts_of([30]))
+    assert "[10]" in str(error.value)
+
+
+def test_heads_are_nothing_to_pass_on(tiny: LLM) -> None:
+    """A hidden state belongs to all heads alike."""
+
+    @dataclass(frozen=True)
+    class ByHead(PyramidConfig):
+        def pass_on(self, seen: Seen, count: int) -> Tensor:
+            return torch.arange(count).expand(2, -1)
+
+    with pytest.raises(ConfigError, match="ByHead has chosen"):
+        tiny.under(ByHead(min_context_length=4, prefill_decay_strategy="constant")).prefill(prompts_of([60]))
+
+
+WRONG_GENERATIONS = {
+    "no Generation": "all",
+    "a group of none": Generation(30, 0.2, 0, (0, 0, 0), 1.0),
+    "half a group": Generation(30, 0.2, 1.5, (0, 0, 0), 1.0),  # type: ignore[arg-type]
+    "a layer too few": Generation(30, 0.2, 4, (1, 1), 1.0),
+    "more than there are": Generation(30, 0.2, 4, (1, 5, 1), 1.0),
+    "less than none": Generation(30, 0.2, 4, (1, -1, 1), 1.0),
+    "a share": Generation(30, 0.2, 4, (1, 0.5, 1), 1.0),  # type: ignore[arg-type]
+    "no list": Generation(30, 0.2, 4, 2, 1.0),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_GENERATIONS)
+def test_a_generation_that_cannot_be_is_refused_before_anything_runs(wrong: str, tiny: LLM) -> None:
+    @dataclass(frozen=True)
+    class Strange(Policy):
+        def generation(self, prompt_tokens: int, layers: int) -> Any:
+            return WRONG_GENERATIONS[wrong]
+
+    with pytest.raises(ConfigError, match=r"^Strange drops by .*expected a Generation"):
+        tiny.under(Strange()).engine.prepare(Request(prompts_of([30])[0]))
+
+
+def test_a_generation_may_drop_whole_groups_and_none(tiny: LLM) -> None:
+    @dataclass(frozen=True)
+    class Whole(Policy):
+        def generation(self, prompt_tokens: int, layers: int) -> Generation:
+            return Generation(prompt_tokens, 0.1, 4, (0, 4, 2), 1.0)
+
+    (completion,) = tiny.under(Whole()).generate(
+        prompts_of([30]), SamplingParams(max_new_tokens=20, ignore_eos=True)
+    )
+    assert completion.kv_lengths == [30 + 20 - 3 * 4, 50, 30 + 20 - 3 * 2]
+
+
+@pytest.mark.parametrize("numbers", [None, [30.0] * 3, "30", [[30]] * 3, ["30"] * 3])
+def test_lengths_are_whole_numbers_in_a_list(numbers: Any, tiny: LLM) -> None:
+    @dataclass(frozen=True)
+    class Strange(Policy):
+        def held(self, prompt_tokens: int, layers: int) -> Any:
+            return numbers
+
+    with pytest.raises(ConfigError, match=r"^Strange computes .* and holds "):
+        tiny.under(Strange()).prefill(prompts_of([30]))
+
+
+def test_what_a_policy_does_not_choose_is_named(tiny: LLM) -> None:
+    """`HeldShare` is there to be derived from; by itself it was a NotImplementedError."""
+    with pytest.raises(ConfigError, match="HeldShare holds less than it computes, so it needs hold"):
+        tiny.under(HeldShare()).prefill(prompts_of([30]))
+
+    @dataclass(frozen=True)
+    class Narrow(Policy):
+        def computed(self, prompt_tokens: int, layers: int) -> list[int]:
+            return [prompt_tokens, 10, 10]
+
+    with pytest.raises(ConfigError, match="Narrow computes less with depth, so it needs pass_on"):
+        tiny.under(Narrow()).prefill(prompts_of([30]))
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit()", "raise SystemExit(0)", "1 / 0"])
+def test_a_module_that_ends_the_program_is_named(
+    code: str, tiny: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script without `if __name__ == ...` that exits ended the command with status 0 and no word."""
+    (tmp_path / "exits.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"'exits:Mine' cannot be imported .*(SystemExit|ZeroDivision)"):
+        tiny.under("exits:Mine")

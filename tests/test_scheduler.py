@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from minipyramid import LLM, Conversation, RequestError, SamplingParams
 from minipyramid.generate import main
-from minipyramid.request import parse_bytes
 from minipyramid.scheduler import Scheduler
+from minipyramid.sizes import parse_bytes
 
 
 def limited(llm: LLM, memory: int | None) -> LLM:

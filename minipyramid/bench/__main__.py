@@ -14,7 +14,7 @@ from minipyramid.bench.table import measure, table
 from minipyramid.bench.workers import serve
 from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, exit_status, set_threads
 from minipyramid.policies import POLICIES
-from minipyramid.request import parse_bytes
+from minipyramid.sizes import parse_bytes
 
 LEAST = {"batch_size": 1, "prompt_tokens": 1, "max_new_tokens": 1, "runs": 1, "fixed": 0}
 NOT_FOR_GROWTH = "prompt_tokens max_new_tokens ragged policy kv_budget kv_memory fixed compile versus".split()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minipyramid import RequestError
+from minipyramid import MiniPyramidError, RequestError
 from minipyramid.bench.methods import our_method
 from minipyramid.bench.versus import transformers_method
 from minipyramid.device import pick_device
@@ -80,14 +80,22 @@ def take_turns(names: list[str], runs: int, argv: list[str]) -> dict[str, list[d
 
 
 def serve(name: str, args: argparse.Namespace) -> None:
-    """What a worker's process does: load, then answer each line of stdin with one run's figures in JSON."""
-    run = transformers_method(args) if name == args.versus else our_method(name, args)
-    cuda = pick_device(args.device).type == "cuda"
-    print(json.dumps({"ready": True}), flush=True)
-    for _ in sys.stdin:
-        reset_peak(cuda)
-        figures = run()
-        print(json.dumps({**figures, "peak_rss_mb": peak_mb(cuda)}), flush=True)
+    """What a worker's process does: load, then answer each line of stdin with one run's figures in JSON.
+
+    Raises `RequestError` where the method fails, whatever it raises: a policy may be the user's own.
+    """
+    try:
+        run = transformers_method(args) if name == args.versus else our_method(name, args)
+        cuda = pick_device(args.device).type == "cuda"
+        print(json.dumps({"ready": True}), flush=True)
+        for _ in sys.stdin:
+            reset_peak(cuda)
+            figures = run()
+            print(json.dumps({**figures, "peak_rss_mb": peak_mb(cuda)}), flush=True)
+    except (MiniPyramidError, OSError):
+        raise
+    except Exception as error:
+        raise RequestError(f"{name!r} has failed ({type(error).__name__}: {error})") from error
 
 
 def reset_peak(cuda: bool) -> None:

@@ -13,7 +13,7 @@ from minipyramid.formats.huggingface import read_config
 from minipyramid.hub import locate
 from minipyramid.plan import Plan, Planner
 from minipyramid.policies import pick_policy
-from minipyramid.request import parse_bytes
+from minipyramid.sizes import parse_bytes
 from minipyramid.tokenizer import load_tokenizer
 
 BAR = 32  # characters of a layer that holds everything

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from minipyramid.errors import RequestError
 
+MOST_BYTES = 64 << 20  # of a prompt file; what is larger, or never ends, is no prompt
+
 
 def read_prompts(args: argparse.Namespace, needed: bool = True) -> list[str]:
     """PROMPT, every --prompt and --prompt-file, in this order; with --lines each line of the file that is not
@@ -28,11 +30,22 @@ def read_prompts(args: argparse.Namespace, needed: bool = True) -> list[str]:
 
 
 def read_text(name: str) -> str:
-    """A file's text; - is stdin."""
+    """A file's text, without a byte order mark; - is stdin.
+
+    Raises `RequestError` where it is no text, or larger than `MOST_BYTES`.
+    """
     try:
-        if name == "-" and sys.stdin is None:
-            raise OSError("stdin is closed")
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8")
+        if name == "-":
+            if sys.stdin is None:
+                raise OSError("stdin is closed")
+            data = sys.stdin.buffer.read(MOST_BYTES + 1)
+        else:
+            with Path(name).open("rb") as file:
+                data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise RequestError(
+                f"--prompt-file {name} is larger than {MOST_BYTES >> 20} MiB; give a smaller one, or several"
+            )
+        return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--prompt-file {name} cannot be read as UTF-8 text: {error}") from error

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -35,6 +35,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print_error(message)
         self.exit(2)
+
+    def print_help(self, file: Any = None) -> None:
+        """argparse would not tell that the help cannot be written."""
+        status = exit_status(lambda: print(self.format_help(), end="", file=file))
+        if status:
+            self.exit(status)
 
 
 def print_error(error: object) -> None:

@@ -17,7 +17,7 @@ from minipyramid.demo.cases import Case, tell
 from minipyramid.demo.kept import Kept
 from minipyramid.demo.picture import Picture, Side
 from minipyramid.demo.tokens import tokens_of
-from minipyramid.policies import SPLIT
+from minipyramid.policies import POLICIES, SPLIT, class_of
 from minipyramid.tokenizer import Tokenizer
 
 KV_BUDGET = 0.5  # where neither a policy nor a budget is given
@@ -70,9 +70,10 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
 
 def side_name(policy: Policy, asked: str) -> str:
     """What a policy is called beside the full cache; `asked` is what it was asked for by."""
-    if isinstance(policy, PyramidConfig):
-        return "pyramid"
-    return asked if asked.endswith(SPLIT) else type(policy).__name__.lower()
+    if asked.endswith(SPLIT):
+        return asked
+    named = [name for name in POLICIES if class_of(name) is type(policy)]
+    return named[0] if named else type(policy).__name__.lower()
 
 
 def run_side(name: str, llm: LLM, tokenizer: Tokenizer, cases: list[Case], new_tokens: int) -> Side:

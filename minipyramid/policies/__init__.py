@@ -12,7 +12,8 @@ from pathlib import Path
 from minipyramid.config import read_json
 from minipyramid.errors import ConfigError, expect_type, nearest
 from minipyramid.policy import Policy
-from minipyramid.pyramid import PRESETS, PyramidConfig
+from minipyramid.presets import PRESETS
+from minipyramid.pyramid import PyramidConfig
 
 AnyPolicy = str | Path | Policy
 SETTINGS = "pyramid.json"  # a checkpoint's own settings file
@@ -60,8 +61,11 @@ def pick_policy(policy: AnyPolicy, directory: Path, layers: int) -> Policy:
     if name.endswith(SPLIT):
         from minipyramid.policies.split import Split
 
-        like = pick_policy("pyramid", directory, layers)
-        return Split(like, by_default(name.removesuffix(SPLIT)))
+        choice = name.removesuffix(SPLIT)
+        if choice not in POLICIES and ":" not in choice:
+            those = [known for known in POLICIES if known not in ("full", "pyramid")]
+            raise ConfigError(f"there is no policy {choice!r} for {name!r}; {nearest(choice, those)}")
+        return Split(pick_policy("pyramid", directory, layers), by_default(choice))
     return PyramidConfig.preset(name) if name in PRESETS else by_default(name)
 
 
@@ -72,7 +76,7 @@ def load_policy(path: Path) -> Policy:
         CheckpointError: the file is missing or no JSON.
         ConfigError: a name is no setting, or a value cannot be.
     """
-    settings = read_json(path)
+    settings = read_json(path, holds="a policy's settings")
     name = settings.pop("policy", "pyramid")
     if not isinstance(name, str) or name not in POLICIES:
         raise ConfigError(f"{path}: there is no policy {name!r:.60}; {nearest(str(name), POLICIES)}")
@@ -101,9 +105,9 @@ def class_of(name: str) -> type[Policy]:
         module = f"{__name__}.{module}"
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's own may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's own may do anything
         raise ConfigError(
-            f"policy {name!r} cannot be imported ({error}); expected package.module:Name"
+            f"policy {name!r} cannot be imported ({error!r:.120}); expected package.module:Name"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise ConfigError(

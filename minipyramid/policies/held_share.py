@@ -1,7 +1,7 @@
 """What most policies have in common: every layer computes the whole prompt and holds a share of it.
 
 A policy of this kind prunes keys and values once a layer has computed them, and chooses anew in every layer.
-It says which tokens; how many follows from its share, the same in every layer unless `split` says otherwise.
+It says which tokens; how many follows from its share, the same in every layer unless `spread` says otherwise.
 All generated tokens stay, and a budget counts them.
 """
 
@@ -29,11 +29,11 @@ class HeldShare(Policy):
         check_fields(self, ConfigError)
 
     def held(self, prompt_tokens: int, layers: int) -> list[int]:
-        """The share's tokens, as `split` spreads them over the layers."""
+        """The share's tokens, over the layers as `spread` says."""
         total = int(self.share * prompt_tokens * layers * (1 + 1e-9))  # for 0.7 * 10 is a little below 7
-        return self.split(max(total, layers), prompt_tokens, layers)
+        return self.spread(max(total, layers), prompt_tokens, layers)
 
-    def split(self, total: int, prompt_tokens: int, layers: int) -> list[int]:
+    def spread(self, total: int, prompt_tokens: int, layers: int) -> list[int]:
         """How `total` tokens are spread over the layers: evenly."""
         return [total // layers + (1 if i < total % layers else 0) for i in range(layers)]
 

@@ -11,7 +11,7 @@ STEEPNESS = 20  # its beta: the deepest layer has a 20th of the mean
 class PyramidKV(SnapKV):
     """Every layer holds the newest, and beside them the more the shallower it is, along a line."""
 
-    def split(self, total: int, prompt_tokens: int, layers: int) -> list[int]:
+    def spread(self, total: int, prompt_tokens: int, layers: int) -> list[int]:
         """Beside the newest the deepest layer has a 20th of the mean.
 
         It has more where the first layer would get more than the whole prompt.
