@@ -20,6 +20,7 @@ from helpers import WEIGHTS
 from minipyramid import LLM, Policy, PyramidConfig, SamplingParams
 from minipyramid.cli.terminal import DEFAULT_TEXT
 from minipyramid.eval import __main__ as command
+from minipyramid.eval.books import sentences
 from minipyramid.eval.compare import Comparison, compare, no_samples, pick_policies
 from minipyramid.eval.context import HeldContext
 from minipyramid.eval.published_defect import Size
@@ -175,14 +176,17 @@ def test_a_text_that_differs_and_one_that_ends_earlier() -> None:
 
 
 @needs_weights
-@pytest.mark.parametrize("context", [128, 512, 1024])
-def test_a_story_with_its_question_fills_the_context(context: int) -> None:
+@pytest.mark.parametrize(("context", "book"), [(128, False), (512, False), (1024, False), (1024, True)])
+def test_a_story_with_its_question_fills_the_context(context: int, book: bool) -> None:
     """A recall at 1,024 tokens that is measured at 700 would flatter every policy."""
     llm = LLM(WEIGHTS)
-    for after, *inside in itertools.islice(planted(llm, context, random.Random(0)), 5):
+    among = sentences(DEFAULT_TEXT.read_text(encoding="utf-8")) if book else None
+    # A book's next sentence may have been too long for what was left.
+    left = 60 + (max(len(llm.tokenizer.encode(s)) for s in among) if llm.tokenizer and among else 0)
+    for after, *inside in itertools.islice(planted(llm, context, random.Random(0), among), 5):
         assert isinstance(after, RecallAfter)
         for task in (after, *inside):
-            assert context - 60 <= len(task.context) <= context
+            assert context - left <= len(task.context) <= context
         for question, task in zip(after.questions, inside, strict=True):
             assert isinstance(task, RecallInside)
             assert len(after.context) + len(question.question) + len(question.answer) <= context
@@ -292,7 +296,9 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     return status, out, err
 
 
-QUICK = "--samples 2 --context 128 --continuation 16 --budgets 0.5 --recall --generate 4".split()
+QUICK = (
+    "--samples 2 --context 128 --continuation 16 --budgets 0.5 --recall stories,prose --generate 4".split()
+)
 
 
 @needs_weights
@@ -304,10 +310,13 @@ def test_the_command_reports_every_policy(capsys: pytest.CaptureFixture[str]) ->
     for row in rows:
         assert {"kv_bytes", "kv_share", "computed", "samples", *COLUMNS} <= {*row}
         assert any(key in row for key in BY_PART)
-        assert all(low <= mean <= high for mean, low, high in [row["perplexity"], row["kl"], row["inside"]])
+        shown = ("perplexity", "kl", "inside", "prose_after")
+        assert all(low <= mean <= high for mean, low, high in (row[key] for key in shown))
     assert rows[0]["inside"][0] > 0.5
     status, out, _ = run(capsys, *QUICK)
-    assert (status, len(out.splitlines())) == (0, 2 * (1 + len(command.NAMES)) + 2)
+    lines = out.splitlines()
+    assert (status, len(lines)) == (0, 2 * (1 + len(command.NAMES)) + 2)
+    assert all(heading in lines[0] for heading, _ in COLUMNS.values())
 
 
 @needs_weights
@@ -327,8 +336,15 @@ def test_half_of_the_bytes_keep_what_readme_says(capsys: pytest.CaptureFixture[s
 @needs_weights
 def test_windows_are_the_same_whatever_else_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     short = "--samples 2 --context 128 --continuation 8 --policies full --json".split()
-    alone, beside = (json.loads(run(capsys, *short, *more)[1])["rows"][0] for more in ([], ["--recall"]))
-    assert alone["perplexity"] == beside["perplexity"]
+    flags = ([], ["--recall"], ["--recall", "stories"], ["--recall", "prose"], ["--recall", "prose,stories"])
+    rows = [json.loads(run(capsys, *short, *more)[1])["rows"][0] for more in flags]
+    alone, stories, named, prose, both = rows
+    assert all(row["perplexity"] == alone["perplexity"] for row in rows)
+    assert "inside" not in prose
+    assert "prose_inside" not in stories
+    for key in BY_PART:
+        assert stories.get(key) == named.get(key)
+        assert (prose if key.startswith("prose") else stories).get(key) == both.get(key)
 
 
 @needs_weights
@@ -361,6 +377,7 @@ def test_the_published_defect_loses_what_was_said() -> None:
         (["--budgets", "1.5"], "kv_budget"),
         (["--context", "3"], "--context"),
         (["--context", "100", "--recall"], "--context"),
+        (["--recall", "stories,poems"], "--recall has 'poems'"),
         (["--context", "2040"], "context of 2048"),
         (["--continuation", "0"], "--continuation"),
         (["--generate", "-1"], "--generate"),
@@ -425,6 +442,19 @@ def test_a_text_that_is_too_short_or_not_text(tmp_path: Path, capsys: pytest.Cap
         status, _, err = run(capsys, "--text", str(tmp_path / name))
         assert status == 2
         assert told in err
+
+
+@needs_weights
+def test_a_text_without_sentences_enough_is_refused_before_anything_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several contexts the longest comes last, which may be after hours."""
+    (tmp_path / "list.txt").write_text("apples and pears\n" * 500 + "They ate all of them.\n")
+    monkeypatch.setattr(command, "compare", None)
+    wanted = ["--recall", "prose", "--context", "128,256", "--text", str(tmp_path / "list.txt")]
+    status, out, err = run(capsys, *wanted)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "give a longer text" in err
 
 
 @needs_weights

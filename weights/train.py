@@ -2,17 +2,16 @@
 
     python weights/train.py --text books.txt.xz --test other-books.txt.xz
 
-The first weights are those of `circuit.py`, which can already look back a little. From there prose, the
-stories and drills of `minipyramid/eval/stories.py` and words said twice are learnt together, on short
-sequences first: 128 tokens until facts are repeated from them, then 256, 512, 1,024 and 2,048. Answers weigh
-five times as much as prose, a story's filler 0.3 and a drill's 0.02, for a random name cannot be foreseen and
-would only drown the signal. Hidden matrices are optimised by Muon, the rest by AdamW at a quarter of the
-rate: at the rate of the matrices the embeddings moved faster than the circuit could follow, and recall fell
-from 0.7 to 0.15 within 75 steps.
+The first weights are those of another run (`--from`), or of `circuit.py`, which can already look back a
+little. From there prose, stories, drills and words said twice (`documents.py`) are learnt together, on short
+sequences first: 128 tokens until facts are repeated from them (left out with `--from`), then 256, 512, 1,024
+and 2,048. Hidden matrices are optimised by Muon, the rest by AdamW at a quarter of the rate: at the rate of
+the matrices the embeddings moved faster than the circuit could follow, and recall fell from 0.7 to 0.15
+within 75 steps.
 
 The run is bounded by tokens, saves its state every few minutes, and goes on from it when it is started again.
-The model
-is written out once more here, as one trains it: whole sequences at once, with gradients and without a cache.
+The model is written out once more here, as one trains it: whole sequences at once, with gradients and without
+a cache.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ import json
 import lzma
 import math
 import random
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -34,14 +35,13 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from circuit import wire
-from safetensors.torch import save_file
+from documents import ANSWER_WEIGHT, BOS, EOS, Data, Wanted, made_ahead
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minipyramid.device import quick_bf16
-from minipyramid.eval.stories import WORDS, Story, drill, story
-
-BOS, EOS = 1, 2
-ANSWER_WEIGHT, FILLER_WEIGHT = 5.0, 0.3
+from minipyramid import MiniPyramidError, RequestError
+from minipyramid.eval.books import sentences
+from minipyramid.eval.stories import story
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,26 @@ class Llama(nn.Module):
         return F.linear(self.norm(x), self.embed_tokens.weight)
 
 
-def precision(device: torch.device) -> torch.autocast:
-    """bf16 products where the machine is quick with them."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or quick_bf16())
+def precision(device: torch.device, bf16: bool) -> torch.autocast:
+    """Products in bf16, or in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def quicker_in_bf16(device: torch.device, shape: Shape) -> bool:
+    """Whether a product of the model is quicker in bf16 here, each by the best of a few tries.
+
+    That a processor has instructions for bf16 does not tell: one with AVX512-BF16, but without AMX, took
+    1.6 s a step in bf16 and 1.0 s in float32.
+    """
+    x = torch.randn(4096, shape.hidden_size, device=device)
+    weight = torch.randn(shape.intermediate_size, shape.hidden_size, device=device)
+    best = {False: math.inf, True: math.inf}
+    for bf16 in (False, True) * 10:
+        began = time.perf_counter()
+        with precision(device, bf16):
+            F.linear(x, weight).sum().item()  # which waits for a GPU
+        best[bf16] = min(best[bf16], time.perf_counter() - began)
+    return best[True] < best[False]
 
 
 def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +196,7 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
 
-# --- The data
+# --- The texts
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -209,75 +226,13 @@ def train_tokenizer(text: str, directory: Path, vocab_size: int) -> sentencepiec
     return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
-Row = tuple[list[int], list[float]]  # T + 1 ids, and the weights of the last T of them
-
-
-class Data:
-    """Rows of one length: prose, stories, and random tokens said twice or more."""
-
-    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, prose: np.ndarray, seed: int) -> None:
-        self.tokenizer, self.prose, self.rng = tokenizer, prose, random.Random(seed)
-        self.costs: dict[str, int] = {}
-
-    def count(self, text: str) -> int:
-        if text not in self.costs:
-            if len(self.costs) > 200_000:
-                self.costs.clear()
-            self.costs[text] = len(self.tokenizer.encode(text))
-        return self.costs[text]
-
-    def story(self, length: int) -> Row:
-        return self.told(story(self.rng, length - 2, self.count), length)
-
-    def drill(self, length: int) -> Row:
-        return self.told(drill(self.rng, length - 2, self.count), length, filler=0.02)
-
-    def told(self, tale: Story, length: int, filler: float = FILLER_WEIGHT) -> Row:
-        ids = [BOS, *self.tokenizer.encode(tale.text)]
-        weights = [filler] * (len(ids) - 1)
-        for question, answer in tale.asked:
-            # Question and answer as one string, for their pieces are those of the whole; the full stop before
-            # it keeps sentencepiece from setting a space there.
-            both = self.tokenizer.encode("." + question + answer)[1:]
-            asked = len(self.tokenizer.encode("." + question)) - 1
-            ids += both
-            weights += [filler] * asked + [ANSWER_WEIGHT] * (len(both) - asked)
-        ids, weights = [*ids, EOS][: length + 1], [*weights, filler][:length]
-        pad = length + 1 - len(ids)
-        return ids + [EOS] * pad, weights + [0.0] * pad
-
-    def copy(self, length: int) -> Row:
-        """Words in a random order, said twice or more: half of the rows words of the stories, half any
-        pieces.
-        """
-        if self.rng.random() < 0.5:
-            n = self.rng.randint(8, length // 2)
-            once = [self.rng.randint(3, self.tokenizer.vocab_size() - 1) for _ in range(n)]
-        else:
-            words = " ".join(self.rng.choice(WORDS) for _ in range(self.rng.randint(4, length // 6)))
-            once = self.tokenizer.encode(words)
-            n = len(once)
-        ids = ([BOS] + once * (length // n + 1))[: length + 1]
-        return ids, ([0.0] * n + [1.0] * length)[:length]
-
-    def book(self, length: int) -> Row:
-        start = self.rng.randrange(len(self.prose) - length - 1)
-        return [BOS, *self.prose[start : start + length].tolist()], [1.0] * length
-
-    def batch(self, rows: int, length: int, shares: dict[str, float]) -> tuple[Tensor, Tensor]:
-        """Rows of each kind (a method of this class) as often as its share says."""
-        kinds = self.rng.choices(list(shares), list(shares.values()), k=rows)
-        made = [getattr(self, kind)(length) for kind in kinds]
-        return torch.tensor([ids for ids, _ in made]), torch.tensor([w for _, w in made])
-
-
 @torch.no_grad()
-def recall(model: nn.Module, data: Data, length: int, rows: int) -> float:
+def recall(model: nn.Module, data: Data, length: int, rows: int, bf16: bool = False) -> float:
     """Share of answers of which every token is the model's first choice, given the true text before it."""
     right, asked, device = 0, 0, next(model.parameters()).device
     for _ in range(rows):
         ids, weights = (torch.tensor([x], device=device) for x in data.story(length))
-        with precision(device):
+        with precision(device, bf16):
             _, hit = weighted_loss(model, ids, weights)
         tokens = zip(weights[0].tolist(), hit[0].tolist(), strict=True)
         for is_answer, span in itertools.groupby(tokens, key=lambda token: token[0] == ANSWER_WEIGHT):
@@ -288,12 +243,12 @@ def recall(model: nn.Module, data: Data, length: int, rows: int) -> float:
 
 
 @torch.no_grad()
-def prose_loss(model: nn.Module, tokens: np.ndarray, length: int, rows: int) -> float:
+def prose_loss(model: nn.Module, tokens: np.ndarray, length: int, rows: int, bf16: bool = False) -> float:
     """Nats per token over evenly spaced windows."""
     total, device = 0.0, next(model.parameters()).device
     for start in np.linspace(0, len(tokens) - length - 1, rows).astype(int).tolist():
         ids = torch.tensor([[BOS, *tokens[start : start + length].tolist()]], device=device)
-        with precision(device):
+        with precision(device, bf16):
             total += float(weighted_loss(model, ids, torch.ones(1, length, device=device))[0])
     return total / rows
 
@@ -314,25 +269,50 @@ def export(model: Llama, shape: Shape, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_data(args: argparse.Namespace, out: Path, vocab_size: int) -> tuple[Data, np.ndarray]:
-    """What is learnt from, and the tokens of the text that the loss is measured on."""
-    text = read_text(Path(args.text))
+def read_data(args: argparse.Namespace, out: Path, vocab_size: int) -> tuple[Data, Data]:
+    """What is learnt from, and what is measured on."""
+    text, unseen = read_text(Path(args.text)), read_text(Path(args.test))
+    if args.start and not (out / "tokenizer.model").exists():
+        shutil.copy(args.start / "tokenizer.model", out)
     tokenizer = train_tokenizer(text, out, vocab_size)
     held = out / "prose.npy"
     if not held.exists():
-        parts = text[: args.prose_characters].split("\n\n")
+        parts = text.split("\n\n")
         np.save(
             held, np.array([i for part in parts for i in tokenizer.encode(part + "\n\n")], dtype=np.uint16)
         )
-    prose = np.load(held)
-    test = np.array(tokenizer.encode(read_text(Path(args.test))), dtype=np.uint16)
-    return Data(tokenizer, prose, args.seed), test
+    data = Data(tokenizer, np.load(held), sentences(text), args.seed)
+    test_tokens = np.array(tokenizer.encode(unseen), dtype=np.uint16)
+    test = Data(tokenizer, test_tokens, sentences(unseen), args.seed)
+    for each in (data, test):
+        next(each.stretch(STAGES[-1].length))  # a text that is too short is refused now
+    return data, test
+
+
+def check_shape(directory: Path, shape: Shape) -> None:
+    """Refuse weights of another shape; raises `RequestError`."""
+    for name in ("model.safetensors", "tokenizer.model"):
+        if not (directory / name).exists():
+            raise RequestError(f"--from {directory} is no checkpoint, for it has no {name}")
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--from {directory} is no checkpoint: {error}") from error
+    for name, wanted in asdict(shape).items():
+        if config.get(name) != wanted:
+            raise RequestError(f"--from {directory} has {name} {config.get(name)}, expected {wanted}")
 
 
 class Run:
-    """The model, its optimisers and how far they are, saved together and taken up again."""
+    """The model, its optimisers and how far they are, saved together and taken up again.
 
-    def __init__(self, shape: Shape, out: Path, lr: float, device: torch.device) -> None:
+    Args:
+        start: a checkpoint whose weights are the first ones, with its optimisers' state if that is there.
+    """
+
+    def __init__(
+        self, shape: Shape, out: Path, lr: float, device: torch.device, start: Path | None = None
+    ) -> None:
         self.shape, self.out, self.lr = shape, out, lr
         self.model = Llama(shape)
         wire(self.model.layers, self.model.embed_tokens.weight, shape.rope_theta)
@@ -345,11 +325,22 @@ class Run:
         self.seconds = 0.0
         self.parts = {"model": self.model, "muon": self.muon, "adam": self.adam}
         if (out / "state.pt").exists():
-            held = torch.load(out / "state.pt", weights_only=True, map_location=device)
-            for name, part in self.parts.items():
-                part.load_state_dict(held[name])
-            for name, value in held["state"].items():
-                vars(self)[name] = value
+            vars(self).update(self.load(out / "state.pt"))
+        elif start:
+            check_shape(start, shape)
+            self.stage = 1  # what the first stage teaches is there
+            if (start / "state.pt").exists():
+                self.load(start / "state.pt")
+            else:
+                tensors = load_file(start / "model.safetensors")
+                self.model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()})
+
+    def load(self, file: Path) -> dict[str, float]:
+        """Take weights and optimisers over; returns how far that run was."""
+        held = torch.load(file, weights_only=True, map_location=next(self.model.parameters()).device)
+        for name, part in self.parts.items():
+            part.load_state_dict(held[name])
+        return held["state"]
 
     def save(self) -> None:
         state = {name: vars(self)[name] for name in ("stage", "step", "tokens", "seconds")}
@@ -382,10 +373,10 @@ class Stage:
 
 STAGES = (
     Stage(128, {"copy": 0.15, "drill": 0.2, "story": 0.25, "book": 0.4}, 0.85, 0.15),
-    Stage(256, {"copy": 0.10, "drill": 0.1, "story": 0.3, "book": 0.5}, 0.9, 0.3),
-    Stage(512, {"copy": 0.03, "drill": 0.02, "story": 0.2, "book": 0.75}, 0.95, 0.6),
-    Stage(1024, {"copy": 0.03, "story": 0.2, "book": 0.77}, 0.97, 0.85),
-    Stage(2048, {"copy": 0.03, "story": 0.2, "book": 0.77}, 2.0, 2.0),
+    Stage(256, {"copy": 0.05, "drill": 0.05, "story": 0.4, "book": 0.5}, 0.9, 0.3),
+    Stage(512, {"copy": 0.03, "drill": 0.02, "story": 0.35, "book": 0.6}, 0.95, 0.6),
+    Stage(1024, {"copy": 0.03, "story": 0.35, "book": 0.62}, 0.97, 0.85),
+    Stage(2048, {"copy": 0.03, "story": 0.3, "book": 0.67}, 2.0, 2.0),
 )
 
 
@@ -394,57 +385,70 @@ def train(args: argparse.Namespace) -> Iterator[str]:
     torch.manual_seed(args.seed)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    data, test = read_data(args, out, Shape().vocab_size)
     device = torch.device(args.device)
-    run = Run(Shape(), out, args.lr, device)
-    data.rng.seed(args.seed + run.step)  # a run that is taken up again reads other documents
+    run = Run(Shape(), out, args.lr, device, args.start)
+    data, test = read_data(args, out, run.shape.vocab_size)
+    bf16 = quicker_in_bf16(device, run.shape)
+    yield f"products in {'bf16' if bf16 else 'float32'}, which is quicker here"
     step_fn = torch.compile(weighted_loss, dynamic=False) if args.compile else weighted_loss
+    seed = f"{args.seed} {run.step}"  # a run that is taken up again reads other documents
+    lengths = random.Random(seed)
+
+    def want() -> Wanted:
+        # Shorter lengths stay in, so that what was learnt on them does not fade.
+        among = STAGES[max(0, run.stage - 2) : run.stage + 1]
+        stage = among[-1] if lengths.random() < 0.25 else lengths.choice(among)
+        return max(1, args.batch_tokens // stage.length), stage.length, stage.shares
+
     last_save = time.monotonic()
     losses: list[float] = []
-    while (done := run.tokens / (1e6 * args.tokens)) < 1:
-        began = time.monotonic()
-        # Shorter lengths stay in, so that what was learnt on them does not fade.
-        now = STAGES[run.stage]
-        stage = (
-            now if data.rng.random() < 0.25 else STAGES[data.rng.randint(max(0, run.stage - 2), run.stage)]
-        )
-        rows = max(1, args.batch_tokens // stage.length)
-        ids, weights = data.batch(rows, stage.length, stage.shares)
-        with precision(device):
-            loss, _ = step_fn(run.model, ids.to(device), weights.to(device))
-        run.learn(loss, done)
-        losses.append(loss.item())
-        run.step += 1
-        run.tokens += weights.numel()
-        run.seconds += time.monotonic() - began
-        if run.step % args.every == 0:
-            got = recall(run.model, data, now.length, max(8, 8192 // now.length))
-            books = prose_loss(run.model, test, 512, 4)
-            yield (
-                f"step {run.step} {run.tokens / 1e6:.2f}M tokens {run.seconds / 60:.1f} min "
-                f"length {now.length} "
-                f"loss {sum(losses) / len(losses):.3f} recall {got:.2f} books {books:.3f}"
-            )
-            losses = []
-            if got >= now.enough or done > now.due:
-                run.stage += 1
-            if time.monotonic() - last_save > 240:
-                last_save = time.monotonic()
-                run.save()
+    with made_ahead(data, seed, want) as batches:
+        while (done := run.tokens / (1e6 * args.tokens)) < 1:
+            began = time.monotonic()
+            ids, weights = next(batches)
+            with precision(device, bf16):
+                loss, _ = step_fn(run.model, ids.to(device), weights.to(device))
+            run.learn(loss, done)
+            losses.append(loss.item())
+            run.step += 1
+            run.tokens += weights.numel()
+            run.seconds += time.monotonic() - began
+            if run.step % args.every == 0:
+                now = STAGES[run.stage]
+                got = recall(run.model, test, now.length, max(8, 8192 // now.length), bf16)
+                books = prose_loss(run.model, test.prose, 512, 4, bf16)
+                yield (
+                    f"step {run.step} {run.tokens / 1e6:.2f}M tokens {run.seconds / 60:.1f} min "
+                    f"length {now.length} "
+                    f"loss {sum(losses) / len(losses):.3f} recall {got:.2f} books {books:.3f}"
+                )
+                losses = []
+                if got >= now.enough or done > now.due:
+                    run.stage += 1
+                if time.monotonic() - last_save > 240:
+                    last_save = time.monotonic()
+                    run.save()
     run.save()
-    data.rng.seed(987_654_321)  # stories that were not trained on
+    test.rng.seed(987_654_321)  # the same stories, whatever was asked on the way
     for stage in STAGES[1:]:
-        yield f"recall at {stage.length}: {recall(run.model, data, stage.length, args.eval_rows):.3f}"
-    yield f"books test loss: {prose_loss(run.model, test, 1024, 64):.3f} nats per token"
+        yield f"recall at {stage.length}: {recall(run.model, test, stage.length, args.eval_rows, bf16):.3f}"
+    yield f"books test loss: {prose_loss(run.model, test.prose, 1024, 64, bf16):.3f} nats per token"
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", required=True, help="prose to learn from (.txt or .txt.xz)")
-    parser.add_argument("--test", required=True, help="prose to measure the loss on")
+    parser.add_argument("--test", required=True, help="prose to measure loss and recall on")
     parser.add_argument("--out", default="trained", help="directory of the checkpoint and of the run's state")
     parser.add_argument(
-        "--tokens", type=float, default=15.0, help="millions that are learnt from; the rate falls to the end"
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="DIRECTORY",
+        help="a checkpoint to begin with, and its state.pt",
+    )
+    parser.add_argument(
+        "--tokens", type=float, default=20.0, help="millions that are learnt from; the rate falls to the end"
     )
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -452,10 +456,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=50, help="steps between two measurements")
     parser.add_argument("--eval-rows", type=int, default=100)
-    parser.add_argument("--prose-characters", type=int, default=45_000_000)
     parser.add_argument("--compile", action="store_true")
-    for line in train(parser.parse_args()):
-        print(line, flush=True)
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    try:
+        for line in train(args):
+            print(line, flush=True)
+    except MiniPyramidError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; started again, the run goes on from the state that it saved last")
 
 
 if __name__ == "__main__":

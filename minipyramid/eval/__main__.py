@@ -27,6 +27,7 @@ from minipyramid.cli.terminal import (
     exit_status,
     set_threads,
 )
+from minipyramid.eval.books import sentences
 from minipyramid.eval.compare import Comparison, compare, no_samples, pick_policies
 from minipyramid.eval.report import BY_PART, COLUMNS, plot, rows_of, table
 from minipyramid.eval.tasks import QUESTION, openings, planted, texts
@@ -58,7 +59,15 @@ def build_parser() -> Parser:
     add("--context", type=listed(int), default=[512], metavar="N,N", help="tokens of the prompt (512)")
     add("--continuation", type=int, default=128, metavar="N", help="tokens scored after it (128)")
     add("--generate", type=int, default=0, metavar="N", help="also compare N generated tokens")
-    add("--recall", action="store_true", help="also ask for facts planted in stories of --context")
+    add(
+        "--recall",
+        type=listed(str),
+        nargs="?",
+        const=["stories"],
+        default=[],
+        metavar="stories,prose",
+        help="also ask for facts in made-up stories of --context (the default), or among sentences of --text",
+    )
     add("--samples", type=int, default=8, metavar="N", help="windows, stories and openings (8)")
     add(
         "--policies",
@@ -91,16 +100,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     set_threads(args.threads)
     comparison = what_to_compare(args)
     llm = LLM(args.model, policy="full", dtype=args.dtype, device=args.device, revision=args.revision)
-    tokens = read_tokens(llm, args)
+    text = read_text(args.text)
+    tokens = read_tokens(llm, text, args)
+    book = sentences(text)
+    if "prose" in args.recall:  # a text that is too short for the longest context is refused now
+        next(planted(llm, max(args.context), random.Random(0), book))
     rows: list[dict[str, Any]] = []
     with EvalLine(len(args.context) * args.samples, quiet=args.quiet) as line:
         for context in args.context:
             samples = no_samples()
             # Each task draws from its own source, so that it draws the same whatever else is asked for.
-            reading, telling, writing = (random.Random(f"{args.seed} {task}") for task in range(3))
+            reading, telling, writing, hiding = (random.Random(f"{args.seed} {task}") for task in range(4))
             streams: list[Any] = [texts(llm, tokens, context, args.continuation, reading)]
-            if args.recall:
+            if "stories" in args.recall:
                 streams.append(planted(llm, context, telling))
+            if "prose" in args.recall:
+                streams.append(planted(llm, context, hiding, book))
             if args.generate:
                 streams.append(openings(llm, tokens, context, args.generate, writing))
             for _ in range(args.samples):
@@ -129,6 +144,9 @@ def check(args: argparse.Namespace) -> None:
         raise RequestError(f"--context is {shortest}, expected 16 tokens or more")
     if args.recall and shortest < 128:
         raise RequestError(f"--context is {shortest}, expected 128 tokens or more for a story's facts")
+    for among in args.recall:
+        if among not in ("stories", "prose"):
+            raise RequestError(f"--recall has {among!r}, expected stories, prose or both")
     for budget in args.budgets:
         check_share(budget)
     if args.plot is not None:
@@ -161,13 +179,17 @@ def what_to_compare(args: argparse.Namespace) -> Comparison:
     return comparison
 
 
-def read_tokens(llm: LLM, args: argparse.Namespace) -> list[int]:
-    """The text's tokens, enough of them for the longest window."""
+def read_text(file: str) -> str:
+    """The text that is continued, and that facts are planted in."""
     try:
-        raw = Path(args.text).read_bytes()
-        text = (lzma.decompress(raw) if args.text.endswith(".xz") else raw).decode("utf-8")
+        raw = Path(file).read_bytes()
+        return (lzma.decompress(raw) if file.endswith(".xz") else raw).decode("utf-8")
     except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise RequestError(f"--text {args.text} cannot be read as UTF-8 text: {error}") from error
+        raise RequestError(f"--text {file} cannot be read as UTF-8 text: {error}") from error
+
+
+def read_tokens(llm: LLM, text: str, args: argparse.Namespace) -> list[int]:
+    """The text's tokens, enough of them for the longest window."""
     if llm.tokenizer is None:
         raise RequestError(f"{args.model} has no tokenizer.model, which --text needs; add it")
     tokens, longest = llm.tokenizer.encode(text, continues=True), max(args.context) + args.continuation

@@ -27,14 +27,19 @@ COLUMNS = {  # a row's figure -> the table's heading, and how it is shown
     "agreement": ("same top", "{:.3f}"),
     "inside": ("asked inside", "{:.3f}"),
     "after": ("asked after", "{:.3f}"),
+    "prose_inside": ("prose, asked inside", "{:.3f}"),
+    "prose_after": ("prose, asked after", "{:.3f}"),
     "first_difference": ("differs at", "{:.1f}"),
     "identical": ("identical", "{:.2f}"),
     "length_drift": ("longer by", "{:.1f}"),
 }
-BY_PART = {"story_tokens": ("story tokens", "{:.0f}")} | {  # recall by where in the story the fact stands
+_BY_PART = {"story_tokens": ("story tokens", "{:.0f}")} | {
     f"{when}_part_{part + 1}": (f"{when}, {where}", "{:.3f}")
     for when in ("inside", "after")
     for part, where in enumerate(("early", "middle", "late"))
+}
+BY_PART = _BY_PART | {  # recall by where in the story, or in the stretch of a book, the fact stands
+    f"prose_{key}": (f"prose {heading}", shown) for key, (heading, shown) in _BY_PART.items()
 }
 
 
@@ -86,7 +91,8 @@ def table(rows: list[dict[str, Any]], wanted: dict[str, tuple[str, str]]) -> str
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Quality against bytes: a line per policy, a panel per figure, the intervals as bars."""
-    wanted = [key for key in ("perplexity", "kl", "inside", "after") if any(key in row for row in rows)]
+    recalls = {key: COLUMNS[key][0] for key in ("inside", "after", "prose_inside", "prose_after")}
+    wanted = [key for key in ("perplexity", "kl", *recalls) if any(key in row for row in rows)]
     figure = load_matplotlib().Figure(figsize=(4.5 * len(wanted), 4), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
         lines: dict[tuple[str, int], list[tuple[float, list[float]]]] = defaultdict(list)
@@ -103,6 +109,6 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             label = (f"{name} {context}" if several else name).replace("$", r"\$")  # no formula
             axes.errorbar(shares, means, yerr=spread, marker="o", capsize=2, label=label)
         axes.set_xlabel("share of the full cache's bytes")
-        axes.set_ylabel({"inside": "recall, asked inside", "after": "recall, asked after"}.get(key, key))
+        axes.set_ylabel(f"recall, {recalls[key]}" if key in recalls else key)
     figure.axes[0].legend()
     figure.savefig(file)

@@ -2,8 +2,9 @@
 
 A language model of a few million parameters has little reason to look further back than a sentence. These
 documents give it one: every name, place and number is drawn afresh, so an answer stands nowhere but in the
-story above it. `weights/train.py` learns from them, and recall (the share of answers that the model repeats
-without a mistake) measures what a pruned cache has lost.
+story above it. What stands around the facts is made up as well, or sentences of a book (`books.py`).
+`weights/train.py` learns from them, and recall (the share of answers that the model repeats without a
+mistake) measures what a pruned cache has lost.
 
     Story:     Nora lives in Fenwick. ... filler ... The kite costs 47 coins. ...
     Question:  Where does Nora live?
@@ -199,12 +200,23 @@ def filler(rng: random.Random) -> str:
     return sentence.format(who=who, other=other, animal=animal, beast=beast)
 
 
+def made_up(rng: random.Random) -> Iterator[str]:
+    """Filler without end."""
+    while True:
+        yield filler(rng)
+
+
 def ask(fact: Fact) -> tuple[str, str]:
     return f"\nQuestion: {fact.question} Answer: {fact.stem}", f" {fact.answer}."
 
 
 def story(
-    rng: random.Random, tokens: int, count: Callable[[str], int], *, asked_within: bool = True
+    rng: random.Random,
+    tokens: int,
+    count: Callable[[str], int],
+    *,
+    asked_within: bool = True,
+    among: Iterator[str] | None = None,
 ) -> Story:
     """Write a document of about `tokens` tokens, never more unless a single fact takes more.
 
@@ -215,6 +227,7 @@ def story(
         tokens: length to fill, in tokens as `count` counts them.
         count: tokens of a text.
         asked_within: the questions are counted in; otherwise the text alone fills `tokens`.
+        among: sentences to plant the facts among, in this order; made-up ones if None.
     """
     source = facts(rng)
     wanted = rng.randint(2, max(3, min(24, tokens // 36)))
@@ -233,8 +246,9 @@ def story(
         asked.append(question)
         left -= cost if asked_within else 0
     filling: list[str] = []
-    while True:
-        sentence = filler(rng)
+    for sentence in among or made_up(rng):
+        if any(fact.stem.lower() in sentence.lower() for fact in planted):
+            continue  # a book's sentence would be another answer
         left -= count(sentence)
         if left < 4:
             break

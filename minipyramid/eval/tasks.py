@@ -1,8 +1,8 @@
 """What every policy's cache is asked, and of which contexts.
 
-*Text*: how well what follows in a book is foretold. *Recall*: facts that were planted in a story are asked
-for, the question in the pruned prompt (where it votes) and after it (where nothing knows of it yet).
-*Writing*: the greedy text.
+*Text*: how well what follows in a book is foretold. *Recall*: facts that were planted in a story, or among
+a book's sentences, are asked for, the question in the pruned prompt (where it votes) and after it (where
+nothing knows of it yet). *Writing*: the greedy text.
 
 The last token before what is scored is never part of the context, so that every figure went through the
 pruned cache. Of a text that is written the prompt is the whole context, for that is how the engine writes.
@@ -10,7 +10,7 @@ pruned cache. Of a text that is written the prompt is the whole context, for tha
 
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minipyramid import LLM, RequestError
+from minipyramid.eval.books import stretch
 from minipyramid.eval.context import HeldContext
 from minipyramid.eval.stories import Story, story
 
@@ -108,6 +109,7 @@ class RecallAfter(Task):
     """All questions of a story, each behind its pruned cache."""
 
     questions: list[Question]
+    prefix: str  # of its figures' names, by what the facts stand among
 
     def ask(self, held: HeldContext) -> list[float]:
         """Which answers are right."""
@@ -118,8 +120,9 @@ class RecallAfter(Task):
         hits: dict[int, list[float]] = {}
         for question, hit in zip(self.questions, answer, strict=True):
             hits.setdefault(question.part, []).append(hit)
-        by_part = {f"after_part_{part + 1}": statistics.fmean(some) for part, some in hits.items()}
-        return {"after": statistics.fmean(answer), **by_part, "story_tokens": len(self.context)}
+        figures = {f"after_part_{part + 1}": statistics.fmean(some) for part, some in hits.items()}
+        figures |= {"after": statistics.fmean(answer), "story_tokens": len(self.context)}
+        return {self.prefix + name: value for name, value in figures.items()}
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class RecallInside(Task):
     """One question, whose last token alone is behind the pruned cache."""
 
     question: Question
+    prefix: str
 
     def ask(self, held: HeldContext) -> float:
         """Whether the answer is right."""
@@ -134,7 +138,8 @@ class RecallInside(Task):
 
     def figures(self, answer: float, full: float) -> Figures:
         """The same, also by the fact's part of the story."""
-        return {"inside": answer, f"inside_part_{self.question.part + 1}": answer}
+        inside = f"{self.prefix}inside"
+        return {inside: answer, f"{inside}_part_{self.question.part + 1}": answer}
 
 
 # --- where they come from: each of these goes on without end, and what it yields together is one sample ---
@@ -159,8 +164,14 @@ def openings(
         yield [Writing(window.context, new_tokens)]
 
 
-def planted(llm: LLM, context: int, rng: random.Random) -> Iterator[list[Task]]:
-    """Of every story its questions after it, of one cache; then each inside, with a cache of its own."""
+def planted(
+    llm: LLM, context: int, rng: random.Random, book: Sequence[str] | None = None
+) -> Iterator[list[Task]]:
+    """Of every story its questions after it, of one cache; then each inside, with a cache of its own.
+
+    Args:
+        book: sentences of which a stretch is what the facts stand among; None for made-up ones.
+    """
     tokenizer = llm.tokenizer
     if tokenizer is None:
         raise RequestError("stories are text, and the checkpoint has no tokenizer.model; leave --recall out")
@@ -168,6 +179,10 @@ def planted(llm: LLM, context: int, rng: random.Random) -> Iterator[list[Task]]:
     def pieces(text: str) -> list[int]:
         return tokenizer.encode(text, continues=True)
 
+    def count(sentence: str) -> int:
+        return len(pieces(" " + sentence))
+
+    prefix = "" if book is None else "prose_"
     while True:
         room = QUESTION
         while True:  # until the longest question and its answer fit behind the story
@@ -175,7 +190,8 @@ def planted(llm: LLM, context: int, rng: random.Random) -> Iterator[list[Task]]:
                 raise RequestError(
                     f"--context {context} is too short for a story and its question in these tokens"
                 )
-            tale = story(rng, context - room, lambda text: len(pieces(" " + text)), asked_within=False)
+            among = None if book is None else stretch(book, rng, context - room, count)
+            tale = story(rng, context - room, count, asked_within=False, among=among)
             ids, questions = tokenizer.encode(tale.text), []
             for question, answer in tale.asked[:QUESTIONS]:
                 # As one text, for their pieces are those of the whole.
@@ -185,8 +201,8 @@ def planted(llm: LLM, context: int, rng: random.Random) -> Iterator[list[Task]]:
             if len(ids) + longest <= context:
                 break
             room += len(ids) + longest - context
-        inside = [RecallInside(ids + q.question[:-1], q) for q in questions]
-        yield [RecallAfter(ids, questions), *inside]
+        inside = [RecallInside(ids + q.question[:-1], q, prefix) for q in questions]
+        yield [RecallAfter(ids, questions, prefix), *inside]
 
 
 def part_of(tale: Story, question: str, answer: str) -> int:
