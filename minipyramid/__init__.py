@@ -10,7 +10,6 @@ from minipyramid.errors import (
     TokenizerError,
 )
 from minipyramid.llm import LLM
-from minipyramid.plan import Plan
 from minipyramid.policy import Policy
 from minipyramid.pyramid import PyramidConfig
 from minipyramid.request import Completion, Conversation, Prefill, Request
@@ -19,6 +18,6 @@ from minipyramid.sampling import SamplingParams
 __version__ = "0.2.0"
 __all__ = [
     "LLM", "BudgetError", "CheckpointError", "Completion", "ConfigError", "Conversation", "Engine",
-    "MiniPyramidError", "Plan", "Policy", "Prefill", "PyramidConfig", "Request", "RequestError",
+    "MiniPyramidError", "Policy", "Prefill", "PyramidConfig", "Request", "RequestError",
     "SamplingParams", "TokenizerError",
 ]  # fmt: skip

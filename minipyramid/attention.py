@@ -12,6 +12,7 @@ keys of one sequence, `L` layers, `V` voters, `U` places for pending tokens.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -75,48 +76,43 @@ def attend_each(q: Tensor, keys: Tensor, values: Tensor, is_held: Tensor | None)
     return mixed.view(B, H * D), probs
 
 
-def votes(
-    q: Tensor,
-    keys: Tensor,
-    logsumexp: Tensor | None,
-    context: int,
-    weights: Tensor | None = None,
-    highest: bool = False,
-) -> Tensor:
-    """How much the newest V tokens look at each of the first `context` keys: probabilities, weighted and
-    added up, or the `highest` of them.
+def looks(q: Tensor, keys: Tensor, logsumexp: Tensor | None, context: int) -> Iterator[tuple[slice, Tensor]]:
+    """How much each of the newest V tokens looks at each of the first `context` keys, a block at a time.
 
-    q [V, H, D] are the voters' queries, keys [K, n, D] all that the layer attended to, the voters' last,
-    logsumexp [H, V] the log of what a softmax divides by, where attention returned it, weights [V]  ->  [K,
-    G, context] float32
+    q [V, H, D] are their queries, keys [K, n, D] all that the layer attended to, theirs last, logsumexp [H,
+    V] the log of what a softmax divides by, where attention returned it  ->  which of the V tokens a block is
+    of, and their probabilities [K, G, block, context] float32
 
-    The voters' probabilities are computed a block at a time, so no n x n matrix is ever held. With the
-    published settings 3 % of the time of a prompt of 512 tokens, 6 % of 2,048 (12 layers, hidden size 768,
-    float32, two cores).
+    So no n x n matrix is ever held. With the published settings 3 % of the time of a prompt of 512 tokens,
+    6 % of 2,048 (12 layers, hidden size 768, float32, two cores).
     """
     (V, H, D), (K, n, _) = q.shape, keys.shape
-    weights = torch.ones(V, device=q.device) if weights is None else weights
-    total = torch.zeros(K, H // K, context, device=q.device)
     # Without the log of the sum a softmax needs all keys.
     visible = n if logsumexp is None else context
     for start in range(0, V, VOTERS):
-        block = q[start : start + VOTERS]
+        block = slice(start, start + VOTERS)
         # Divided here, where they are few, and not after the product.
-        grouped = (
-            (block / math.sqrt(D)).view(-1, K, H // K, D).permute(1, 2, 0, 3).flatten(1, 2)
-        )  # [K, G * block, D]
+        queries = (q[block] / math.sqrt(D)).view(-1, K, H // K, D)
+        grouped = queries.permute(1, 2, 0, 3).flatten(1, 2)  # [K, G * block, D]
         scores = (grouped @ keys[:, :visible].transpose(1, 2)).float().view(K, H // K, -1, visible)
-        first = n - V + start  # the place of the block's first voter among the keys
+        first = n - V + start  # the place of the block's first token among the keys
         if visible > first + 1:
-            unseen = torch.ones(len(block), visible, dtype=torch.bool, device=q.device).triu(first + 1)
+            unseen = torch.ones(*scores.shape[2:], dtype=torch.bool, device=q.device).triu(first + 1)
             scores.masked_fill_(unseen, -math.inf)
         if logsumexp is None:
             probs = scores.softmax(-1)[..., :context]
         else:
-            divided_by = logsumexp[:, start : start + VOTERS].view(K, H // K, -1, 1)
-            probs = scores.sub_(divided_by).exp_()
-        if highest:
-            total = torch.maximum(total, probs.amax(2))
-        else:
-            total += weights[start : start + VOTERS] @ probs
+            probs = scores.sub_(logsumexp[:, block].view(K, H // K, -1, 1)).exp_()
+        yield block, probs
+
+
+def votes(
+    q: Tensor, keys: Tensor, logsumexp: Tensor | None, context: int, weights: Tensor | None = None
+) -> Tensor:
+    """These probabilities, weighted with weights [V] and added up.  [K, G, context] float32"""
+    (V, H, _), K = q.shape, len(keys)
+    weights = torch.ones(V, device=q.device) if weights is None else weights
+    total = torch.zeros(K, H // K, context, device=q.device)
+    for block, probs in looks(q, keys, logsumexp, context):
+        total += weights[block] @ probs
     return total

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minipyramid.config import ModelConfig
-from minipyramid.plan import Need
+from minipyramid.need import Need
 from minipyramid.policy import FULL, PendingTokens, Policy, top_scored, votes_to_cast
 
 Positions = list[int] | list[list[int]]  # of a layer: of all its heads alike, or one list per key/value head

@@ -19,7 +19,7 @@ from torch import Tensor
 from minipyramid.cache import HeldTokens, Row, Span
 from minipyramid.errors import RequestError, TokenizerError, expect_type
 from minipyramid.model import Model
-from minipyramid.plan import Planner, need_of
+from minipyramid.need import Planner, need_of
 from minipyramid.policy import FULL, Policy
 from minipyramid.request import Completion, Conversation, Prompt, Request, Sequence, check_ids
 from minipyramid.sampling import SamplingParams, choose

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterable, Iterator
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from minipyramid import checkpoint, request
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.engine import Engine, OnStep
 from minipyramid.errors import RequestError, expect_type
-from minipyramid.plan import Plan
 from minipyramid.policy import Policy
 from minipyramid.request import Completion, Conversation, Params, Prefill, Prompt, Prompts, Request, Sequence
 from minipyramid.sampling import SamplingParams
 from minipyramid.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from minipyramid.plan import Plan
 
 AnyPolicy = str | Path | Policy  # a name, a file, or a policy
 Memory = int | str | None  # bytes, or as in "2GiB"
@@ -187,9 +189,11 @@ class LLM:
         asked = Request(prompt, conversation=copy(conversation), continuation=to_score)
         return self._run_to_logits(self.engine.prepare(asked))
 
-    def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> Plan:
+    def plan(self, prompt_lengths: Iterable[int], max_new_tokens: int) -> "Plan":
         """What prompts of these lengths (tokens) will hold; nothing is allotted."""
-        return self.engine.planner.plan(prompt_lengths, max_new_tokens)
+        from minipyramid.plan import Plan
+
+        return Plan.of(self.engine.planner, prompt_lengths, max_new_tokens)
 
     def _run_to_logits(self, sequence: Sequence) -> Tensor:
         """Run what generates nothing; returns the scores after the prompt and each token to score."""

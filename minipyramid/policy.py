@@ -19,17 +19,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from minipyramid.attention import votes
 from minipyramid.errors import ConfigError, check_number
-
-
-P = TypeVar("P", bound="Policy")
 
 
 @dataclass(frozen=True)
@@ -96,13 +91,6 @@ class Generation:
 class Policy:
     """What each layer computes and holds. This one computes and holds everything: `full`."""
 
-    @classmethod
-    def from_settings(cls: type[P], given: dict[str, Any], path: Path) -> P:
-        """From the fields of a JSON file. Raises `ConfigError` for what is no setting."""
-        from minipyramid.settings import settings_of
-
-        return settings_of(cls, given, str(path))
-
     def computed(self, prompt_tokens: int, layers: int) -> list[int]:
         """Tokens of the prompt that each layer receives: all in layer 0, then never more than before."""
         return [prompt_tokens] * layers
@@ -118,10 +106,6 @@ class Policy:
         Returns [layer] of [K, N], which `hold` then finds in `Seen.repeated`, as far as layers need it.
         """
         return None
-
-    def looked_over(self, prompt_tokens: int, layers: int) -> int:
-        """Tokens that `look_over` computes, over all layers."""
-        return 0
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """Which of the T tokens the next layer receives, where it receives fewer.  [count] ascending"""

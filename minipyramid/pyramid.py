@@ -151,7 +151,9 @@ class PyramidConfig(Policy):
     @classmethod
     def load(cls, path: str | Path) -> "PyramidConfig":
         """Read a published file, or a flat one. Raises `CheckpointError` or `ConfigError`."""
-        return cls.from_settings(read_json(Path(path), holds="a policy's settings"), Path(path))
+        from minipyramid.settings import settings_of
+
+        return settings_of(cls, read_json(Path(path), holds="a policy's settings"), str(path))
 
     @classmethod
     def for_budget(cls, share: float, *, prompt_tokens: int, new_tokens: int, layers: int) -> "PyramidConfig":

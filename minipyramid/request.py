@@ -10,7 +10,7 @@ from torch import Tensor
 from minipyramid.cache import HeldTokens, KVCache, Positions, Row
 from minipyramid.config import ModelConfig
 from minipyramid.errors import RequestError, expect_type
-from minipyramid.plan import Need
+from minipyramid.need import Need
 from minipyramid.policy import PendingTokens, Policy
 from minipyramid.sampling import SamplingParams
 from minipyramid.tokenizer import TextStream

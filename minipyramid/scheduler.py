@@ -14,7 +14,7 @@ import torch
 from minipyramid.cache import KVCache, Row
 from minipyramid.config import ModelConfig
 from minipyramid.errors import RequestError
-from minipyramid.plan import Need
+from minipyramid.need import Need
 from minipyramid.request import Sequence
 
 

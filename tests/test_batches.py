@@ -14,7 +14,7 @@ from oracle import Oracle
 from minipyramid import LLM, SamplingParams
 from minipyramid.cache import KVCache
 from minipyramid.formats.huggingface import config_of
-from minipyramid.plan import Need
+from minipyramid.need import Need
 
 
 def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:

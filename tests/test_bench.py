@@ -22,7 +22,7 @@ from minipyramid.bench.work import Work, make_work
 from minipyramid.bench.workers import Worker
 from minipyramid.cli.terminal import DEFAULT_TEXT
 from minipyramid.formats.huggingface import config_of
-from minipyramid.plan import Planner
+from minipyramid.need import Planner
 from minipyramid.policies import POLICIES
 from minipyramid.policy import FULL, Seen
 from minipyramid.tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ from slow_pyramid import SlowPyramid
 
 from minipyramid import LLM, Conversation, RequestError, SamplingParams
 from minipyramid.cache import KVCache, Span
-from minipyramid.plan import Need
+from minipyramid.need import Need
 
 EIGHT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 

@@ -13,7 +13,7 @@ import torch
 
 from minipyramid.bench.work import Work
 from minipyramid.config import ModelConfig
-from minipyramid.plan import Planner
+from minipyramid.need import Planner
 from minipyramid.policy import Policy
 
 TRIES = 7  # of which the quickest counts

@@ -15,7 +15,7 @@ from minipyramid.bench.models import load_llm
 from minipyramid.cache import KVCache
 from minipyramid.checkpoint import parameter_sources
 from minipyramid.cli.terminal import readable
-from minipyramid.plan import Need
+from minipyramid.need import Need
 
 HELD = (512, 1024, 2048, 4096, 8192)  # tokens of each sequence
 STEPS = 12  # of which the median counts

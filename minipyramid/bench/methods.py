@@ -17,7 +17,7 @@ from minipyramid import RequestError, SamplingParams, compiled
 from minipyramid.bench.models import config_of, device_and_dtype, load_llm
 from minipyramid.bench.work import Work, make_work
 from minipyramid.errors import MiniPyramidError
-from minipyramid.plan import Planner
+from minipyramid.need import Planner
 from minipyramid.policies import pick_policy
 
 Run = Callable[[], dict[str, Any]]  # does the whole work once, and returns its figures

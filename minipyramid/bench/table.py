@@ -11,7 +11,7 @@ from minipyramid.bench.models import config_of, device_and_dtype
 from minipyramid.bench.work import make_work
 from minipyramid.bench.workers import take_turns
 from minipyramid.cli.terminal import readable
-from minipyramid.plan import Planner
+from minipyramid.need import Planner
 from minipyramid.policy import FULL
 
 COLUMNS = (

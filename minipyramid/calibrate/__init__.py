@@ -1,1 +1,1 @@
-"""`python -m minipyramid.calibrate`: what each layer of a checkpoint must compute and hold, from plain text."""
+"""`python -m minipyramid.calibrate`: what each layer of a checkpoint must compute and hold."""

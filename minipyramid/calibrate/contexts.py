@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minipyramid import LLM, RequestError
 from minipyramid.cache import KVCache, Row, Span
-from minipyramid.plan import Need
+from minipyramid.need import Need
 from minipyramid.policies.profile import Level, Profile
 from minipyramid.policies.repeat import say_again
 from minipyramid.policy import Compute, Policy, Seen
@@ -68,9 +68,13 @@ class Recorder(Policy):
 
 
 def cut_windows(
-    tokens: list[int], begin: list[int], context: int, following: int, count: int, rng: random.Random
+    tokens: list[int], begin: list[int], sizes: tuple[int, int], count: int, rng: random.Random
 ) -> list[Window]:
-    """Windows from places drawn at random; what is said again is drawn from all of the context but its end."""
+    """Windows from places drawn at random; what is said again is drawn from all but a context's end.
+
+    `sizes` are the tokens of a context, with those of `begin`, and of each of what is read after it.
+    """
+    context, following = sizes
     length = context + following - len(begin)
     if len(tokens) < length:
         raise RequestError(f"the text has {len(tokens)} tokens, expected {length} or more")
@@ -160,7 +164,7 @@ class Loss:
 
 
 def loss(full: Tensor, pruned: Tensor, windows: list[Window]) -> Loss:
-    """Of a profile's log-probabilities against the full cache's, both [2 * windows * following, vocab_size]."""
+    """Of a profile's log-probabilities against the full cache's; [2 * windows * following, vocab_size]."""
     divergence = (full.exp() * (full - pruned)).sum(-1)  # [2 * windows * following]
     of_kind = divergence.view(len(windows), 2, -1).mean((0, 2)).tolist()
     return Loss(*of_kind)

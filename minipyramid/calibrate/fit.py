@@ -32,5 +32,10 @@ def fit_layer(windows: list[Seen]) -> Tensor:
         wanted.append(seen.repeated[:, FIRST:-NEWEST].double().clamp(min=LEAST).log())  # [K, T']
     x, y = torch.cat(known, 1), torch.cat(wanted, 1)[..., None]
     square = x.mT @ x  # [K, F, F]
-    ridge = RIDGE * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(x.shape[2], device=x.device)
-    return torch.linalg.solve(square + ridge, x.mT @ y)[..., 0].float()
+    ridge = (
+        RIDGE
+        * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        * torch.eye(x.shape[2], device=x.device)
+    )
+    lines: Tensor = torch.linalg.solve(square + ridge, x.mT @ y)[..., 0]
+    return lines.float()

@@ -53,7 +53,7 @@ def with_layer(level: Level, layer: int, share: float, choice: Choice | None = N
 
 
 def curve(level: Level, layer: int, choices: Iterable[Choice], cost: Cost, least: float) -> list[Point]:
-    """The lower hull of what a layer costs by its size; `least` is the loss where it holds all it computes."""
+    """The lower hull of what a layer costs by its size; `least` is the loss where it holds all."""
     most = level.computed[layer]
     points = [Point(most, least, ("newest", 1.0))]
     for share in (size for size in SIZES if size < most):
@@ -89,13 +89,15 @@ def allot(level: Level, hulls: list[list[Point]], share: float) -> Level:
     if left < 0:
         sizes = [size * share * layers / sum(sizes) for size in sizes]
     pieces = [(slope(a, b), layer, a, b) for layer, points in enumerate(hulls) for a, b in pairwise(points)]
-    for _, layer, a, b in sorted(pieces, key=lambda piece: piece[:2] + (piece[2].share,)):
+    for _, layer, a, b in sorted(pieces, key=lambda piece: (*piece[:2], piece[2].share)):
         if left <= 0:
             break
         taken = min(left, b.share - a.share)
         left -= taken
         sizes[layer] += taken
-        choices[layer] = b.choice if taken > (b.share - a.share) / 2 and b.cost > hulls[layer][-1].cost else a.choice
+        choices[layer] = (
+            b.choice if taken > (b.share - a.share) / 2 and b.cost > hulls[layer][-1].cost else a.choice
+        )
     for layer, (size, choice) in enumerate(zip(sizes, choices, strict=True)):
         level = with_layer(level, layer, size, choice)
     return level

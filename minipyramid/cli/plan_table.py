@@ -11,7 +11,8 @@ from minipyramid.device import pick_device, pick_dtype
 from minipyramid.errors import RequestError
 from minipyramid.formats.huggingface import read_config
 from minipyramid.hub import locate
-from minipyramid.plan import Plan, Planner
+from minipyramid.need import Planner
+from minipyramid.plan import Plan
 from minipyramid.policies import pick_policy
 from minipyramid.sizes import parse_bytes
 from minipyramid.tokenizer import load_tokenizer
@@ -39,7 +40,7 @@ def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -
     policy = pick_policy(args.policy, directory, config.num_hidden_layers)
     dtype = pick_dtype(args.dtype, config.dtype, pick_device(args.device))
     per_token = config.kv_bytes_per_token(dtype.itemsize)
-    return Planner(config, policy, args.kv_budget, per_token).plan(lengths, max_new_tokens)
+    return Plan.of(Planner(config, policy, args.kv_budget, per_token), lengths, max_new_tokens)
 
 
 def count_tokens(

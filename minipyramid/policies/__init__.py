@@ -14,6 +14,7 @@ from minipyramid.errors import ConfigError, expect_type, nearest
 from minipyramid.policy import Policy
 from minipyramid.presets import PRESETS
 from minipyramid.pyramid import PyramidConfig
+from minipyramid.settings import settings_of
 
 AnyPolicy = str | Path | Policy
 SETTINGS = "pyramid.json"  # a checkpoint's own settings file
@@ -29,7 +30,7 @@ POLICIES = {
     "keydiff": "keydiff:KeyDiff",
     "random": "random:Random",
 }
-SPLIT = "-split"  # behind a policy's name: it chooses, and the pyramid says how many each layer holds
+SPLIT = "-split"  # after a policy's name: it chooses, and `auto` says how many each layer holds
 
 
 def pick_policy(policy: AnyPolicy, directory: Path, layers: int) -> Policy:
@@ -45,28 +46,32 @@ def pick_policy(policy: AnyPolicy, directory: Path, layers: int) -> Policy:
     if isinstance(policy, Policy):
         return policy
     expect_type("policy", policy, (str, Path), "a policy's or preset's name, a path or a configuration")
-    name, beside = str(policy), directory / SETTINGS
-    if name in ("auto", "pyramid"):
-        # A link that leads nowhere is an error and not absent.
-        own = load_policy(beside) if beside.exists() or beside.is_symlink() else None
-        if own is not None and (name == "auto" or isinstance(own, PyramidConfig)):
-            return own
-        return PyramidConfig.for_layers(layers)
-    if name == "profile":
-        if not beside.exists() or type(own := load_policy(beside)) is not class_of(name):
-            raise ConfigError(f"{directory} has no profile; python -m minipyramid.calibrate finds one")
-        return own
+    name = str(policy)
     if isinstance(policy, Path) or name.endswith(".json"):
         return load_policy(Path(policy))
+    if name in ("auto", "pyramid", "profile"):
+        return own_policy(name, directory, layers)
     if name.endswith(SPLIT):
         from minipyramid.policies.split import Split
 
         choice = name.removesuffix(SPLIT)
         if choice not in POLICIES and ":" not in choice:
-            those = [known for known in POLICIES if known not in ("full", "pyramid")]
+            those = [known for known in POLICIES if known not in ("full", "pyramid", "profile")]
             raise ConfigError(f"there is no policy {choice!r} for {name!r}; {nearest(choice, those)}")
-        return Split(pick_policy("pyramid", directory, layers), by_default(choice))
+        return Split(own_policy("auto", directory, layers), by_default(choice))
     return PyramidConfig.preset(name) if name in PRESETS else by_default(name)
+
+
+def own_policy(name: str, directory: Path, layers: int) -> Policy:
+    """The checkpoint's settings, if they are of the policy `name` or if that is `auto`."""
+    beside = directory / SETTINGS
+    # A link that leads nowhere is an error and not absent.
+    own = load_policy(beside) if beside.exists() or beside.is_symlink() else None
+    if own is not None and (name == "auto" or type(own) is class_of(name)):
+        return own
+    if name == "profile":
+        raise ConfigError(f"{directory} has no profile; python -m minipyramid.calibrate finds one")
+    return PyramidConfig.for_layers(layers)
 
 
 def load_policy(path: Path) -> Policy:
@@ -80,7 +85,11 @@ def load_policy(path: Path) -> Policy:
     name = settings.pop("policy", "pyramid")
     if not isinstance(name, str) or name not in POLICIES:
         raise ConfigError(f"{path}: there is no policy {name!r:.60}; {nearest(str(name), POLICIES)}")
-    return class_of(name).from_settings(settings, path)
+    if name == "profile":
+        from minipyramid.policies.profile import read_profile
+
+        return read_profile(settings, path)
+    return settings_of(class_of(name), settings, str(path))
 
 
 def by_default(name: str) -> Policy:

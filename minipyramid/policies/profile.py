@@ -1,8 +1,8 @@
-"""The decoupled pyramid: what each layer computes and what it holds, as two lists that a calibration has found.
+"""The decoupled pyramid: what each layer computes and what it holds are two lists, found by a calibration.
 
 PyramidInfer has one list for both, so a layer that looks back is starved by what shallower layers have
-dropped (docs/method.md). Here the hidden states of a prompt are cut where looking back is over, and each layer
-holds what it needs of what it computes: much where it looks back, next to nothing where it looks at its
+dropped (docs/method.md). Here the hidden states of a prompt are cut where looking back is over, and each
+layer holds what it needs of what it computes: much where it looks back, next to nothing where it looks at its
 neighbours only. `python -m minipyramid.calibrate` finds both lists for a checkpoint, from plain text.
 
 A *level* is one such pair of lists, with the scores by which each layer chooses. A file has several, each for
@@ -137,23 +137,9 @@ class Profile(Policy):
         check_fields(self, ConfigError)
         shares = [level.share for level in self.levels]
         if not shares or sorted(set(shares)) != shares or len({len(x.held) for x in self.levels}) != 1:
-            raise ConfigError(f"levels hold the shares {shares}, expected one or more, ascending, of equal layers")
-
-    @classmethod
-    def from_settings(cls, given: dict[str, Any], path: Path) -> "Profile":
-        """From the fields of a file; `fitted` names the file of lines that lies beside it."""
-        given = dict(given)
-        levels, file = given.pop("levels", None), given.pop("fitted", None)
-        if not isinstance(levels, list) or not (file is None or isinstance(file, str)):
-            raise ConfigError(f"{path}: expected levels, a list, and fitted, the name of a file beside it or none")
-        if "lines" in given:
-            raise ConfigError(f"{path}: 'lines' is no setting; fitted names their file")
-        try:
-            read = tuple(Level.read(level) for level in levels)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        lines = None if file is None else read_lines(path.parent / file)
-        return settings_of(cls, given | {"levels": read, "lines": lines}, str(path))
+            raise ConfigError(
+                f"levels hold the shares {shares}, expected one or more, ascending, of equal layers"
+            )
 
     # --- how many ---
 
@@ -164,9 +150,9 @@ class Profile(Policy):
         whole = replace(last, computed=(1.0,) * len(last.held), held=(1.0,) * len(last.held))
         path = [nothing, *self.levels, *([whole] if last.share < 1 else [])]
         for low, high in pairwise(path):
-            if share <= high.share:
-                break
-        return between(low, high, min(share, high.share)) if share < high.share else high
+            if share < high.share:
+                return between(low, high, share)
+        return path[-1]
 
     def counts(self, prompt_tokens: int, layers: int) -> tuple[list[int], list[int]]:
         """Tokens of a prompt that each layer computes, and holds."""
@@ -194,7 +180,9 @@ class Profile(Policy):
         """Of each group a layer keeps the share that it holds of a prompt; half of the mean is recent."""
         share = self.share if self.generated_share is None else self.generated_share
         stay = tuple(round(GROUP * held) for held in self.level(share).held)
-        return Generation(prompt_tokens, share / 2, GROUP, stay, distance_weight=1.0, fewest_recent=self.fewest_recent)
+        return Generation(
+            prompt_tokens, share / 2, GROUP, stay, distance_weight=1.0, fewest_recent=self.fewest_recent
+        )
 
     def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> "Profile":
         """Generated tokens follow the share as far as they fit; what they leave is held of the prompt."""
@@ -255,3 +243,21 @@ class Profile(Policy):
         second = SCORES[other[0]](seen, self.lines).float()
         both = second.expand(len(seen.keys), -1).scatter(1, first.expand(len(seen.keys), -1), math.inf)
         return top_scored(both, count)
+
+
+def read_profile(given: dict[str, Any], path: Path) -> Profile:
+    """From the fields of a file; `fitted` names the file of lines that lies beside it."""
+    given = dict(given)
+    levels, file = given.pop("levels", None), given.pop("fitted", None)
+    if not isinstance(levels, list) or not (file is None or isinstance(file, str)):
+        raise ConfigError(
+            f"{path}: expected levels, a list, and fitted, the name of a file beside it or none"
+        )
+    if "lines" in given:
+        raise ConfigError(f"{path}: 'lines' is no setting; fitted names their file")
+    try:
+        read = tuple(Level.read(level) for level in levels)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    lines = None if file is None else read_lines(path.parent / file)
+    return settings_of(Profile, given | {"levels": read, "lines": lines}, str(path))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minipyramid.attention import votes
+from minipyramid.attention import looks
 from minipyramid.policy import Compute, Policy, Seen
 
 
@@ -53,9 +53,10 @@ def looked_up(seen: Seen) -> Tensor:
     T, n = len(seen.q), seen.keys.shape[1]
     prompt = T // 2
     logsumexp = None if seen.logsumexp is None else seen.logsumexp[:, prompt:]
-    highest = votes(seen.q[prompt:], seen.keys, logsumexp, context=n - prompt, highest=True).amax(1)
-    values = seen.values[:, n - T : n - prompt]
-    return highest[:, n - T :] * values.float().norm(dim=-1)
+    blocks = looks(seen.q[prompt:], seen.keys, logsumexp, context=n - prompt)
+    highest = torch.stack([probs.amax((1, 2)) for _, probs in blocks]).amax(0)  # [K, n - N]
+    sizes: Tensor = seen.values[:, n - T : n - prompt].float().norm(dim=-1)
+    return highest[:, n - T :] * sizes
 
 
 def say_again(ids: list[int], compute: Compute, until: int) -> list[Tensor]:

@@ -1,14 +1,14 @@
-"""Scores: what tells which tokens of a prompt a layer had better hold, one number per key/value head and token.
+"""Scores: which tokens of a prompt a layer had better hold, one number per key/value head and token.
 
-    newest    a token's number: the later, the higher
-    votes     how much the prompt's newest tokens look at it (PyramidInfer, SnapKV): right for what the prompt
-              itself asks, blind for what is asked later
-    keydiff   how little its key is like the other keys of its head (KeyDiff, Park et al., 2025): an unusual
-              key is a fact, a usual one is filler. Needs no query, so it is right for what is asked later, too
-    repeat    how much it is looked at when the prompt is said once more behind itself (KVzip, Kim et al.,
-              2025), times the size of its value: the best judge of all, and a second pass
-    fitted    the logarithm of `repeat`, foretold by a straight line from what the cache holds of the token.
-              The line is fitted once per checkpoint (`python -m minipyramid.calibrate`)
+newest    a token's number: the later, the higher
+votes     how much the prompt's newest tokens look at it (PyramidInfer, SnapKV): right for what the prompt
+          itself asks, blind for what is asked later
+keydiff   how little its key is like the other keys of its head (KeyDiff, Park et al., 2025): an unusual
+          key is a fact, a usual one is filler. Needs no query, so it is right for what is asked later, too
+repeat    how much it is looked at when the prompt is said once more behind itself (KVzip, Kim et al.,
+          2025), times the size of its value: the best judge of all, and a second pass
+fitted    the logarithm of `repeat`, foretold by a straight line from what the cache holds of the token.
+          The line is fitted once per checkpoint (`python -m minipyramid.calibrate`)
 """
 
 from collections.abc import Callable
@@ -88,7 +88,9 @@ def read_lines(path: Path) -> Tensor:
     except (SafetensorError, OSError, KeyError) as error:
         raise CheckpointError(f"{path} holds no fitted lines ({error}); calibrate again") from error
     if lines.dim() != 3 or not lines.is_floating_point() or not lines.isfinite().all():
-        raise CheckpointError(f"{path}: lines are {list(lines.shape)}, expected finite numbers by layer and head")
+        raise CheckpointError(
+            f"{path}: lines are {list(lines.shape)}, expected finite numbers by layer and head"
+        )
     return lines
 
 
