@@ -179,6 +179,11 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
     return [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
 
 
+def ids_of_text(llm: LLM, file: Path) -> list[int]:
+    """A text's tokens, as its tokenizer cuts it."""
+    return llm.engine.need_tokenizer().encode(file.read_text(), continues=True)
+
+
 def say(llm: LLM, prompt: Any, params: SamplingParams, conversation: Conversation) -> Any:
     """A turn of a conversation; returns its completion."""
     pieces = llm.stream(prompt, params, conversation)

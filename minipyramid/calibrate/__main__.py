@@ -91,10 +91,6 @@ def run(args: argparse.Namespace) -> None:
     llm = LLM(args.model, policy="full", dtype=args.dtype, device=args.device, revision=args.revision)
     out = out_file(args, llm)
     layers = llm.config.num_hidden_layers
-    if min(args.budget) * min(args.context) < 1:
-        raise RequestError(
-            f"--budget has {min(args.budget)}, less than a token of {min(args.context)}; give more"
-        )
     tokens = read_tokens(llm, read_text(args.text), args.text, 2 * (max(args.context) + args.following))
     end = int(FITTED_TO * len(tokens))
     to_fit, to_check = (
@@ -130,6 +126,10 @@ def check(args: argparse.Namespace) -> list[tuple[float, float]]:
     if 2 * args.following >= min(args.context):
         raise RequestError(
             f"--following is {args.following}, expected less than half of the shortest context"
+        )
+    if min(args.budget) * min(args.context) < 1:
+        raise RequestError(
+            f"--budget has {min(args.budget)}, less than a token of {min(args.context)}; give more"
         )
     if args.plot is not None:
         load_matplotlib()

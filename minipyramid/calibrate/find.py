@@ -51,6 +51,7 @@ class Search:
 
     def __init__(self, llm: LLM, windows: list[Window], lines: Tensor, repeats: bool, notice: Notice) -> None:
         self.llm, self.windows, self.lines, self.repeats, self.notice = llm, windows, lines, repeats, notice
+        self.choices: tuple[Choice, ...] = CHOICES + (REPEAT if repeats else ())
         self.layers = llm.config.num_hidden_layers
         self.full = self.computing(cut_level(self.layers, self.layers, 1.0))
         self.expected = self.full.logprobs(self.full.profile.levels[0])
@@ -73,10 +74,9 @@ class Search:
     def find(self, budgets: list[tuple[float, float]]) -> Found:
         """Levels that hold these shares and compute these, or more where that would cost too much."""
         found = Found()
-        choices: tuple[Choice, ...] = CHOICES + (REPEAT if self.repeats else ())
         whole = self.full.profile.levels[0]
         for layer in range(self.layers):
-            found.curves.append(curve(whole, layer, choices, partial(self.cost, self.full)))
+            found.curves.append(curve(whole, layer, self.choices, partial(self.cost, self.full)))
         for share, computed in sorted(budgets):
             cut = self.cut(found, share, max(share, computed))
             contexts = self.computing(cut)
