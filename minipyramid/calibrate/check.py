@@ -38,8 +38,8 @@ def checked(
         measured, beside = loss(expected, logprobs, windows), loss(expected, of_even, windows)
         rows.append(
             {
-                "held": level.share,
-                "computed": sum(level.computed) / layers,
+                "held": round(level.share, 4),
+                "computed": round(sum(level.computed) / layers, 4),
                 "kl": measured.following,
                 "kl_again": measured.again,
                 "perplexity_ratio": perplexity_ratio(expected, logprobs, windows),

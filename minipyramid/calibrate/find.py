@@ -15,6 +15,7 @@ from minipyramid.calibrate.search import (
     Choice,
     Point,
     allot,
+    choose_anew,
     curve,
     cut_level,
     cuts,
@@ -81,7 +82,8 @@ class Search:
             cut = self.cut(found, share, max(share, computed))
             contexts = self.computing(cut)
             level = allot(cut, found.curves, share)
-            found.levels.append(exchange(level, partial(self.cost, contexts)))
+            cost = partial(self.cost, contexts)
+            found.levels.append(exchange(choose_anew(level, self.choices, cost), cost))
         return found
 
     def cut(self, found: Found, share: float, computed: float) -> Level:

@@ -6,8 +6,9 @@
    hold all they compute, so a curve tells what a layer needs, and which choice is best for it.
 3. *Allotment.* If costs just add up, the cheapest way to hold some tokens over all layers gives the next one
    to the layer where it saves most: the steepest piece of all curves' lower hulls comes first.
-4. *Exchange.* They do not just add up. So room is moved from the layer that misses it least to the layer that
-   gains most, as long as the measured loss of the whole level falls.
+4. *Exchange.* They do not just add up. So every layer chooses anew now that the others hold less, and room is
+   moved from the layer that misses it least to the layer that gains most, as long as the measured loss of the
+   whole level falls.
 """
 
 from collections.abc import Callable, Iterable
@@ -119,6 +120,21 @@ def allot(level: Level, curves: list[list[Point]], share: float) -> Level:
         choices[layer] = b.choice if is_nearer else a.choice
     for layer, (size, choice) in enumerate(zip(sizes, choices, strict=True)):
         level = with_layer(level, layer, size, choice)
+    return level
+
+
+def choose_anew(level: Level, choices: Iterable[Choice], cost: Cost) -> Level:
+    """Let each layer in turn choose by what makes the loss of the whole level smallest."""
+    best, listed = cost(level), [NEWEST, *choices]
+    for layer, held in enumerate(level.held):
+        if held == level.computed[layer]:
+            continue
+        for choice in listed:
+            if choice != (level.scores[layer], level.newest[layer]):
+                changed = with_layer(level, layer, held, choice)
+                measured = cost(changed)
+                if measured < best:
+                    level, best = changed, measured
     return level
 
 
