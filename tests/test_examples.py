@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,19 @@ from pathlib import Path
 import pytest
 from helpers import WEIGHTS
 
+from minipyramid.bench.__main__ import build_parser as bench_parser
+from minipyramid.calibrate.__main__ import build_parser as calibrate_parser
+from minipyramid.eval.__main__ import build_parser as eval_parser
+from minipyramid.generate import build_parser as generate_parser
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PARSERS = {
+    "minipyramid.bench": bench_parser,
+    "minipyramid.calibrate": calibrate_parser,
+    "minipyramid.eval": eval_parser,
+    "minipyramid.generate": generate_parser,
+}
 needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="no embedded checkpoint in this tree")
 
 
@@ -37,6 +50,18 @@ def test_an_example_runs_and_is_short(example: Path) -> None:
     assert len(example.read_text().splitlines()) <= 40
     assert f"`python examples/{example.name}`" in example.read_text()
     assert run(str(example)).strip()
+
+
+def test_the_commands_for_a_real_model_have_their_flags() -> None:
+    """There is no such model here; what would stop the commands at once is a flag that does not exist."""
+    script = ROOT / "examples" / "llama-3.1-8b.sh"
+    text = script.read_text()
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert len(text.splitlines()) <= 40
+    commands = re.findall(r"^python -m (\S+) (.*)$", text.replace("\\\n", " "), flags=re.MULTILINE)
+    assert {module for module, _ in commands} == set(PARSERS)
+    for module, flags in commands:
+        PARSERS[module]().parse_args(shlex.split(flags))
 
 
 @needs_weights
