@@ -224,6 +224,8 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
     command = ["--model", str(tiny_dir), "--text", str(text), "--out", str(out), *QUICK]
     assert main([*command, "--plot", str(tmp_path / "found.png"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
+    assert [len(points) for points in told["curves"]] == [8, 8, 8]
+    assert {row["layers"] for row in told["depths"]} <= {1, 2}
     profile = load_policy(out)
     assert isinstance(profile, Profile)
     kept = [row for row in told["levels"] if row["better"]]

@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> None:
     write_profile(out, levels, search.lines, measured)
     if args.plot is not None:
         plot(found, Path(args.plot))
-    print(json.dumps(measured | {"out": str(out)}) if args.json else table(rows, out))
+    told = measured | found.as_dict() | {"out": str(out)}
+    print(json.dumps(told) if args.json else table(rows, out))
 
 
 def check(args: argparse.Namespace) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
@@ -37,6 +38,19 @@ class Found:
     curves: list[list[Point]] = field(default_factory=list)  # [layer]
     depths: dict[float, list[tuple[int, float]]] = field(default_factory=dict)  # computed: (depth, its loss)
     levels: list[Level] = field(default_factory=list)  # by ascending share
+
+    def as_dict(self) -> dict[str, Any]:
+        """The curves and the depths, as `--json` prints them."""
+        curves = [
+            [{"held": p.share, "loss": p.cost, "score": p.choice[0], "newest": p.choice[1]} for p in points]
+            for points in self.curves
+        ]
+        depths = [
+            {"computed": round(computed, 4), "layers": depth, "loss": cost}
+            for computed, tried in self.depths.items()
+            for depth, cost in tried
+        ]
+        return {"curves": curves, "depths": depths}
 
 
 class Search:
