@@ -6,6 +6,7 @@ The page's script is run by nothing else in these tests: what Python wrote is co
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -338,6 +339,23 @@ def test_the_bars_are_as_long_as_the_layers_kept_and_computed(opened: Browser, p
     more = [layer for layer, count in enumerate(kept.counts) if kept.computed[layer] != count]
     assert drawn[3] == pytest.approx([1000 * kept.computed[layer] / n for layer in more], abs=4)
     assert bool(more) == (picture.pruned.name != "pyramid")
+
+
+def test_both_texts_of_each_prompt_stand_one_under_the_other(
+    browser: Browser, picture: Picture, tmp_path: Path
+) -> None:
+    full, pruned = (replace(side, texts=side.texts * 2) for side in (picture.full, picture.pruned))
+    shown = replace(picture, prompts=picture.prompts * 2, full=full, pruned=pruned)
+    (tmp_path / "page.html").write_text(page(shown), encoding="utf-8", newline="")
+    browser.open(tmp_path / "page.html")
+    boxes = browser.run(
+        "return [...document.querySelectorAll('section .text')].map(text => {"
+        "const box = text.getBoundingClientRect(); return [box.left, box.top, box.bottom]})"
+    )
+    assert len(boxes) == 4
+    for (left, _, bottom), (next_left, top, _) in itertools.pairwise(boxes):
+        assert left == next_left
+        assert bottom < top
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
