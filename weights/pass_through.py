@@ -24,7 +24,8 @@ LAYER = "model.layers."
 def insert_layers(model: Path, after: list[int], out: Path) -> Path:
     """Write `model` with a layer that changes nothing after each of the layers named.
 
-    It is a copy of the layer but for that. The settings file stays behind, for it is of another number of layers. Returns `out`.
+    It is a copy of the layer but for that. The settings file stays behind, for it is of another number of
+    layers. Returns `out`.
     """
     config = json.loads((model / "config.json").read_text())
     tensors = load_file(model / "model.safetensors")
