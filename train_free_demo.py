@@ -1,4 +1,4 @@
-"""`python train_free_demo.py`: the full cache and the pyramid on the same prompt; nothing is trained."""
+"""`python train_free_demo.py`: the full cache and a pruned one on the same prompts; nothing is trained."""
 
 import sys
 

@@ -6,6 +6,7 @@ The page's script is run by nothing else in these tests: what Python wrote is co
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ import pytest
 from minipyramid.demo.__main__ import build_parser, check
 from minipyramid.demo.kept import Kept
 from minipyramid.demo.page import page
-from minipyramid.demo.picture import Picture, Token
+from minipyramid.demo.picture import Picture, Prompt, Text, Token
 from minipyramid.demo.sides import compare
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -156,13 +157,20 @@ POLICIES = {
     "pyramid": [],
     "snapkv": ["--policy", "snapkv", "--kv-budget", "0.5"],
     "random-split": ["--policy", "random-split", "--kv-budget", "0.5"],
+    "profile": ["--policy", "PROFILE", "--kv-budget", "0.5"],
 }
+PROFILE = {"policy": "profile", "levels": [{"computed": [1, 1, 0.5], "held": [0.3, 0.8, 0.4]}]}
 
 
 @pytest.fixture(scope="module", params=POLICIES)
-def picture(request: pytest.FixtureRequest, tiny_dir: Path) -> Picture:
+def picture(
+    request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Picture:
     """Of a prompt that would run as a script if it were not escaped."""
-    flags = ["--model", str(tiny_dir), "--max-new-tokens", "8", "--prompt", PROMPT, *POLICIES[request.param]]
+    file = tmp_path_factory.mktemp("profile") / "p.json"
+    file.write_text(json.dumps(PROFILE))
+    policy = [str(file) if flag == "PROFILE" else flag for flag in POLICIES[request.param]]
+    flags = ["--model", str(tiny_dir), "--max-new-tokens", "8", "--prompt", PROMPT, *policy]
     args = build_parser().parse_args(flags)
     return compare(args, check(args))
 
@@ -238,9 +246,9 @@ def test_a_script_within_one_token_is_shown_and_not_run(
     """The tiny tokenizer cuts tags to pieces; one that has them whole would not. So for all texts."""
     hostile = [Token(PROMPT, PROMPT), Token("", f'">{PROMPT}')]
     kept = Kept(1, [[1, 1], [1, 1], [1, 0]], [2, 2, 1])
-    side = replace(picture.full, tokens=hostile, token_ids=[5, 6], kept=kept)
-    other = replace(side, name=PROMPT, token_ids=[5, 7])
-    shown = replace(picture, title=PROMPT, tokens=hostile, answer=PROMPT, full=side, pruned=other)
+    side = replace(picture.full, texts=[Text([5, 6], hostile)], kept=kept)
+    other = replace(side, name=PROMPT, texts=[Text([5, 7], hostile)])
+    shown = replace(picture, title=PROMPT, prompts=[Prompt(PROMPT, hostile, PROMPT)], full=side, pruned=other)
     (tmp_path / "page.html").write_text(page(shown), encoding="utf-8", newline="")
     browser.open(tmp_path / "page.html")
     assert browser.dialog() is None
@@ -331,6 +339,23 @@ def test_the_bars_are_as_long_as_the_layers_kept_and_computed(opened: Browser, p
     more = [layer for layer, count in enumerate(kept.counts) if kept.computed[layer] != count]
     assert drawn[3] == pytest.approx([1000 * kept.computed[layer] / n for layer in more], abs=4)
     assert bool(more) == (picture.pruned.name != "pyramid")
+
+
+def test_both_texts_of_each_prompt_stand_one_under_the_other(
+    browser: Browser, picture: Picture, tmp_path: Path
+) -> None:
+    full, pruned = (replace(side, texts=side.texts * 2) for side in (picture.full, picture.pruned))
+    shown = replace(picture, prompts=picture.prompts * 2, full=full, pruned=pruned)
+    (tmp_path / "page.html").write_text(page(shown), encoding="utf-8", newline="")
+    browser.open(tmp_path / "page.html")
+    boxes = browser.run(
+        "return [...document.querySelectorAll('section .text')].map(text => {"
+        "const box = text.getBoundingClientRect(); return [box.left, box.top, box.bottom]})"
+    )
+    assert len(boxes) == 4
+    for (left, _, bottom), (next_left, top, _) in itertools.pairwise(boxes):
+        assert left == next_left
+        assert bottom < top
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])

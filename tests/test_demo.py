@@ -15,21 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import STEEP, WEIGHTS
+from helpers import STEEP, WEIGHTS, write_checkpoint
 
 from minipyramid import LLM, SamplingParams
+from minipyramid.cli.terminal import DEFAULT_TEXT
 from minipyramid.demo.__main__ import build_parser, check, main
-from minipyramid.demo.cases import Case, tell_one
+from minipyramid.demo.cases import Book, Case, first_of_each
 from minipyramid.demo.kept import Kept, layers_in_words
 from minipyramid.demo.page import page
 from minipyramid.demo.picture import (
     Picture,
+    Prompt,
     Side,
+    Text,
     Token,
     computed_in_words,
-    difference,
+    ending,
+    figures,
     first_difference,
     legend,
+    outcome,
 )
 from minipyramid.demo.screen import (
     INVERSE,
@@ -46,7 +51,8 @@ from minipyramid.demo.screen import (
 )
 from minipyramid.demo.sides import compare, run_side
 from minipyramid.demo.tokens import tokens_of
-from minipyramid.tokenizer import load_tokenizer
+from minipyramid.eval.books import sentences
+from minipyramid.tokenizer import Tokenizer, load_tokenizer
 
 INJECTION = (
     "The fox </script><script>alert(1)</script><img src=x onerror=alert(2)> "
@@ -78,6 +84,15 @@ def split(tiny_dir: Path) -> Picture:
     return compared(tiny_dir, *SHORT, "--prompt", INJECTION, "--policy", "random-split")
 
 
+@pytest.fixture(scope="module")
+def profile(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Picture:
+    """Layers that hold less than they compute, and more behind those that hold less."""
+    file = tmp_path_factory.mktemp("profile") / "p.json"
+    level = {"computed": [1, 1, 0.5], "held": [0.2, 0.9, 0.3]}
+    file.write_text(json.dumps({"policy": "profile", "levels": [level], "share": 0.4, "fewest": 8}))
+    return compared(tiny_dir, "--max-new-tokens", "12", "--prompt", INJECTION, "--policy", str(file))
+
+
 @pytest.fixture
 def command(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Call the command on the tiny checkpoint; returns (exit status, stdout, stderr)."""
@@ -106,13 +121,20 @@ LOOSE = Kept(2, [[2, 2, 2, 2], [2, 1, 1, 0], [0, 0, 2, 2]], [4, 4, 3])
 def made_up(kept: Kept, texts: list[str] | None = None) -> Picture:
     """A picture without a run."""
     tokens = [Token(text, text) for text in texts or [f" w{i}" for i in range(kept.computed[0])]]
-    side = Side(
-        "full cache", 1.0, 3.0, 8, 4096, 4096, 1, [5, 6], [Token(" a", " a"), Token(" b", " b")], kept
-    )
-    other = replace(
-        side, name="pyramid", kv_bytes=2048, token_ids=[5, 7], tokens=[Token(" a", " a"), Token("<c>", "<c>")]
-    )
-    return Picture("a title", tokens, 2, 1, None, 1, side, other)
+    side = Side("full cache", 1.0, 3.0, 8, 4096, 4096, 1, [wrote({5: " a", 6: " b"})], kept)
+    other = replace(side, name="pyramid", kv_bytes=2048, texts=[wrote({5: " a", 7: "<c>"})])
+    return Picture("a title", [Prompt("the prompt", tokens, None)], 2, 1, 0, side, other)
+
+
+def wrote(told: dict[int, str]) -> Text:
+    """What was generated, by token id."""
+    return Text([*told], [Token(text, text) for text in told.values()])
+
+
+def book(tokenizer: Tokenizer | None, seed: int = 0) -> Book:
+    """The demo's own."""
+    assert tokenizer is not None
+    return Book(sentences(DEFAULT_TEXT.read_text(encoding="utf-8")), tokenizer, random.Random(seed))
 
 
 # --- Tokens, and who keeps them -----------------------------------------------------------------------------
@@ -234,7 +256,7 @@ def test_the_legend_tells_of_the_layer_that_keeps_least() -> None:
 def test_what_was_computed_is_told_in_words() -> None:
     assert computed_in_words(nested([2, 1], 2)) == "Each layer computed just the tokens that it kept."
     assert computed_in_words(Kept(1, [[1, 0]], [2])) == "Each layer computed all tokens of the prompt."
-    assert computed_in_words(LOOSE) == "The deeper layers computed fewer tokens of the prompt."
+    assert computed_in_words(LOOSE) == "Only layers 0 to 1 computed all tokens of the prompt."
 
 
 # --- The comparison -----------------------------------------------------------------------------------------
@@ -244,7 +266,8 @@ def test_both_sides_are_what_the_engine_does_alone(tiny_dir: Path, tiny: LLM, pi
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     for side, llm in ((picture.full, tiny), (picture.pruned, LLM(tiny_dir, kv_budget=0.7))):
         (alone,) = llm.generate(INJECTION, params)
-        assert alone.token_ids[: len(side.token_ids)] == side.token_ids
+        (text,) = side.texts
+        assert alone.token_ids[: len(text.token_ids)] == text.token_ids
         assert (alone.kv_bytes, alone.kv_bytes_full) == (side.kv_bytes, side.kv_bytes_full)
         computed = llm.plan([len(picture.tokens)], 12).computed[0]
         assert Kept.of(alone.kept_positions, 2, computed) == side.kept
@@ -271,33 +294,78 @@ def test_another_policy_is_shown_as_it_is(snapkv: Picture, split: Picture, pictu
 def test_only_generated_tokens_count_as_throughput(tiny_dir: Path) -> None:
     """Defect 8 of the published code: its demo counts the prompt's tokens as well."""
     batch = compared(tiny_dir, *SHORT, "--batch-size", "3", "--prompt-tokens", "150")
+    new = 4 * 12  # of three questions and a stretch that is continued
     for side in (batch.full, batch.pruned):
-        assert side.generated == 3 * 12
+        assert side.generated == new
         assert min(side.prompt_s, side.decode_s) > 0
-        assert side.tokens_per_s == pytest.approx(3 * 12 / (side.prompt_s + side.decode_s))
+        assert side.tokens_per_s == pytest.approx(new / (side.prompt_s + side.decode_s))
 
 
-def test_the_stories_of_a_batch_differ(tiny: LLM) -> None:
+def test_a_stretch_of_the_book_is_continued_beside_the_questions(tiny_dir: Path) -> None:
+    """It is one more prompt, of which figures tell, and the last; answers are those of questions alone."""
+    batch = compared(tiny_dir, *SHORT, "--batch-size", "3", "--prompt-tokens", "150")
+    asked, stretch = batch.prompts
+    assert "prompts: 4 (3 with a question)" in batch.title
+    assert batch.questions == 3
+    assert [right.split(" of ")[1] for _, right, _ in figures(batch) if " of " in right] == ["3"]
+    assert (asked.name, stretch.name) == ("prompt 0", "prompt 3")
+    assert asked.answer is not None
+    assert stretch.answer is None
+    text = "".join(token.text for token in stretch.tokens)
+    assert text in " ".join(DEFAULT_TEXT.read_text(encoding="utf-8").split())
+    assert len(asked.tokens) - 10 < len(stretch.tokens) <= len(asked.tokens)
+    for side in (batch.full, batch.pruned):
+        assert len(side.texts) == 2
+    alone = compared(tiny_dir, "--max-new-tokens", "12", "--prompt", text, "--kv-budget", "0.7")
+    assert alone.pruned.texts == batch.pruned.texts[1:]
+
+
+def test_the_questions_of_a_batch_differ(tiny: LLM) -> None:
     """Defect 8, the other half: one prompt copied over the batch."""
-    assert tiny.tokenizer is not None
-    rng = random.Random(0)
-    cases = [tell_one(rng, 200, tiny.tokenizer) for _ in range(5)]
+    drawn = book(tiny.tokenizer)
+    cases = [drawn.ask(200) for _ in range(5)]
     assert len({case.prompt for case in cases}) == 5
-    assert cases[0] == tell_one(random.Random(0), 200, tiny.tokenizer)
-    assert cases[0] != tell_one(random.Random(1), 200, tiny.tokenizer)
+    assert cases[0] == book(tiny.tokenizer).ask(200)
+    assert cases[0] != book(tiny.tokenizer, seed=1).ask(200)
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="no embedded checkpoint in this tree")
-@pytest.mark.parametrize("tokens", [128, 512, 2000])
-def test_a_story_has_the_length_that_was_asked_for_and_the_answer_stands_in_it(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "least"), [(128, 32), (512, 410), (2000, 1800)])
+def test_a_question_stands_behind_its_fact_in_a_stretch_as_long_as_was_asked_for(
+    tokens: int, least: int
+) -> None:
+    """Up to a sentence, which may be of a hundred tokens; the stretch that is continued up to a word."""
     tokenizer = load_tokenizer(WEIGHTS, 4096)
     assert tokenizer is not None
     for seed in range(5):
-        case = tell_one(random.Random(seed), tokens, tokenizer)
-        assert 0.9 * tokens < len(tokenizer.encode(case.prompt)) <= tokens
+        drawn = book(tokenizer, seed)
+        case = drawn.ask(tokens)
+        assert least < len(tokenizer.encode(case.prompt)) <= tokens
         assert case.answer is not None
         text, _, asked = case.prompt.rpartition("\nQuestion: ")
         assert asked.partition("Answer: ")[2] + case.answer.removesuffix(".") in text
+        if tokens >= 512:
+            assert sum(sentence in text for sentence in drawn.sentences) >= 3
+        stretch = drawn.as_it_stands(tokens)
+        assert stretch.answer is None
+        assert tokens - 8 < len(tokenizer.encode(stretch.prompt)) <= tokens
+        assert stretch.prompt in " ".join(drawn.sentences)
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="no embedded checkpoint in this tree")
+def test_the_embedded_checkpoint_answers_from_half_of_the_cache() -> None:
+    """What the demo shows without flags: both answer from the book, by the checkpoint's own profile."""
+    args = build_parser().parse_args(["--dtype", "float32", "--max-new-tokens", "8"])
+    picture = compare(args, check(args))
+    assert picture.pruned.name == "profile"
+    assert picture.full.right == picture.pruned.right == picture.questions == 1
+    assert picture.pruned.kv_bytes <= 0.5 * picture.full.kv_bytes
+
+
+def test_of_prompts_that_ask_and_of_others_the_first_is_shown() -> None:
+    asks, goes_on = Case("who?", "Nora"), Case("the fox")
+    assert first_of_each([asks, asks, goes_on]) == [0, 2]
+    assert first_of_each([goes_on, goes_on]) == [0]
 
 
 def test_a_right_answer_is_counted(tiny: LLM) -> None:
@@ -319,8 +387,9 @@ def test_what_follows_the_end_of_text_is_computed_and_not_shown(
     llm = LLM(tmp_path, policy="full")
     assert llm.tokenizer is not None
     side = run_side("full cache", llm, llm.tokenizer, [Case("the fox")], 10)
-    assert side.token_ids == ids[: ids.index(ids[3]) + 1]
-    assert len(side.tokens) == len(side.token_ids)
+    (text,) = side.texts
+    assert text.token_ids == ids[: ids.index(ids[3]) + 1]
+    assert len(text.tokens) == len(text.token_ids)
     assert side.generated == 10
 
 
@@ -344,10 +413,18 @@ def test_the_first_difference(left: list[int], right: list[int], at: int | None)
 
 def test_the_difference_names_both_tokens() -> None:
     picture = made_up(nested([2, 1], 2))
-    assert "token 1: ' b' (full cache), '<c>' (pyramid)" in difference(picture)
-    ended = replace(picture.pruned, token_ids=[5], tokens=picture.pruned.tokens[:1])
-    assert "token 1: ' b' (full cache), its end (pyramid)" in difference(replace(picture, pruned=ended))
-    assert "nowhere" in difference(replace(picture, pruned=picture.full))
+    assert outcome(picture, 0) == "The texts first differ at token 1: ' b' (full cache), '<c>' (pyramid)."
+    ended = replace(picture.pruned, texts=[wrote({5: " a"})])
+    assert "token 1: ' b' (full cache), its end (pyramid)" in outcome(replace(picture, pruned=ended), 0)
+    asked = [replace(picture.prompts[0], answer=" b")]
+    same = replace(picture, pruned=picture.full, prompts=asked)
+    assert outcome(same, 0) == "The texts differ nowhere. The right answer is ' b'."
+
+
+def test_what_a_prompt_ends_with_is_told_in_one_line() -> None:
+    tokens = [Token(f"w{i}\n", "") for i in range(40)]
+    assert ending(Prompt("prompt 3", tokens, None)).startswith("Prompt 3 ends: ... w10 w11 ")
+    assert ending(Prompt("the prompt", tokens[:2], None)) == "The prompt ends: w0 w1"
 
 
 def test_bars() -> None:
@@ -412,6 +489,66 @@ def test_the_screen_shows_everything(picture: Picture) -> None:
     assert "\x1b" not in text
     assert INVERSE in "\n".join(screen(picture, Style(100, True, True)))
     assert "Kept of the prompt, layer by layer:" in lines
+
+
+def test_texts_stand_one_under_the_other_below_what_their_prompt_ends_with() -> None:
+    """Of every prompt that is shown, with their first difference; on the page likewise."""
+    one = made_up(nested([2, 1], 2))
+    asked, stretch = (
+        Prompt(f"prompt {i}", [Token(text, text) for text in texts], answer)
+        for i, texts, answer in ((0, ["Who", "?"], " b"), (5, ["Far away"], None))
+    )
+    same = wrote({9: " hills"})
+    two = replace(
+        one,
+        prompts=[asked, stretch],
+        full=replace(one.full, texts=[*one.full.texts, same]),
+        pruned=replace(one.pruned, texts=[*one.pruned.texts, same]),
+    )
+    lines = screen(two, Style(110, False, False))
+    first = lines.index("Prompt 0 ends: Who?")
+    assert lines[first : lines.index("Kept of prompt 0, layer by layer:")] == [
+        "Prompt 0 ends: Who?",
+        "full cache:",
+        "    a b",
+        "pyramid:",
+        "    a<c>",
+        "The texts first differ at token 1: ' b' (full cache), '<c>' (pyramid). The right answer is ' b'.",
+        "",
+        "Prompt 5 ends: Far away",
+        "full cache:",
+        "    hills",
+        "pyramid:",
+        "    hills",
+        "The texts differ nowhere.",
+        "",
+    ]
+    generated = page(two).partition("<h2>What was generated</h2>")[2]
+    told = [
+        "Prompt 0 ends: Who?",
+        "> a<mark> b</mark><",
+        "> a<mark>&lt;c&gt;</mark><",
+        "differ at token 1",
+        "Prompt 5 ends: Far away",
+        "> hills<",
+        "differ nowhere",
+    ]
+    places = [generated.find(text) for text in told]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+def test_a_profile_is_told_of_as_what_it_is(profile: Picture) -> None:
+    """Some layers compute all, and the one that holds least is not the last; of votes nothing is known."""
+    kept, n = profile.pruned.kept, len(profile.tokens)
+    assert profile.pruned.name == "profile"
+    assert (profile.newest, profile.sinks) == (0, 0)
+    assert kept.computed[:2] == [n, n] > kept.computed[2:]
+    assert kept.counts[0] < kept.counts[2] < kept.counts[1] < n
+    assert legend(profile).startswith(f"Layer 0 kept {kept.counts[0]} of the prompt's {n} tokens")
+    for text in (" ".join(screen(profile, Style(100, False, False))), page(profile)):
+        assert "Only layers 0 to 1 computed all tokens of the prompt." in text
+        assert "vote" not in text.replace("devote", "")
 
 
 def test_the_screen_shows_what_was_computed_and_not_kept(snapkv: Picture, split: Picture) -> None:
@@ -480,9 +617,10 @@ def test_prompts_come_from_flags_and_from_a_file(tiny_dir: Path, tmp_path: Path)
     picture = compared(
         tiny_dir, *SHORT, "--prompt", "the fox " * 12, "--prompt-file", str(tmp_path / "prompt.txt")
     )
-    assert picture.prompts == 2
+    assert "prompts: 2, of " in picture.title
+    (first,) = picture.prompts
     assert "".join(token.text for token in picture.tokens) == "the fox " * 12
-    assert picture.answer is None
+    assert (first.name, first.answer, picture.questions) == ("prompt 0", None, 0)
 
 
 def test_the_budget_and_the_policy_are_heeded(tiny_dir: Path, tmp_path: Path) -> None:
@@ -527,6 +665,7 @@ def test_dtype_and_threads_are_heeded(tiny_dir: Path, monkeypatch: pytest.Monkey
         (["--batch-size", "99999999"], "--batch-size"),
         (["--batch-size", "2", "--prompt", "the fox"], "--batch-size"),
         (["--prompt-tokens", "3"], "--prompt-tokens"),
+        (["--prompt-tokens", "64"], "too few for a fact"),
         (["--prompt-tokens", "200", "--prompt", "the fox"], "--prompt-tokens"),
         (["--prompt-tokens", "5000000"], "context of 256"),
         (["--seed", "-1"], "--seed"),
@@ -563,6 +702,19 @@ def test_nonsense_is_one_line_and_status_2(command: Any, tmp_path: Path, argv: l
     assert (status, out) == (2, "")
     assert err.startswith("minipyramid: error: ")
     assert word in err
+    assert err.count("\n") == 1
+
+
+def test_prompts_longer_than_the_book_are_refused(
+    capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path
+) -> None:
+    """What draws a stretch asks for a longer text, for which the demo has no flag."""
+    write_checkpoint(tmp_path, max_position_embeddings=10**6)
+    (tmp_path / "tokenizer.model").symlink_to(tiny_dir / "tokenizer.model")
+    assert main(["--model", str(tmp_path), "--prompt-tokens", "900000"]) == 2
+    err = capsys.readouterr().err
+    assert "expected 900000 or more" in err
+    assert "--prompt-file, or fewer --prompt-tokens" in err
     assert err.count("\n") == 1
 
 
@@ -611,7 +763,7 @@ class Page(HTMLParser):
             self.told[-1] += data
 
 
-@pytest.mark.parametrize("policy", ["picture", "snapkv", "split"])
+@pytest.mark.parametrize("policy", ["picture", "snapkv", "split", "profile"])
 def test_the_page_holds_each_token_and_who_kept_it(request: pytest.FixtureRequest, policy: str) -> None:
     """The shade is the number of layers that keep a token, of which a head is its part."""
     picture: Picture = request.getfixturevalue(policy)
@@ -674,7 +826,8 @@ def test_texts_are_escaped(picture: Picture) -> None:
     """Those of the prompt and those that were generated."""
     shown = made_up(nested([2, 2], 2), ["</script>", "<script>alert(1)</script>"])
     named = replace(shown, pruned=replace(shown.pruned, name="<b>"))
-    for text in (page(picture), page(shown), page(replace(shown, answer="<b>", title="<i>")), page(named)):
+    asked = [replace(shown.prompts[0], name="<b>", answer="<b>")]
+    for text in (page(picture), page(shown), page(replace(shown, prompts=asked, title="<i>")), page(named)):
         assert [tag for tag, _ in Page(text).tags].count("script") == 1
         assert text.count("</script") == 1
         assert "<img" not in text
@@ -805,7 +958,7 @@ def test_the_page_is_written_for_a_reader_who_leaves_early(tiny_dir: Path, tmp_p
 
 def test_what_moves_the_cursor_or_turns_the_text_is_not_shown(picture: Picture) -> None:
     tokens = [Token("a\x1b[2Jb\r\u202ec\n", ""), *picture.tokens[1:]]
-    drawn = replace(picture, tokens=tokens)
+    drawn = replace(picture, prompts=[replace(picture.prompts[0], tokens=tokens)])
     on_screen = "\n".join(screen(drawn, Style(80, blocks=True, colour=False)))
     assert "\r" not in on_screen
     for shown in (on_screen, page(drawn)):

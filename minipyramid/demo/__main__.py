@@ -1,7 +1,7 @@
 """The command behind `train_free_demo.py`: the same prompts with the full cache and with another policy.
 
-Without flags the other policy is PyramidInfer at half of the full cache, and the prompt is a story with a
-question.
+Without flags the other policy is the checkpoint's own at half of the full cache. One prompt asks for a fact
+that stands in a stretch of a book, the other is a stretch of that book as it stands, which is continued.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from minipyramid import RequestError, SamplingParams
 from minipyramid.cli.plotting import load_matplotlib
 from minipyramid.cli.prompts import read_prompts
 from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, check_writable, exit_status
-from minipyramid.demo.cases import PROMPT_TOKENS
+from minipyramid.demo.cases import PROMPT_TOKENS, names
 from minipyramid.demo.page import page
 from minipyramid.demo.picture import Picture
 from minipyramid.demo.plot import plot
@@ -23,8 +23,8 @@ from minipyramid.errors import check_number
 from minipyramid.policies import POLICIES
 
 NEW_TOKENS = 64
-# Flags of stories, and their limits.
-OF_STORIES = {"batch_size": (1, 1024), "prompt_tokens": (64, 10**7), "seed": (0, 2**63 - 1)}
+# Flags of prompts that are not given, and their limits.
+OF_BOOK = {"batch_size": (1, 1024), "prompt_tokens": (64, 10**7), "seed": (0, 2**63 - 1)}
 
 
 def build_parser() -> Parser:
@@ -43,12 +43,13 @@ def build_parser() -> Parser:
         metavar="TEXT",
         action="append",
         default=[],
-        help="may be given several times, the first is drawn (default: a story with a question about it)",
+        help="may be given several times, the first is drawn (default: a question about a fact that stands "
+        "among a book's sentences, and a stretch of that book)",
     )
     add("--prompt-file", metavar="FILE", help="read a prompt from a file; - is stdin")
-    add("--batch-size", type=int, metavar="N", help="so many different stories (1); the first is drawn")
-    add("--prompt-tokens", type=int, metavar="N", help=f"length of a story ({PROMPT_TOKENS})")
-    add("--seed", type=int, metavar="N", help="which stories are told (0)")
+    add("--batch-size", type=int, metavar="N", help="so many questions (1), and one prompt more")
+    add("--prompt-tokens", type=int, metavar="N", help=f"length of each of these ({PROMPT_TOKENS})")
+    add("--seed", type=int, metavar="N", help="which facts and stretches they are (0)")
     add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=f"({NEW_TOKENS})")
     add(
         "--model",
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> list[str]:
     """Refuse what can be refused before anything is loaded; returns the prompts that were given, if any."""
-    for flag, (lowest, highest) in OF_STORIES.items():
+    for flag, (lowest, highest) in OF_BOOK.items():
         if vars(args)[flag] is not None:
             check_number(option(flag), vars(args)[flag], (int, lowest, highest), RequestError, TypeError)
     SamplingParams(max_new_tokens=args.max_new_tokens)
@@ -101,16 +102,15 @@ def check(args: argparse.Namespace) -> list[str]:
         )
     check_files(args)
     prompts = read_prompts(args, needed=False)
-    for i, prompt in enumerate(prompts):
-        name = "the prompt" if len(prompts) == 1 else f"prompt {i}"
+    for name, prompt in zip(names(len(prompts)), prompts, strict=True):
         if not prompt:
             raise RequestError(f"{name} is empty; give at least one token")
         if "\0" in prompt:
             raise RequestError(f"{name} holds a NUL character, as binary files do; give a text")
-    for flag in OF_STORIES:
+    for flag in OF_BOOK:
         if prompts and vars(args)[flag] is not None:
             raise RequestError(
-                f"{option(flag)} is for stories, and prompts are given; leave it out, or the prompts"
+                f"{option(flag)} is for prompts from the book, and others are given; leave it out, or them"
             )
     return prompts
 

@@ -8,13 +8,14 @@ from minipyramid.cli.terminal import readable
 from minipyramid.demo.kept import SHADES, Kept
 from minipyramid.demo.picture import (
     Picture,
-    Side,
+    Text,
     Token,
     computed_in_words,
-    difference,
+    ending,
     figures,
     first_difference,
     legend,
+    outcome,
 )
 from minipyramid.demo.screen import shown
 from minipyramid.demo.template import PAGE, SCRIPT, STYLE
@@ -26,12 +27,10 @@ def page(picture: Picture) -> str:
     """The file's text."""
     full, pruned, n = picture.full, picture.pruned, len(picture.tokens)
     kept, columns, layers = pruned.kept, pruned.kept.columns, picture.layers
-    at = first_difference(full.token_ids, pruned.token_ids)
     rows = [
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(left)}</td><td>{escape(right)}</td></tr>'
         for name, left, right in figures(picture)
     ]
-    answer = f" The story's own answer is {picture.answer!r}." if picture.answer is not None else ""
     # Many tokens are kept by the same layers, so what is told of a token stands in a list, each entry once.
     entries = {column: i for i, column in enumerate(dict.fromkeys(columns))}
     return Template(PAGE).substitute(
@@ -66,9 +65,8 @@ def page(picture: Picture) -> str:
             for token, column in zip(picture.tokens, columns, strict=True)
         ),
         told="".join(f"<li>{kept.where(column)}</li>" for column in entries),
-        difference=escape(difference(picture) + answer),
-        full=generated_text(full, at),
-        pruned=generated_text(pruned, at),
+        prompt=escape(picture.prompts[0].name),
+        texts="\n".join(both_texts(picture, i) for i in range(len(picture.prompts))),
     )
 
 
@@ -119,9 +117,22 @@ def token_span(token: Token, held: float, told: int) -> str:
     )
 
 
-def generated_text(side: Side, at: int | None) -> str:
+def both_texts(picture: Picture, prompt: int) -> str:
+    """What both sides generated from a prompt, one under the other."""
+    sides = (picture.full, picture.pruned)
+    texts = [side.texts[prompt] for side in sides]
+    at = first_difference(*(text.token_ids for text in texts))
+    parts = [f"<p>{escape(shown(ending(picture.prompts[prompt])))}</p>"]
+    parts += [
+        f'<h3>{escape(side.name)}</h3><div class="text">{generated_text(text, at)}</div>'
+        for side, text in zip(sides, texts, strict=True)
+    ]
+    return "\n".join(["<section>", *parts, f"<p>{escape(outcome(picture, prompt))}</p>", "</section>"])
+
+
+def generated_text(text: Text, at: int | None) -> str:
     """A text with its first differing token marked; one that has none there has ended."""
-    texts = [escape(token.text or token.name) for token in side.tokens]
+    texts = [escape(token.text or token.name) for token in text.tokens]
     if at is None:
         return "".join(texts)
     marked_one = texts[at] if at < len(texts) else "(end)"

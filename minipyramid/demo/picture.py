@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from minipyramid.cli.terminal import readable
-from minipyramid.demo.kept import Kept
+from minipyramid.demo.kept import Kept, layers_in_words
+
+ENDING = 30  # tokens of a prompt that are shown above what follows them
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,25 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prompt that is shown."""
+
+    name: str
+    tokens: list[Token]
+    answer: str | None  # known to be right
+
+
+@dataclass(frozen=True)
+class Text:
+    """What one policy generated from a prompt, up to the end of text."""
+
+    token_ids: list[int]
+    tokens: list[Token]  # the same
+
+
+@dataclass(frozen=True)
 class Side:
-    """What one policy took and held for all prompts, and what it made of the first."""
+    """What one policy took and held for all prompts, and what it made of those that are shown."""
 
     name: str
     prompt_s: float
@@ -24,9 +43,8 @@ class Side:
     generated: int  # tokens
     kv_bytes: int
     kv_bytes_full: int  # what the full cache would hold
-    right: int  # prompts whose known answer came
-    token_ids: list[int]  # generated, up to the end of text
-    tokens: list[Token]  # the same
+    right: int  # questions whose known answer came
+    texts: list[Text]  # of each prompt that is shown
     kept: Kept  # of the first prompt
 
     @property
@@ -37,16 +55,20 @@ class Side:
 
 @dataclass(frozen=True)
 class Picture:
-    """Both sides, and the first prompt."""
+    """Both sides, and the prompts that are shown, of which what was kept of the first is drawn."""
 
     title: str
-    tokens: list[Token]  # of the prompt
+    prompts: list[Prompt]
     newest: int  # tokens at the prompt's end that PyramidInfer keeps, for they vote; 0 for other policies
     sinks: int  # tokens at its beginning that PyramidInfer keeps, as far as there is room
-    answer: str | None  # known to be right
-    prompts: int
+    questions: int  # of all prompts, those whose answer is known
     full: Side
     pruned: Side
+
+    @property
+    def tokens(self) -> list[Token]:
+        """Of the prompt that is drawn."""
+        return self.prompts[0].tokens
 
     @property
     def layers(self) -> int:
@@ -61,15 +83,23 @@ def first_difference(left: list[int], right: list[int]) -> int | None:
     return at if at < max(len(left), len(right)) else None
 
 
-def difference(picture: Picture) -> str:
-    """The same as a sentence."""
+def ending(prompt: Prompt) -> str:
+    """What a prompt ends with, where both sides go on."""
+    last = " ".join("".join(token.text for token in prompt.tokens[-ENDING:]).split())
+    return f"{prompt.name.capitalize()} ends: {'... ' if len(prompt.tokens) > ENDING else ''}{last}"
+
+
+def outcome(picture: Picture, prompt: int) -> str:
+    """Where the two texts of a prompt that is shown first differ, and what was asked for."""
     sides = (picture.full, picture.pruned)
-    at = first_difference(*(side.token_ids for side in sides))
+    texts, answer = [side.texts[prompt] for side in sides], picture.prompts[prompt].answer
+    right = f" The right answer is {answer!r}." if answer is not None else ""
+    at = first_difference(*(text.token_ids for text in texts))
     if at is None:
-        return "The texts differ nowhere."
-    names = [repr(side.tokens[at].name) if at < len(side.tokens) else "its end" for side in sides]
+        return f"The texts differ nowhere.{right}"
+    names = [repr(text.tokens[at].name) if at < len(text.tokens) else "its end" for text in texts]
     told = [f"{name} ({side.name})" for name, side in zip(names, sides, strict=True)]
-    return f"The texts first differ at token {at}: {', '.join(told)}."
+    return f"The texts first differ at token {at}: {', '.join(told)}.{right}"
 
 
 def figures(picture: Picture) -> list[tuple[str, str, str]]:
@@ -82,8 +112,8 @@ def figures(picture: Picture) -> list[tuple[str, str, str]]:
         "keys and values held": [readable(side.kv_bytes) for side in sides],
         "share of the full cache": [f"{side.kv_bytes / side.kv_bytes_full:.1%}" for side in sides],
     }
-    if picture.answer is not None:
-        rows["answers right"] = [f"{side.right} of {picture.prompts}" for side in sides]
+    if picture.questions:
+        rows["answers right"] = [f"{side.right} of {picture.questions}" for side in sides]
     return [(name, full, pruned) for name, (full, pruned) in rows.items()]
 
 
@@ -117,4 +147,5 @@ def computed_in_words(kept: Kept) -> str:
         return "Each layer computed just the tokens that it kept."
     if min(kept.computed) == kept.computed[0]:
         return "Each layer computed all tokens of the prompt."
-    return "The deeper layers computed fewer tokens of the prompt."
+    whole = [layer for layer, count in enumerate(kept.computed) if count == kept.computed[0]]
+    return f"Only {layers_in_words(whole)} computed all tokens of the prompt."

@@ -22,7 +22,8 @@ def plot(picture: Picture, path: Path) -> None:
             left.stairs(tops, range(n + 1), baseline=layer, fill=True, color=COLOUR, alpha=shade / SHADES)
     left.set(xlabel="position in the prompt", ylabel="layer", xlim=(0, n), ylim=(layers, 0))
     lighter = " (lighter: by some of the heads)" if kept.heads_differ else ""
-    left.set_title(f"kept of the prompt, {picture.pruned.name}{lighter}".replace("$", r"\$"))  # no formula
+    title = f"kept of {picture.prompts[0].name}, {picture.pruned.name}{lighter}"
+    left.set_title(title.replace("$", r"\$"))  # no formula
     middles = [layer + 0.5 for layer in range(layers)]
     right.barh(middles, kept.counts, height=0.8, color=COLOUR)
     right.set(xlabel="tokens kept", xlim=(0, n))

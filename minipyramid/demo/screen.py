@@ -6,15 +6,16 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, zip_longest
+from itertools import groupby
 from operator import itemgetter
 from textwrap import wrap
 
-from minipyramid.demo.picture import Picture, Token, computed_in_words, difference, figures, legend
+from minipyramid.demo.picture import Picture, Token, computed_in_words, ending, figures, legend, outcome
 
 BAR = 40  # characters of a layer that kept everything
 EIGHTHS = " ▏▎▍▌▋▊▉"
 COMPUTED = "░"  # of a bar: computed and not kept
+INDENT = 4  # of what was generated
 MOST_LINES = 60  # of the marked prompt; the page shows all of it
 MOST_COLUMNS = 110  # longer lines are hard to read
 INVERSE, UNDERLINED, PLAIN = "\x1b[7m", "\x1b[4m", "\x1b[0m"
@@ -47,9 +48,8 @@ def screen(picture: Picture, style: Style) -> list[str]:
     column = max(12, len(pruned.name))
     lines = [*wrap(picture.title, style.width), "", f"{'':34} {full.name:>{column}} {pruned.name:>{column}}"]
     lines += [f"{name:34} {left:>{column}} {right:>{column}}" for name, left, right in figures(picture)]
-    lines += ["", *side_by_side(picture, style.width), "", difference(picture)]
-    if picture.answer is not None:
-        lines.append(f"The story's own answer is {picture.answer!r}.")
+    for i in range(len(picture.prompts)):
+        lines += ["", *text_lines(picture, i, style.width)]
     lines += ["", *layer_lines(picture, style)]
     kept = pruned.kept
     told = f"{computed_in_words(kept)} {legend(picture)} {marks_in_words(picture, style)}:"
@@ -63,7 +63,8 @@ def layer_lines(picture: Picture, style: Style) -> list[str]:
     kept, n = picture.pruned.kept, len(picture.tokens)
     counts, beyond = kept.counts, COMPUTED if style.blocks else "."
     differ = kept.computed != counts
-    lines = [f"Kept of the prompt, layer by layer{f' ({beyond} computed and not kept)' if differ else ''}:"]
+    told = f" ({beyond} computed and not kept)" if differ else ""
+    lines = [f"Kept of {picture.prompts[0].name}, layer by layer{told}:"]
     for layer, (count, computed) in enumerate(zip(counts, kept.computed, strict=True)):
         filled = bar(count / n, BAR, style.blocks)
         line = f"{layer:5} {count:7} {count / n:6.1%} {filled}"
@@ -111,13 +112,15 @@ def marked(texts: list[str], shares: Sequence[float], style: Style) -> list[str]
     return lines
 
 
-def side_by_side(picture: Picture, width: int) -> list[str]:
-    """Both texts in columns."""
-    half = (width - 3) // 2
-    columns = [
-        [side.name, "-" * half, *wrapped(side.tokens, half)] for side in (picture.full, picture.pruned)
-    ]
-    return [f"{left:{half}} | {right}".rstrip() for left, right in zip_longest(*columns, fillvalue="")]
+def text_lines(picture: Picture, prompt: int, width: int) -> list[str]:
+    """Both texts of a prompt, one under the other."""
+    lines = wrap(shown(ending(picture.prompts[prompt])), width)
+    for side in (picture.full, picture.pruned):
+        lines += [
+            f"{side.name}:",
+            *(" " * INDENT + line for line in wrapped(side.texts[prompt].tokens, width - INDENT)),
+        ]
+    return lines + wrap(outcome(picture, prompt), width)
 
 
 def wrapped(tokens: list[Token], width: int) -> list[str]:

@@ -7,15 +7,25 @@ happens; for how fast it is, `python -m minipyramid.bench` takes turns.
 
 import argparse
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
-from minipyramid import LLM, BudgetError, Policy, PyramidConfig, RequestError, SamplingParams, TokenizerError
+from minipyramid import (
+    LLM,
+    BudgetError,
+    Completion,
+    Policy,
+    PyramidConfig,
+    RequestError,
+    SamplingParams,
+    TokenizerError,
+)
 from minipyramid.cli.terminal import LoadingLine, RunningLine, set_threads
-from minipyramid.demo.cases import Case, tell
+from minipyramid.demo.cases import Case, first_of_each, names, tell
 from minipyramid.demo.kept import Kept
-from minipyramid.demo.picture import Picture, Side
+from minipyramid.demo.picture import Picture, Prompt, Side, Text
 from minipyramid.demo.tokens import tokens_of
 from minipyramid.policies import POLICIES, SPLIT, class_of
 from minipyramid.tokenizer import Tokenizer
@@ -36,9 +46,9 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
         raise TokenizerError(f"{args.model} has no tokenizer.model, and the prompts here are texts; add it")
     full = pruned.under("full")
     cases = [Case(prompt) for prompt in given] or tell(args, pruned, tokenizer)
-    names = ["the prompt" if len(cases) == 1 else f"prompt {i}" for i in range(len(cases))]
-    ids = [tokenizer.encode(case.prompt, name) for case, name in zip(cases, names, strict=True)]
-    for name, prompt in zip(names, ids, strict=True):
+    called = names(len(cases))
+    ids = [tokenizer.encode(case.prompt, name) for case, name in zip(cases, called, strict=True)]
+    for name, prompt in zip(called, ids, strict=True):
         pruned.config.check_length(len(prompt), args.max_new_tokens, name)
     try:
         plan = pruned.plan(map(len, ids), args.max_new_tokens)
@@ -52,17 +62,22 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
     newest, sinks = 0, 0
     if isinstance(policy, PyramidConfig):
         newest, sinks = policy.recent_tokens(len(ids[0])), policy.streamingllm_sink_len
+    answers = [case.answer for case in cases]
+    questions = len(cases) - answers.count(None)
+    asking = f" ({questions} with a question)" if questions else ""
     machine = f"{str(pruned.dtype).removeprefix('torch.')} on {pruned.device.type}"
     return Picture(
         title=f"{Path(args.model).name}, {pruned.config.num_hidden_layers} layers, "
         f"{machine}, threads: {torch.get_num_threads()}; "
-        f"prompts: {len(cases)}, of {sum(map(len, ids))} tokens; "
+        f"prompts: {len(cases)}{asking}, of {sum(map(len, ids))} tokens; "
         f"generated: {args.max_new_tokens} tokens each",
-        tokens=tokens_of(tokenizer, cases[0].prompt, ids[0], []),
+        prompts=[
+            Prompt(called[i], tokens_of(tokenizer, cases[i].prompt, ids[i], []), answers[i])
+            for i in first_of_each(cases)
+        ],
         newest=newest,
         sinks=sinks,
-        answer=cases[0].answer,
-        prompts=len(cases),
+        questions=questions,
         full=run_side("full cache", full, tokenizer, cases, args.max_new_tokens),
         pruned=run_side(side_name(policy, asked), pruned, tokenizer, cases, args.max_new_tokens),
     )
@@ -86,11 +101,9 @@ def run_side(name: str, llm: LLM, tokenizer: Tokenizer, cases: list[Case], new_t
     completions = [done[i] for i in range(len(cases))]
     # Prompts that were computed together share their seconds, which count once.
     prompt_s = sum({completion.prefill_s for completion in completions})
-    first, prompt_ids = completions[0], completions[0].prompt_token_ids
-    ended = [i for i, token in enumerate(first.token_ids) if token in llm.config.eos_token_ids]
-    token_ids = first.token_ids[: ended[0] + 1 if ended else None]
+    eos, first = llm.config.eos_token_ids, completions[0]
     right = [case.answer is not None and done[i].text.startswith(case.answer) for i, case in enumerate(cases)]
-    computed = llm.plan([len(prompt_ids)], new_tokens).computed[0]
+    computed = llm.plan([len(first.prompt_token_ids)], new_tokens).computed[0]
     return Side(
         name=name,
         prompt_s=prompt_s,
@@ -99,7 +112,14 @@ def run_side(name: str, llm: LLM, tokenizer: Tokenizer, cases: list[Case], new_t
         kv_bytes=sum(completion.kv_bytes for completion in completions),
         kv_bytes_full=sum(completion.kv_bytes_full for completion in completions),
         right=sum(right),
-        token_ids=token_ids,
-        tokens=tokens_of(tokenizer, cases[0].prompt, prompt_ids, token_ids)[len(prompt_ids) :],
+        texts=[text_of(tokenizer, cases[i].prompt, completions[i], eos) for i in first_of_each(cases)],
         kept=Kept.of(first.kept_positions, llm.config.num_key_value_heads, computed),
     )
+
+
+def text_of(tokenizer: Tokenizer, prompt: str, completion: Completion, eos: Collection[int]) -> Text:
+    """What a completion generated, without what follows the end of text."""
+    ids, given = completion.token_ids, completion.prompt_token_ids
+    ended = [i for i, token in enumerate(ids) if token in eos]
+    ids = ids[: ended[0] + 1 if ended else None]
+    return Text(ids, tokens_of(tokenizer, prompt, given, ids)[len(given) :])

@@ -22,7 +22,7 @@ $rows
 </tbody>
 </table>
 
-<h2>What each layer kept of the prompt</h2>
+<h2>What each layer kept of $prompt</h2>
 <p>From left to right the prompt's tokens, from top to bottom the layers; filled where a layer kept the
 token$lighter. The bars tell how many tokens each layer kept$outlined. $computed
 Point at the map or at the text below it, or use the arrow keys.</p>
@@ -45,18 +45,14 @@ $bars
 </div>
 <p><output id="readout" aria-live="polite"></output></p>
 
-<h2>The prompt</h2>
+<h2>The text of $prompt</h2>
 <p>The stronger the shade, the more layers kept the token$lighter_text. $legend</p>
 <div id="text" class="text" tabindex="0" role="group" aria-label="The prompt"
  style="--layers:$layers">$tokens</div>
 <ol id="told" hidden>$told</ol>
 
 <h2>What was generated</h2>
-<p>$difference</p>
-<div class="sides">
-<section><h3>$full_name</h3><div class="text">$full</div></section>
-<section><h3>$name</h3><div class="text">$pruned</div></section>
-</div>
+$texts
 </main>
 <script>
 $script</script>
@@ -95,7 +91,7 @@ output { color: var(--ink); font-family: ui-monospace, monospace; }
 .text span { background: rgb(var(--kept) / calc(.5 * var(--held) / var(--layers))); }
 .text span.on { outline: 2px solid var(--on); }
 .text span[data-name]::before { content: attr(data-name); font: italic .8em ui-monospace, monospace; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
+section + section { margin-top: 2rem; border-top: 1px solid var(--line); }
 mark { background: #fde047; color: #1b1d21; }
 :focus-visible { outline: 2px solid var(--on); outline-offset: 2px; }
 """
