@@ -287,7 +287,10 @@ class Engine:
         start = row.position
 
         def compute(ids: list[int], policy: Policy) -> None:
-            self.config.check_length(start + len(ids), 0, f"{sequence.request.name}, looked over,")
+            told, context = sequence.request.name, self.config.max_position_embeddings
+            if start + len(ids) > context:
+                told += f" is looked over, which takes {start + len(ids)} tokens of a context of {context}"
+                raise RequestError(f"{told}; shorten it or take a policy that reads it once")
             self.model.extend(self._tensor(ids), [Span(row, len(ids), policy)])
             row.position = start
 

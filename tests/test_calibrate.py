@@ -5,22 +5,34 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import resource
+import stat
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import PROFILE, PROFILES, WEIGHTS, ids_of_text, lines_of, prompts_of
+from helpers import (
+    PROFILE,
+    PROFILES,
+    WEIGHTS,
+    ids_of_text,
+    lines_of,
+    prompts_of,
+    train_pieces,
+    write_checkpoint,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pass_through import insert_layers
 
-from minipyramid import LLM
+from minipyramid import LLM, RequestError
 from minipyramid.calibrate.__main__ import computed_at, main
 from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, loss
 from minipyramid.calibrate.find import Search
 from minipyramid.calibrate.fit import LineFit
 from minipyramid.calibrate.search import NEWEST, Point, allot, cut_level, cuts, hull_below, lower_hull
+from minipyramid.calibrate.settings import check_replaced, write_profile
 from minipyramid.policies import load_policy
 from minipyramid.policies.profile import Profile
 from minipyramid.policies.scores import features
@@ -244,7 +256,11 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["--budget", "0"], "kv_budget"),
+        (["--budget", "0"], "--budget is 0.0"),
+        (["--budget", "1"], "shares below 1"),
+        (["--budget", "0.5,0.50001"], "0.0002 apart"),
+        (["--context", "160,200", "--repeat"], "--context is 160, expected 128 or less"),
+        (["--computed", "nan"], "--computed is nan"),
         (["--budget", "0.5,0.004"], "less than a token"),
         (["--computed", "0.5"], "1 shares for 2 budgets"),
         (["--context", "60"], "--context is 60"),
@@ -274,7 +290,7 @@ def test_a_short_text_is_refused(tiny_dir: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "short.txt").write_text("the fox")
     out = str(tmp_path / "found.json")
     assert main(["--model", str(tiny_dir), "--text", str(tmp_path / "short.txt"), "--out", out, *QUICK]) == 2
-    assert "expected 344 or more" in capsys.readouterr().err
+    assert "expected 688 or more" in capsys.readouterr().err
     assert not Path(out).exists()
 
 
@@ -282,3 +298,69 @@ def test_what_is_computed_lies_on_a_line_between_the_shares_that_were_chosen() -
     assert [computed_at(share) for share in (0.05, 0.15, 0.2, 0.5, 1.0)] == pytest.approx(
         [0.4, 0.45, 0.475, 0.75, 1.0]
     )
+
+
+def test_a_text_whose_last_quarter_has_no_window_is_refused_with_the_length_that_does(
+    tiny_dir: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text of 500 tokens was told that it had 125 and needed 171."""
+    tokens = ids_of_text(LLM(tiny_dir), text)
+    text.write_text(LLM(tiny_dir).engine.need_tokenizer().decode(tokens[:500]))
+    out = str(text.with_suffix(".json"))
+    assert main(["--model", str(tiny_dir), "--text", str(text), "--out", out, *QUICK]) == 2
+    assert "expected 688 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("layers", "computed"), [(1, "0.4"), (3, "0.05")])
+def test_so_little_that_no_layer_computes_all_becomes_more(
+    layers: int, computed: str, text: Path, tmp_path: Path
+) -> None:
+    """There was no depth to choose from, a ValueError: always in a model of one layer."""
+    model = write_checkpoint(tmp_path / "model", num_hidden_layers=layers)
+    train_pieces(model)
+    llm = LLM(model, policy="full")
+    search = Search(llm, windows_of([160]), lines_of(layers), repeats=False, notice=lambda what: None)
+    search.choices = (("keydiff", 0.25),)
+    (level,) = search.find([(0.05, float(computed))]).levels
+    assert level.share == pytest.approx(0.05)
+    assert level.computed[0] == 1
+
+
+def test_a_disk_that_is_full_leaves_the_former_files_and_no_others(tmp_path: Path) -> None:
+    """Lines that could not be written were a SafetensorError; new lines stood beside former levels; parts
+    stayed.
+    """
+    out = tmp_path / "found.json"
+    write_profile(out, list(PROFILE.levels), lines_of(3), {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (100, len(before["found.safetensors"]) + 1):  # not even the lines; the lines only
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        try:
+            with pytest.raises(RequestError, match="cannot be written"):
+                write_profile(out, list(PROFILE.levels), lines_of(3) + 1, {"note": "x" * most})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_whoever_may_read_the_settings_may_read_their_lines(tmp_path: Path) -> None:
+    """The lines were for their owner only, so that a shared checkpoint failed for everybody else."""
+    write_profile(tmp_path / "found.json", list(PROFILE.levels), lines_of(3), {})
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_only_a_profile_is_written_over(tmp_path: Path) -> None:
+    """`--out config.json` in a checkpoint's directory wrote over the model's configuration."""
+    model = write_checkpoint(tmp_path / "model")
+    (model / "other.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    for name in ("config.json", "other.json"):
+        with pytest.raises(RequestError, match="no part of a profile"):
+            check_replaced(model / name)
+    out = tmp_path / "found.json"
+    for former in ("", "{}", '{"recent_ratio": 0.2}', '{"policy": "profile", "levels": "lost"}'):
+        out.write_text(former)
+        check_replaced(out)
+    write_profile(out, list(PROFILE.levels), lines_of(3), {})
+    check_replaced(out)

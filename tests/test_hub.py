@@ -221,6 +221,7 @@ def hub(tiny_dir: Path) -> Iterator[Hub]:
     files = {path.name: path.read_bytes() for path in tiny_dir.iterdir()}
     files |= dict.fromkeys(UNWANTED, b"must not be fetched")
     files["pyramid.json"] = b'{"recent_ratio": 0.2}'  # what `auto` takes if it is there
+    files["pyramid.safetensors"] = b"the lines of a profile"
     names = sorted(tensors := random_tensors(TINY))
     halves = [names[::2], names[1::2]]
     weight_map = {name: shard for shard, half in zip(SHARDS, halves, strict=True) for name in half}
@@ -337,6 +338,7 @@ def test_a_repository_in_shards_is_fetched_and_run(online: dict[str, Result], hu
     assert hub.files_asked("acme/sharded") == {
         "config.json",
         "pyramid.json",
+        "pyramid.safetensors",
         "tokenizer.model",
         INDEX,
         *SHARDS,
@@ -344,11 +346,14 @@ def test_a_repository_in_shards_is_fetched_and_run(online: dict[str, Result], hu
 
 
 def test_only_what_the_engine_reads_is_asked_for(online: dict[str, Result], hub: Hub) -> None:
-    """The same weights in other layouts would double the download."""
+    """The same weights in other layouts would double the download; a profile's lines stayed behind, and the
+    profile could not be read.
+    """
     assert set(UNWANTED) < set(hub.repos["acme/tiny"].files)
     assert hub.files_asked("acme/tiny") == {
         "config.json",
         "pyramid.json",
+        "pyramid.safetensors",
         "tokenizer.model",
         "model.safetensors",
     }

@@ -163,8 +163,9 @@ def test_a_turn_that_is_looked_over_hears_the_turns_before(tiny: LLM) -> None:
 
 
 def test_what_says_a_prompt_again_is_refused_beyond_the_model_s_positions(tiny: LLM) -> None:
+    """The advice was to shorten a prompt of 200 by 144, where 72 do."""
     level = Level((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), ("repeat",) * 3, (0.2,) * 3)
-    with pytest.raises(RequestError, match="looked over"):
+    with pytest.raises(RequestError, match="looked over, which takes 400 tokens of a context of 256"):
         tiny.under(Profile((level,), share=0.5)).prefill(prompts_of([200]))
 
 
@@ -245,3 +246,79 @@ def test_a_profile_of_other_layers_is_refused(tmp_path: Path, tiny: LLM) -> None
 def test_a_checkpoint_without_a_profile_says_how_to_get_one(tiny_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"minipyramid\.calibrate"):
         LLM(tiny_dir, policy="profile")
+
+
+@pytest.mark.parametrize(
+    "file", ["", "..", "/lines.safetensors", "../lines.safetensors", "lines", "a/b.safetensors"]
+)
+def test_lines_lie_beside_their_settings(file: str, tmp_path: Path) -> None:
+    """An absolute name, or one that led out of the directory, was read: such files do not move together."""
+    (tmp_path / "inner").mkdir()
+    save_file({"lines": lines_of(3)}, tmp_path / "lines.safetensors")
+    path = write_settings(tmp_path / "inner", fitted=f"{tmp_path}{file}" if file.startswith("/") else file)
+    with pytest.raises(ConfigError, match=r"a \.safetensors file beside it"):
+        load_policy(path)
+
+
+def test_a_name_that_no_file_can_have_is_told(tmp_path: Path) -> None:
+    """A lone surrogate was a UnicodeEncodeError."""
+    with pytest.raises(CheckpointError, match="calibrate again"):
+        load_policy(write_settings(tmp_path, fitted="\ud800.safetensors"))
+
+
+@pytest.mark.parametrize("layers", [0, 1, 5])
+def test_lines_of_other_layers_are_refused(layers: int, tmp_path: Path) -> None:
+    """Too few were an IndexError in the middle of a prompt; too many were taken for this model's."""
+    save_file({"lines": lines_of(5)[:layers]}, tmp_path / "lines.safetensors")
+    with pytest.raises(ConfigError, match=f"lines are of {layers} layers, the levels of 3"):
+        load_policy(write_settings(tmp_path, fitted="lines.safetensors"))
+
+
+def test_lines_of_any_float_are_read_as_float32(tmp_path: Path) -> None:
+    """float8 was a NotImplementedError, and finite float64 became infinite where it was used."""
+    path = write_settings(tmp_path, fitted="lines.safetensors")
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
+        save_file({"lines": lines_of(3).to(dtype)}, tmp_path / "lines.safetensors")
+        policy = load_policy(path)
+        assert isinstance(policy, Profile)
+        assert policy.lines is not None
+        assert torch.equal(policy.lines, lines_of(3).to(dtype).float())
+    save_file({"lines": lines_of(3).double() * 1e300}, tmp_path / "lines.safetensors")
+    with pytest.raises(CheckpointError, match="expected finite numbers"):
+        load_policy(path)
+
+
+@pytest.mark.parametrize("stage", ["prefill_stage", "generation_stage"])
+def test_a_profile_has_no_stages(stage: str, tmp_path: Path) -> None:
+    """PyramidInfer's nested objects went around the checks of `levels` and `lines`, to an AttributeError."""
+    for nested in ({"levels": [1]}, {"lines": [1]}):
+        with pytest.raises(ConfigError, match=f"'{stage}' is no setting of a profile"):
+            load_policy(write_settings(tmp_path, **{stage: nested}))
+
+
+def test_a_message_does_not_list_a_thousand_levels(tmp_path: Path) -> None:
+    """It had 60,000 characters."""
+    with pytest.raises(ConfigError, match="ascending") as error:
+        load_policy(write_settings(tmp_path, levels=[LEVEL] * 1000))
+    assert len(str(error.value)) < 200 + len(str(tmp_path))
+
+
+def test_no_layer_computes_a_token_more_than_the_prompt_has() -> None:
+    """Rounding gave a layer that holds all 6 of 5 tokens, and the engine refused the prompt for it."""
+    for prompt in range(1, 200):
+        for before in (0.0, 0.25, 0.5, 0.75):
+            level = Level((1.0,) * 3, (before, 1.0, before), ("newest",) * 3, (1.0,) * 3)
+            profile = Profile((level,), share=level.share, fewest=0)
+            assert max(profile.computed(prompt, 3)) == prompt
+
+
+def test_a_larger_budget_is_not_refused_where_a_smaller_one_is_met() -> None:
+    """A prompt of one token was refused 0.98 with 30 new tokens, and 1 called the smallest; 0.5 was met."""
+    met = []
+    for percent in range(1, 101):
+        try:
+            PROFILE.within(percent / 100, 1, 30, 3)
+            met.append(percent)
+        except BudgetError:
+            pass
+    assert met == list(range(met[0], 101))

@@ -21,7 +21,7 @@ from minipyramid.calibrate.find import Search
 from minipyramid.calibrate.fit import FIRST, NEWEST, LineFit
 from minipyramid.calibrate.picture import plot
 from minipyramid.calibrate.search import cut_level
-from minipyramid.calibrate.settings import write_profile
+from minipyramid.calibrate.settings import check_replaced, write_profile
 from minipyramid.cli.plotting import load_matplotlib
 from minipyramid.cli.terminal import (
     DEFAULT_MODEL,
@@ -33,13 +33,14 @@ from minipyramid.cli.terminal import (
     set_threads,
 )
 from minipyramid.cli.texts import read_text, read_tokens
+from minipyramid.errors import check_number
 from minipyramid.policies import SETTINGS
 from minipyramid.policies.profile import Profile
-from minipyramid.policy import check_share
 
 # By share of the cache, the share of a prompt's token-layers that is computed, if that does for the model.
 COMPUTED = ((0.0, 0.4), (0.08, 0.4), (0.15, 0.45), (0.25, 0.5), (0.5, 0.75), (1.0, 1.0))
 FITTED_TO = 0.75  # of the text
+LEAST_APART = 0.0002  # of budgets; those that are closer may become one as they are written
 SHORTEST = 4 * (FIRST + NEWEST)  # tokens of a context
 
 
@@ -91,7 +92,15 @@ def run(args: argparse.Namespace) -> None:
     llm = LLM(args.model, policy="full", dtype=args.dtype, device=args.device, revision=args.revision)
     out = out_file(args, llm)
     layers = llm.config.num_hidden_layers
-    tokens = read_tokens(llm, read_text(args.text), args.text, 2 * (max(args.context) + args.following))
+    for context in args.context:
+        llm.config.check_length(context, args.following, "--context")
+        if args.repeat and 2 * context > llm.config.max_position_embeddings:
+            most = llm.config.max_position_embeddings // 2
+            raise RequestError(
+                f"--context is {context}, expected {most} or less where --repeat says it twice"
+            )
+    # The last quarter has to have a window, too.
+    tokens = read_tokens(llm, read_text(args.text), args.text, 4 * (max(args.context) + args.following))
     end = int(FITTED_TO * len(tokens))
     to_fit, to_check = (
         windows(llm, part, args, which) for which, part in enumerate((tokens[:end], tokens[end:]))
@@ -117,8 +126,7 @@ def run(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> list[tuple[float, float]]:
     """Budgets with what is computed at each, if the flags are what they must be."""
-    for share in [*args.budget, *(args.computed or [])]:
-        check_share(share)
+    check_shares(args)
     for name, least in (("following", 2), ("samples", 1)):
         if vars(args)[name] < least:
             raise RequestError(f"--{name} is {vars(args)[name]}, expected {least} or more")
@@ -144,6 +152,20 @@ def check(args: argparse.Namespace) -> list[tuple[float, float]]:
     return list(zip(budgets, computed, strict=True))
 
 
+def check_shares(args: argparse.Namespace) -> None:
+    """Refuse shares of which no file could be written that is read again."""
+    for flag, shares in (("--budget", args.budget), ("--computed", args.computed or [])):
+        for share in shares:
+            check_number(flag, share, (float, 1e-9, 1.0), RequestError)
+    if max(args.budget) == 1:
+        raise RequestError("--budget has 1.0, where no layer holds less than another; give shares below 1")
+    for low, high in pairwise(sorted(set(args.budget))):
+        if high - low < LEAST_APART:
+            raise RequestError(
+                f"--budget has {low} and {high}, expected shares that are {LEAST_APART} apart or more"
+            )
+
+
 def computed_at(share: float) -> float:
     """On the line between two of `COMPUTED`."""
     for (low, a), (high, b) in pairwise(COMPUTED):
@@ -159,10 +181,11 @@ def out_file(args: argparse.Namespace, llm: LLM) -> Path:
     out = llm.directory / SETTINGS if args.out is None else Path(args.out)
     if out.suffix != ".json":
         raise RequestError(f"--out is {out}, expected a name that ends with .json")
-    for path in (out, out.with_suffix(".safetensors")):
-        check_writable("--out", path)
     if out.with_suffix(".safetensors").name == "model.safetensors":
         raise RequestError(f"--out {out} would write its lines over the weights; give another name")
+    check_replaced(out)
+    for path in (out, out.with_suffix(".safetensors")):
+        check_writable("--out", path)
     return out
 
 
@@ -172,7 +195,6 @@ def windows(llm: LLM, tokens: list[int], args: argparse.Namespace, which: int) -
     begin = llm.engine.need_tokenizer().encode("")
     found = []
     for context in args.context:
-        llm.config.check_length(context, args.following, "--context with --following")
         found += cut_windows(tokens, begin, (context, args.following), args.samples, rng)
     return found
 

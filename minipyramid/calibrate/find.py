@@ -108,6 +108,9 @@ class Search:
             for points, size in zip(found.curves, whole.held, strict=True)
         )
         while computed < 1 - STEP / 2:
+            if not cuts(self.layers, computed):  # so little that not even the first layer computes all
+                computed += STEP
+                continue
             if computed not in found.depths:
                 found.depths[computed] = []
                 for level in cuts(self.layers, computed):

@@ -1,14 +1,18 @@
 """A profile as the files that `Profile` is read from."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from minipyramid.errors import RequestError
+from minipyramid.config import read_json
+from minipyramid.errors import CheckpointError, ConfigError, RequestError
+from minipyramid.policies import load_policy
 from minipyramid.policies.profile import Level
+from minipyramid.policies.scores import read_lines
 
 DIGITS = 4  # of a share; a thousandth of a token at 1,024
 
@@ -19,16 +23,38 @@ def write_profile(out: Path, levels: list[Level], lines: Tensor, measured: dict[
     A kill leaves the former files or whole new ones. Raises `RequestError` where they cannot be written.
     """
     settings: dict[str, Any] = {"policy": "profile", "levels": [written(level) for level in levels]}
-    beside = out.with_suffix(".safetensors")
+    files = {}
+    if any("fitted" in score for level in levels for score in level.scores):
+        beside = out.with_suffix(".safetensors")
+        settings["fitted"] = beside.name
+        # Not `save_file`, which lets nobody but its owner read the file.
+        files[beside] = save({"lines": lines.cpu().contiguous()})
+    files[out] = in_lines(settings | {"measured": measured}).encode()
     try:
-        if any("fitted" in score for level in levels for score in level.scores):
-            settings["fitted"] = beside.name
-            save_file({"lines": lines.cpu().contiguous()}, partial(beside))
-            partial(beside).replace(beside)
-        partial(out).write_text(in_lines(settings | {"measured": measured}), "utf-8")
-        partial(out).replace(out)
+        for path, content in files.items():
+            partial(path).write_bytes(content)
+        for path in files:  # all are whole now, and fit together
+            partial(path).replace(path)
     except OSError as error:
         raise RequestError(f"--out {out} cannot be written: {error}") from error
+    finally:
+        for path in files:
+            with suppress(OSError):
+                partial(path).unlink(missing_ok=True)
+
+
+def check_replaced(out: Path) -> None:
+    """Refuse to write over a file that no profile consists of, a checkpoint's config.json, say."""
+    for path, read in ((out, load_policy), (out.with_suffix(".safetensors"), read_lines)):
+        if not path.is_file() or not path.stat().st_size:
+            continue
+        try:
+            # Settings are replaced also where their lines are lost.
+            if path != out or read_json(out).get("policy") != "profile":
+                read(path)
+        except (CheckpointError, ConfigError) as error:
+            told = f"--out {out} would write over {path}, which is no part of a profile"
+            raise RequestError(f"{told}; move it away or give another name") from error
 
 
 def partial(path: Path) -> Path:

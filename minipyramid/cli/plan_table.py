@@ -18,7 +18,7 @@ from minipyramid.sizes import parse_bytes
 from minipyramid.tokenizer import load_tokenizer
 
 BAR = 32  # characters of a layer that holds everything
-CONFIGURATION = "*config.json pyramid.json added_tokens.json tokenizer.model"
+CONFIGURATION = "*config.json pyramid.* added_tokens.json tokenizer.model"
 
 
 def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -> Plan:

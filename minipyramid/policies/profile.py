@@ -25,7 +25,7 @@ from minipyramid.errors import ConfigError, check_fields, check_number, nearest,
 from minipyramid.policies.repeat import say_again
 from minipyramid.policies.scores import SCORES, read_lines
 from minipyramid.policy import Compute, Generation, Policy, Seen, top_scored
-from minipyramid.settings import settings_of
+from minipyramid.settings import STAGES, settings_of
 
 GROUP = 16  # generated tokens of one compaction, as PyramidInfer publishes it
 FEWEST_RECENT = (64, 32, 16, 8, 0)  # recent tokens at least; tried in this order under a budget
@@ -136,10 +136,14 @@ class Profile(Policy):
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
         shares = [level.share for level in self.levels]
-        if not shares or sorted(set(shares)) != shares or len({len(x.held) for x in self.levels}) != 1:
+        layers = {len(level.held) for level in self.levels}
+        if not shares or sorted(set(shares)) != shares or len(layers) != 1:
             raise ConfigError(
-                f"levels hold the shares {shares}, expected one or more, ascending, of equal layers"
+                f"levels hold the shares {shares!r:.80}, expected one or more, ascending, of equal layers"
             )
+        if self.lines is not None and layers != {len(self.lines)}:
+            told = f"the fitted lines are of {len(self.lines)} layers, the levels of {layers.pop()}"
+            raise ConfigError(f"{told}; the lines were fitted for another model")
 
     # --- how many ---
 
@@ -162,11 +166,12 @@ class Profile(Policy):
         least = min(prompt_tokens, max(1, self.fewest))
         # Sums up to each layer are rounded, and not each layer's share, so that they come to the whole share.
         ends = [round(end) for end in accumulate(share * prompt_tokens for share in level.held)]
-        held = [max(least, end - start) for start, end in pairwise([0, *ends])]
+        # A whole share may be rounded to a token more than there is.
+        held = [min(prompt_tokens, max(least, end - start)) for start, end in pairwise([0, *ends])]
         computed = [max(least, round(share * prompt_tokens)) for share in level.computed]
         # A layer computes what it or a deeper one holds.
         computed = list(accumulate(map(max, computed[::-1], held[::-1]), max))[::-1]
-        return [prompt_tokens, *computed[1:]], [min(prompt_tokens, count) for count in held]
+        return [prompt_tokens, *computed[1:]], held
 
     def computed(self, prompt_tokens: int, layers: int) -> list[int]:
         """All in layer 0, then the level's shares."""
@@ -187,16 +192,16 @@ class Profile(Policy):
     def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> "Profile":
         """Generated tokens follow the share as far as they fit; what they leave is held of the prompt."""
         most = int(most_tokens(share, prompt_tokens, new_tokens, layers))
-        of_prompt = share * prompt_tokens * layers
+        enough = max(layers, share * prompt_tokens * layers / 2)  # a token of each layer, or half the share
         tried: list[tuple[int, Profile]] = []  # tokens that are left for the prompt, and by which settings
         for recent, part in [(n, share) for n in FEWEST_RECENT] + [(0, share / 2), (0, 0.0)]:
             settings = replace(self, generated_share=part, fewest=0, fewest_recent=recent)
             generated = sum(settings.kv_lengths(prompt_tokens, new_tokens, layers))
             left = most - (generated - sum(settings.held(prompt_tokens, layers)))
             tried.append((left, settings))
-            if left >= of_prompt / 2:
+            if left >= enough:
                 break
-        left, settings = max(tried, key=itemgetter(0)) if left < of_prompt / 2 else tried[-1]
+        left, settings = max(tried, key=itemgetter(0)) if left < enough else tried[-1]
         if left < layers:
             raise refusal(share, most - left + layers, prompt_tokens, new_tokens, layers)
         room = left
@@ -245,16 +250,22 @@ class Profile(Policy):
         return top_scored(both, count)
 
 
+def is_name_beside(file: Any) -> bool:
+    """Whether it names lines in the settings' own directory, so that both files move together."""
+    return isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+
+
 def read_profile(given: dict[str, Any], path: Path) -> Profile:
     """From the fields of a file; `fitted` names the file of lines that lies beside it."""
     given = dict(given)
     levels, file = given.pop("levels", None), given.pop("fitted", None)
-    if not isinstance(levels, list) or not (file is None or isinstance(file, str)):
+    if not isinstance(levels, list) or not (file is None or is_name_beside(file)):
         raise ConfigError(
-            f"{path}: expected levels, a list, and fitted, the name of a file beside it or none"
+            f"{path}: expected levels, a list, and fitted, the name of a .safetensors file beside it or none"
         )
-    if "lines" in given:
-        raise ConfigError(f"{path}: 'lines' is no setting; fitted names their file")
+    for name in ("lines", *STAGES):
+        if name in given:
+            raise ConfigError(f"{path}: {name!r} is no setting of a profile; expected flat fields and fitted")
     try:
         read = tuple(Level.read(level) for level in levels)
     except ConfigError as error:

@@ -85,13 +85,13 @@ def read_lines(path: Path) -> Tensor:
     """The lines of `fitted` from their file; raises `CheckpointError`."""
     try:
         lines: Tensor = load_file(path)["lines"]
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:  # a name may be no file's name
         raise CheckpointError(f"{path} holds no fitted lines ({error}); calibrate again") from error
-    if lines.dim() != 3 or not lines.is_floating_point() or not lines.isfinite().all():
+    if lines.dim() != 3 or not lines.is_floating_point() or not lines.float().isfinite().all():
         raise CheckpointError(
             f"{path}: lines are {list(lines.shape)}, expected finite numbers by layer and head"
         )
-    return lines
+    return lines.float()
 
 
 SCORES: dict[str, Callable[[Seen, Lines], Tensor]] = {
