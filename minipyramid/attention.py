@@ -109,7 +109,7 @@ def looks(q: Tensor, keys: Tensor, logsumexp: Tensor | None, context: int) -> It
 def votes(
     q: Tensor, keys: Tensor, logsumexp: Tensor | None, context: int, weights: Tensor | None = None
 ) -> Tensor:
-    """These probabilities, weighted with weights [V] and added up.  [K, G, context] float32"""
+    """The probabilities of `looks`, weighted with weights [V] and added up.  [K, G, context] float32"""
     (V, H, _), K = q.shape, len(keys)
     weights = torch.ones(V, device=q.device) if weights is None else weights
     total = torch.zeros(K, H // K, context, device=q.device)

@@ -130,7 +130,7 @@ class KVCache:
         return self.rows[-1]
 
     def begin_step(self) -> "list[LayerCache]":
-        """Count one more generated token of every row; returns every layer as the step finds it."""
+        """Count one more pending token of every row; returns every layer as the step finds it."""
         lengths = list(zip(*(row.lengths for row in self.rows), strict=True))  # [layer][B]
         # Of all layers in one copy to the device.
         ends = torch.tensor(lengths, device=self.keys[0].device)  # [L, B]

@@ -45,7 +45,7 @@ class Engine:
         policy: what the layers compute and hold.
         kv_budget: share of the full cache that each request may hold at its end; None for `policy` as it is.
         kv_memory: bytes for the keys, values and votes of everything in flight; None for half of what is
-        free.
+            free.
     """
 
     def __init__(
@@ -277,13 +277,13 @@ class Engine:
         if writes:
             self._choose(logits[writes], [together[i][0] for i in writes])
         seconds = time.perf_counter() - began
-        for (sequence, row), scores in zip(together, logits, strict=True):
+        for (sequence, row), of_one in zip(together, logits, strict=True):
             sequence.completion.prefill_s = seconds
             if sequence.request.continuation is not None:
-                self._score(sequence, row, sequence.request.continuation, scores[None])
+                self._score(sequence, row, sequence.request.continuation, of_one[None])
 
     def _look_over(self, sequence: Sequence, row: Row) -> list[Tensor] | None:
-        """What the policy finds of a prompt in a pass of its own, which the row lends itself to."""
+        """The scores that the policy gives a prompt in a pass of its own, for which it uses the row."""
         start = row.position
 
         def compute(ids: list[int], policy: Policy) -> None:

@@ -13,8 +13,10 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from minipyramid.errors import CheckpointError, expect_type
 
+# `pyramid.safetensors` has the lines of a profile, under the name that `minipyramid.calibrate` gives it.
+CONFIGURATION = "*config.json pyramid.json pyramid.safetensors added_tokens.json tokenizer.model"
 # `model*`, since a repository may hold the same weights again under other names and in other layouts.
-WANTED = "*config.json pyramid.* added_tokens.json tokenizer.model model*.safetensors*"
+WANTED = f"{CONFIGURATION} model*.safetensors*"
 EXPECTED = "expected a checkpoint's directory or a hub repository id"
 
 # What huggingface_hub raises, and what the user is told. The first that fits counts: a GatedRepoError is a

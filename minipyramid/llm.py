@@ -116,7 +116,10 @@ class LLM:
         return [finished[i] for i in sorted(finished)]
 
     def completions(self, prompts: Prompts, params: Params = None, on_step: OnStep = None) -> Finished:
-        """Like `generate`, but each as it is finished, with its prompt's index; `on_step` ends a step."""
+        """Like `generate`, but each as it is finished, with its prompt's index.
+
+        `on_step` is called after every step.
+        """
         listed = request.as_list(prompts)
         one = SamplingParams() if params is None else params
         each = one if isinstance(one, list) else [one] * len(listed)
@@ -161,12 +164,12 @@ class LLM:
 
         With a `conversation` one prompt is its next turn, to which nothing is replied.
         """
-        listed, done = request.as_list(prompts), []
+        listed, prefills = request.as_list(prompts), []
         defaults = [SamplingParams()] * len(listed)
         for sequence in self._prepare(listed, defaults, conversation=conversation, continuation=[]):
             logits, kept = self._run_to_logits(sequence), sequence.completion
-            done.append(Prefill(logits[0], kept.kept_positions, kept.kv_lengths))
-        return done
+            prefills.append(Prefill(logits[0], kept.kept_positions, kept.kv_lengths))
+        return prefills
 
     def score(self, prompt: Prompt, continuation: Prompt, conversation: Earlier = None) -> list[float]:
         """Log-probability (nats) of each token of a continuation, given the prompt's cache and those before.

@@ -105,12 +105,12 @@ def attend_and_hold(
     last_layer = len(row.lengths) - 1
     newest_only = passed_on == 1 and layer == last_layer
     out, logsumexp = attend(q[-1:] if newest_only else q, keys, values)
-    whole = None if newest_only and T > 1 else logsumexp
+    of_all = None if newest_only and T > 1 else logsumexp  # of every query, or not at all
     scores = None
     if span.scores and layer < len(span.scores):
         scores = span.scores[layer][:, positions - row.position]  # [K, T]
     seed = span.seed * len(row.lengths) + layer
-    seen = Seen(q, keys, values, whole, layer, span.count, seed, scores)
+    seen = Seen(q, keys, values, of_all, layer, span.count, seed, scores)
     if held < T:
         shapes = [(held,), (len(k), held)]
         chosen = checked(span.policy.hold(seen, held), shapes, seen, span.policy)

@@ -5,7 +5,8 @@ A policy answers three questions, and the rest of the engine asks them without k
 1. How many tokens of a prompt does each layer *compute*, and how many keys and values does it *hold* after?
    Two lists, for they are two questions (docs/method.md). A layer attends over all that it computes, so its
    own output is exact; only then it holds less. What a layer does not pass on, no deeper layer computes.
-2. Which tokens? A choice from what the layer has at hand (`Seen`).
+2. Which tokens? A choice from what the layer has at hand (`Seen`), and from a look over the whole prompt
+   beforehand, if the policy takes one.
 3. The same of generated tokens (`Generation`): how many stay of each group, and which.
 
 Every length is a function of the numbers of tokens and layers and of the policy's settings, never of the
@@ -106,6 +107,10 @@ class Policy:
         Returns [layer] of [K, N], which `hold` then finds in `Seen.repeated`, as far as layers need it.
         """
         return None
+
+    def looked_over(self, prompt_tokens: int, layers: int) -> int:
+        """Token-layers that `look_over` computes."""
+        return 0
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """Which of the T tokens the next layer receives, where it receives fewer.  [count] ascending"""

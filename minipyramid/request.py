@@ -107,34 +107,34 @@ class Sequence:
 
     def accept(self, token: int, logprob: float | None) -> str:
         """Take the token that was chosen; returns the text that became certain with it."""
-        done, self.last_token = self.completion, token
-        done.token_ids.append(token)
-        if done.logprobs is not None and logprob is not None:
-            done.logprobs.append(logprob)
+        completion, self.last_token = self.completion, token
+        completion.token_ids.append(token)
+        if completion.logprobs is not None and logprob is not None:
+            completion.logprobs.append(logprob)
         if self.seen_ids is not None:
             self.seen_ids[token] = True
         piece = self.stream.push(token)
         if token in self.eos_ids:
-            done.finish_reason = "stop"
-        elif len(done.token_ids) == self.new_tokens:
-            done.finish_reason = "length"
-        if done.finish_reason:
+            completion.finish_reason = "stop"
+        elif len(completion.token_ids) == self.new_tokens:
+            completion.finish_reason = "length"
+        if completion.finish_reason:
             piece += self.stream.finish()
         if self.stream.stopped:
-            done.finish_reason = "stop"
-        done.text += piece
+            completion.finish_reason = "stop"
+        completion.text += piece
         return piece
 
     def note_held(self, row: Row) -> None:
         """Write down what is held of it at its end, and leave it to the next turn, if there is one."""
-        done, per_token = self.completion, row.cache.bytes_per_token
-        done.kept_positions, done.kv_lengths = row.kept_positions(), list(row.lengths)
-        done.kv_bytes = per_token * sum(row.lengths)
-        done.kv_bytes_full = per_token * len(row.lengths) * row.position
+        completion, per_token = self.completion, row.cache.bytes_per_token
+        completion.kept_positions, completion.kv_lengths = row.kept_positions(), list(row.lengths)
+        completion.kv_bytes = per_token * sum(row.lengths)
+        completion.kv_bytes_full = per_token * len(row.lengths) * row.position
         conversation = self.request.conversation
         if conversation is not None and not self.request.continuation:  # what is scored becomes no turn
             conversation.held = row.copy_out()
-            conversation.token_ids = self.earlier_ids + self.prompt + done.token_ids
+            conversation.token_ids = self.earlier_ids + self.prompt + completion.token_ids
 
 
 def as_list(prompts: Any) -> list[Any]:

@@ -232,6 +232,16 @@ def test_floors_of_a_model_that_can_be_counted_by_hand() -> None:
     assert less[1] < decode
 
 
+def test_a_repository_is_measured_where_its_files_are(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name was taken for a directory, as in the commands of examples/llama-3.1-8b.sh."""
+    monkeypatch.setattr("minipyramid.bench.__main__.locate", {"acme/tiny": tiny_dir}.get)
+    flags = ["--growth", "--batch-size", "1", "--runs", "1", "--json", "--model"]
+    assert main([*flags, "acme/tiny"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+
+
 def test_growth_counts_the_bytes_of_a_step(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All weights but the embedding's, once, and the keys and values of every sequence."""
     assert main(["--model", str(tiny_dir), "--growth", "--batch-size", "2", "--json"]) == 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import STEEP, prompts_of, say, write_checkpoint
+from helpers import PROFILE, STEEP, prompts_of, say, write_checkpoint
 
 from minipyramid import LLM, ConfigError, Conversation, Engine, Policy, Request, RequestError, SamplingParams
 from minipyramid.cache import KVCache
@@ -37,7 +37,8 @@ def is_idle(engine: Engine) -> bool:
     return not (scheduler.caches or scheduler.running or scheduler.waiting)
 
 
-def test_requests_come_and_go_while_others_run(tiny: LLM) -> None:
+@pytest.mark.parametrize("policy", [STEEP, PROFILE], ids=["pyramid", "profile"])
+def test_requests_come_and_go_while_others_run(policy: Policy, tiny: LLM) -> None:
     """200 of them in random order, some cancelled: texts as single runs, never above the bound, all given
     back.
     """
@@ -48,8 +49,8 @@ def test_requests_come_and_go_while_others_run(tiny: LLM) -> None:
         SamplingParams(max_new_tokens=n, ignore_eos=True, temperature=rng.choice([0.0, 1.0]), seed=i)
         for i, n in enumerate(new)
     ]
-    one = tiny.under(STEEP).plan([90], 25).needs[0].bytes(tiny.config.kv_bytes_per_token(4))
-    llm = tiny.under(STEEP, kv_memory=6 * one)
+    one = tiny.under(policy).plan([90], 25).needs[0].bytes(tiny.config.kv_bytes_per_token(4))
+    llm = tiny.under(policy, kv_memory=6 * one)
     engine, handles, cancelled = llm.engine, dict[int, Sequence](), set[int]()
     order, told = rng.sample(range(200), 200), dict[Sequence, list[str | None]]()
     while order or not is_idle(engine):
@@ -67,7 +68,7 @@ def test_requests_come_and_go_while_others_run(tiny: LLM) -> None:
             told.setdefault(sequence, []).append(piece)
         assert in_use(engine) <= 6 * one
     assert 5 < len(cancelled) < 100
-    alone = tiny.under(STEEP)
+    alone = tiny.under(policy)
     for i, handle in handles.items():
         assert handle.ended
         if i in cancelled:

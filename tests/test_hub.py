@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from helpers import TINY, random_tensors
+from helpers import TINY, lines_of, random_tensors
 from safetensors.torch import save
 
 import minipyramid
@@ -229,8 +229,12 @@ def hub(tiny_dir: Path) -> Iterator[Hub]:
     sharded[INDEX] = json.dumps({"weight_map": weight_map}).encode()
     for shard, half in zip(SHARDS, halves, strict=True):
         sharded[shard] = save({name: tensors[name] for name in half})
+    level = {"computed": [1, 0.5, 0.5], "held": [0.5, 0.5, 0.5], "scores": "fitted"}
+    profile = json.dumps({"policy": "profile", "levels": [level], "fitted": "pyramid.safetensors"}).encode()
+    of_profile = {"pyramid.json": profile, "pyramid.safetensors": save({"lines": lines_of(3)})}
     repos = {
         "acme/tiny": Repo(files),
+        "acme/profiled": Repo(files | of_profile),
         "acme/sharded": Repo(sharded),
         "acme/private": Repo(files, revisions=["main", "v1.0"], token=TOKEN),
         "acme/gated": Repo(files, refusal=(403, "GatedRepo")),
@@ -291,6 +295,8 @@ FAILING = {
 def online(hub: Hub, home: Path, elsewhere: Path) -> dict[str, Result]:
     """Every command without a token, the hub within reach."""
     commands = {"acme/tiny": command("acme/tiny"), "acme/sharded": command("acme/sharded"), **FAILING}
+    commands["planned"] = ["--model", "acme/profiled", "--plan", "--prompt-tokens", "90"]
+    commands["acme/profiled"] = command("acme/profiled")
     return run_all(commands, environment(hub.url, home), elsewhere)
 
 
@@ -357,6 +363,15 @@ def test_only_what_the_engine_reads_is_asked_for(online: dict[str, Result], hub:
         "tokenizer.model",
         "model.safetensors",
     }
+
+
+def test_a_repository_s_profile_is_fetched_with_what_it_has_fitted(
+    online: dict[str, Result], hub: Hub
+) -> None:
+    """Without its lines a profile that chooses by `fitted` was refused, and so was its plan."""
+    for name in ("planned", "acme/profiled"):
+        assert (online[name].status, online[name].stderr) == (0, "")
+    assert "pyramid.safetensors" in hub.files_asked("acme/profiled")
 
 
 def test_a_token_from_the_environment_opens_a_private_repository(

@@ -12,7 +12,9 @@ from minipyramid import RequestError
 from minipyramid.bench.growth import growth, growth_table
 from minipyramid.bench.table import measure, table
 from minipyramid.bench.workers import serve
+from minipyramid.cli.shapes import PREFIX
 from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, exit_status, set_threads
+from minipyramid.hub import locate
 from minipyramid.policies import POLICIES
 from minipyramid.sizes import parse_bytes
 
@@ -26,7 +28,7 @@ def build_parser() -> Parser:
         prog="minipyramid.bench", allow_abbrev=False, description="Time prompt and generation phases."
     )
     add = parser.add_argument
-    add("--model", default=str(DEFAULT_MODEL), metavar="DIR_OR_SHAPE", help="or shape:llama2-7b ...")
+    add("--model", default=str(DEFAULT_MODEL), metavar="PATH_OR_REPO", help="or shape:llama2-7b ...")
     add("--batch-size", type=int, default=8, metavar="N")
     add("--prompt-tokens", type=int, default=512, metavar="N", help="with --ragged: at most")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="with --ragged: at most")
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure and print, or be one of the processes that are measured."""
     check(args)
     set_threads(args.threads)
+    if not args.model.startswith(PREFIX):
+        args.model = str(locate(args.model))  # a repository's files, for all that reads them
     if args.serve:
         serve(args.serve, args)
         return

@@ -85,21 +85,21 @@ def our_method(name: str, args: argparse.Namespace) -> Run:
 
     def run() -> dict[str, Any]:
         began, prefill = time.perf_counter(), 0.0
-        done = []
+        all_completions = []
         for i in range(0, len(params), size):
             completions = llm.generate(work.prompts[i : i + size], params[i : i + size])
-            done += completions
+            all_completions += completions
             # Prompts that were computed together all tell the same time, which counts once.
             prefill += sum({completion.prefill_s for completion in completions})
         total = time.perf_counter() - began
-        held = sum(completion.kv_bytes for completion in done)
+        held = sum(completion.kv_bytes for completion in all_completions)
         plans = [llm.plan([prompt_tokens], new_tokens) for prompt_tokens, new_tokens in work.lengths]
         return {
             "prefill_s": prefill,
             "decode_s": total - prefill,
             "kv_bytes": held,
             "kv_bytes_aux": sum(plan.votes_bytes + plan.slack_bytes for plan in plans),
-            "kv_share": held / sum(completion.kv_bytes_full for completion in done),
+            "kv_share": held / sum(completion.kv_bytes_full for completion in all_completions),
         }
 
     return run

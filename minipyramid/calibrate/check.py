@@ -54,10 +54,10 @@ def perplexity_ratio(full: Tensor, pruned: Tensor, windows: list[Window]) -> flo
     """Of what follows the contexts, its first token left out, which is read and not scored."""
     following = len(windows[0].following)
     targets = torch.tensor([window.following[1:] for window in windows], device=full.device)[..., None]
-    losses = []
+    nats = []
     for logprobs in (pruned, full):
         after = logprobs.view(len(windows), 2, following, -1)[
             :, 0, :-1
         ]  # [windows, following - 1, vocab_size]
-        losses.append(-float(after.gather(-1, targets).mean()))
-    return math.exp(losses[0] - losses[1])
+        nats.append(-float(after.gather(-1, targets).mean()))
+    return math.exp(nats[0] - nats[1])

@@ -101,11 +101,14 @@ class Search:
         return found
 
     def cut(self, found: Found, share: float, computed: float) -> Level:
-        """The best depth for a share of token-layers to compute; the share rises where all are too dear."""
-        whole = allot(self.full.profile.levels[0], found.curves, share)
-        held = sum(
+        """The best depth for a share of token-layers to compute; the share rises where all are too dear.
+
+        What is dear is told beside the cost of holding `share` with everything computed, as the curves say.
+        """
+        uncut = allot(self.full.profile.levels[0], found.curves, share)
+        cost_of_holding = sum(
             cost_at(hull_below(points, 1.0), size)
-            for points, size in zip(found.curves, whole.held, strict=True)
+            for points, size in zip(found.curves, uncut.held, strict=True)
         )
         while computed < 1 - STEP / 2:
             if not cuts(self.layers, computed):  # so little that not even the first layer computes all
@@ -117,7 +120,7 @@ class Search:
                     cost = self.loss(self.computing(level), level).total
                     found.depths[computed].append((level.computed.count(1.0), cost))
             depth, cost = min(found.depths[computed], key=lambda measured: measured[1])
-            if cost < max(DEAREST * held, CHEAP):
+            if cost < max(DEAREST * cost_of_holding, CHEAP):
                 return next(x for x in cuts(self.layers, computed) if x.computed.count(1.0) == depth)
             computed += STEP
         return self.full.profile.levels[0]

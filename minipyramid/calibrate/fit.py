@@ -1,6 +1,6 @@
 """The score `fitted`: a straight line from what the cache holds of a token to how much it is looked up.
 
-What is foretold is the logarithm of the score `repeat` (KVzip's). The line is the least-squares one, in
+What is predicted is the logarithm of the score `repeat` (KVzip's). The line is the least-squares one, in
 closed form, for each layer and key/value head, over all tokens of some windows but the first and newest,
 which are held whatever their score (Kim et al., 2025, and NVIDIA's KVzap, 2026, which fits a small network to
 hidden states; from keys and values a line does as well here, docs/settings.md).
@@ -29,6 +29,7 @@ class LineFit:
         for seen in recorded:
             if seen.repeated is None:
                 raise ValueError("the window was recorded without its repeated scores")
+            # Of the T' tokens between the two ends.
             x = features(seen.keys, seen.values)[:, FIRST:-NEWEST].double()  # [K, T', F]
             y = seen.repeated[:, FIRST:-NEWEST].double().clamp(min=LEAST).log()[..., None]
             if seen.layer == len(self.square):

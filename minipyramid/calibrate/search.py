@@ -152,13 +152,13 @@ def exchange(level: Level, cost: Cost) -> Level:
 
 def improved(level: Level, best: float, move: float, cost: Cost) -> tuple[Level, float] | None:
     """The first of the most promising pairs of layers whose exchange lowers the loss, and that loss."""
-    gains, losses = [], []
+    larger, smaller = [], []  # (loss of the level, layer) with more room in one layer, and with less
     for layer, (held, most) in enumerate(zip(level.held, level.computed, strict=True)):
         if held + move <= most:
-            gains.append((cost(with_layer(level, layer, held + move)), layer))
+            larger.append((cost(with_layer(level, layer, held + move)), layer))
         if held - move > 0:
-            losses.append((cost(with_layer(level, layer, held - move)), layer))
-    pairs = sorted((gain + loss, to, of) for gain, to in gains for loss, of in losses if to != of)
+            smaller.append((cost(with_layer(level, layer, held - move)), layer))
+    pairs = sorted((more + less, to, of) for more, to in larger for less, of in smaller if to != of)
     for _, to, of in pairs[:TRIED]:
         moved = with_layer(level, to, level.held[to] + move)
         moved = with_layer(moved, of, moved.held[of] - move)

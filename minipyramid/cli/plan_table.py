@@ -10,7 +10,7 @@ from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.errors import RequestError
 from minipyramid.formats.huggingface import read_config
-from minipyramid.hub import locate
+from minipyramid.hub import CONFIGURATION, locate
 from minipyramid.need import Planner
 from minipyramid.plan import Plan
 from minipyramid.policies import pick_policy
@@ -18,7 +18,6 @@ from minipyramid.sizes import parse_bytes
 from minipyramid.tokenizer import load_tokenizer
 
 BAR = 32  # characters of a layer that holds everything
-CONFIGURATION = "*config.json pyramid.* added_tokens.json tokenizer.model"
 
 
 def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -> Plan:

@@ -120,7 +120,7 @@ class Profile(Policy):
         fewest: no layer computes or holds fewer tokens of a prompt; 0 under a budget.
         fewest_recent: so many of the newest tokens are protected at least, beside the newest one; a budget
             lowers it where it must.
-        lines: of the score `fitted`.  [L, K, 2 * D + 4]
+        lines: of the score `fitted`, a weight for each of `features`.  [L, K, 2 * D + 4]
         measured: what the calibration has noted, for whoever reads the file.
     """
 
@@ -182,7 +182,7 @@ class Profile(Policy):
         return self.counts(prompt_tokens, layers)[1]
 
     def generation(self, prompt_tokens: int, layers: int) -> Generation:
-        """Of each group a layer keeps the share that it holds of a prompt; half of the mean is recent."""
+        """Of each group a layer keeps the share it holds of a prompt; half of `share` is recent."""
         share = self.share if self.generated_share is None else self.generated_share
         stay = tuple(round(GROUP * held) for held in self.level(share).held)
         return Generation(
@@ -190,7 +190,11 @@ class Profile(Policy):
         )
 
     def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> "Profile":
-        """Generated tokens follow the share as far as they fit; what they leave is held of the prompt."""
+        """Generated tokens follow the share as far as they fit; what they leave is held of the prompt.
+
+        Where they leave less than half of the prompt's own share, fewer of them are recent, and then fewer
+        stay. Where nothing leaves so much, what leaves most is taken.
+        """
         most = int(most_tokens(share, prompt_tokens, new_tokens, layers))
         enough = max(layers, share * prompt_tokens * layers / 2)  # a token of each layer, or half the share
         tried: list[tuple[int, Profile]] = []  # tokens that are left for the prompt, and by which settings
@@ -226,7 +230,7 @@ class Profile(Policy):
         return [layer for layer, score in enumerate(scores) if "repeat" in score.split("+")]
 
     def looked_over(self, prompt_tokens: int, layers: int) -> int:
-        """Token-layers of the second pass, of twice the prompt."""
+        """All of twice the prompt, up to the last layer that needs it."""
         repeating = self.repeating_layers
         return 2 * prompt_tokens * (repeating[-1] + 1) if repeating else 0
 

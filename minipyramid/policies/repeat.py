@@ -16,7 +16,7 @@ from minipyramid.policy import Compute, Policy, Seen
 
 @dataclass(frozen=True)
 class Listener(Policy):
-    """Computes a prompt that is said twice, holds nothing, and notes how much the first is looked at.
+    """Computes a prompt that is said twice, holds nothing, and notes how much the first half is looked at.
 
     Attributes:
         until: the last layer whose score is wanted; deeper ones compute next to nothing.

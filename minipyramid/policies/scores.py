@@ -7,7 +7,7 @@ keydiff   how little its key is like the other keys of its head (KeyDiff, Park e
           key is a fact, a usual one is filler. Needs no query, so it is right for what is asked later, too
 repeat    how much it is looked at when the prompt is said once more behind itself (KVzip, Kim et al.,
           2025), times the size of its value: the best judge of all, and a second pass
-fitted    the logarithm of `repeat`, foretold by a straight line from what the cache holds of the token.
+fitted    the logarithm of `repeat`, predicted by a straight line from what the cache holds of the token.
           The line is fitted once per checkpoint (`python -m minipyramid.calibrate`)
 """
 
@@ -24,8 +24,8 @@ from minipyramid.attention import votes
 from minipyramid.errors import CheckpointError, ConfigError
 from minipyramid.policy import Seen
 
-VOTERS = 64  # newest tokens that vote; 32 and 128 foretold the same (KL within 3 %, embedded checkpoint)
-Lines = Tensor | None  # [L, K, 2 * D + 4] of the score `fitted`
+VOTERS = 64  # newest tokens that vote; 32 and 128 did as well (KL within 3 %, embedded checkpoint)
+Lines = Tensor | None  # [L, K, 2 * D + 4] of the score `fitted`: a weight for each of `features`
 
 
 def newest(seen: Seen, lines: Lines) -> Tensor:
@@ -53,14 +53,14 @@ def usualness(keys: Tensor) -> Tensor:
 
 
 def repeated(seen: Seen, lines: Lines) -> Tensor:
-    """[K, T]"""
+    """What `repeat.py` has found before the prompt was computed.  [K, T]"""
     if seen.repeated is None:
         raise ConfigError("the score repeat needs a second pass over the prompt, which only a profile takes")
     return seen.repeated
 
 
 def fitted(seen: Seen, lines: Lines) -> Tensor:
-    """[K, T]"""
+    """The line's value at each token.  [K, T]"""
     if lines is None:
         raise ConfigError("the score fitted has no lines; python -m minipyramid.calibrate fits them")
     T = len(seen.q)
