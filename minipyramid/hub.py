@@ -14,7 +14,9 @@ from huggingface_hub.utils.tqdm import tqdm
 from minipyramid.errors import CheckpointError, expect_type
 
 # `model*`, since a repository may hold the same weights again under other names and in other layouts.
-WANTED = "*config.json pyramid.json added_tokens.json tokenizer.model model*.safetensors*"
+WANTED = (
+    "*config.json pyramid.json added_tokens.json tokenizer.json tokenizer.model *.jinja model*.safetensors*"
+)
 EXPECTED = "expected a checkpoint's directory or a hub repository id"
 
 # What huggingface_hub raises, and what the user is told. The first that fits counts: a GatedRepoError is a

@@ -52,7 +52,7 @@ def count_tokens(
     tokenizer = load_tokenizer(directory, config.vocab_size)
     if tokenizer is None:
         raise RequestError(
-            f"{directory} has no tokenizer.model to count a prompt with; give --prompt-tokens instead"
+            f"{directory} has no tokenizer to count a prompt with; give --prompt-tokens instead"
         )
     if "" in prompts:
         raise RequestError("a prompt is empty; give at least one token")

@@ -33,7 +33,7 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
         pruned = LLM(args.model, policy=asked, kv_budget=budget, dtype=args.dtype, progress=line.update)
     tokenizer = pruned.tokenizer
     if tokenizer is None:
-        raise TokenizerError(f"{args.model} has no tokenizer.model, and the prompts here are texts; add it")
+        raise TokenizerError(f"{args.model} has no tokenizer, and the prompts here are texts; add it")
     full = pruned.under("full")
     cases = [Case(prompt) for prompt in given] or tell(args, pruned, tokenizer)
     names = ["the prompt" if len(cases) == 1 else f"prompt {i}" for i in range(len(cases))]
@@ -87,7 +87,7 @@ def run_side(name: str, llm: LLM, tokenizer: Tokenizer, cases: list[Case], new_t
     # Prompts that were computed together share their seconds, which count once.
     prompt_s = sum({completion.prefill_s for completion in completions})
     first, prompt_ids = completions[0], completions[0].prompt_token_ids
-    ended = [i for i, token in enumerate(first.token_ids) if token in llm.config.eos_token_ids]
+    ended = [i for i, token in enumerate(first.token_ids) if token in llm.engine.eos_ids]
     token_ids = first.token_ids[: ended[0] + 1 if ended else None]
     right = [case.answer is not None and done[i].text.startswith(case.answer) for i, case in enumerate(cases)]
     computed = llm.plan([len(prompt_ids)], new_tokens).computed[0]
