@@ -10,13 +10,12 @@ from torch import Tensor
 
 from minipyramid.config import read_json
 from minipyramid.errors import CheckpointError
+from minipyramid.formats.names import Sources
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # A stored tensor's name -> the open file that holds it, and its path.
 Tensors = dict[str, tuple[Any, Path]]
-# A parameter's name -> name and shape of each stored tensor that it joins.
-Sources = dict[str, list[tuple[str, tuple[int, ...]]]]
 
 
 def open_tensors(directory: Path, stack: ExitStack) -> Tensors:
