@@ -187,7 +187,7 @@ def test_ten_turns_on_the_pyramid_cost_their_own_tokens(tmp_path: Path) -> None:
         assert answer.kept_positions == same.kept_positions
         assert chat.token_ids == turns.token_ids
     assert chat.held
-    assert max(chat.held.lengths[1:]) < len(chat.token_ids)
+    assert chat.held.lengths[-1] < len(chat.token_ids) * 0.9
 
 
 def test_a_streamed_answer_is_the_answer(tmp_path: Path) -> None:
