@@ -6,11 +6,9 @@ weights are stored stands in `minipyramid/formats/`.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minipyramid.config import ModelConfig
 from minipyramid.linear import pack
@@ -32,21 +30,9 @@ def load(
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is missing, left over or misshapen.
     """
-    from minipyramid.formats.names import parameter_sources
-    from minipyramid.formats.safetensors import check_shapes, open_tensors, read_tensor
+    from minipyramid.formats.weights import read_parameters
 
-    sources = parameter_sources(config)
-    state: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        tensors = open_tensors(directory, stack)
-        # Like transformers: the head is tied if it is absent or equal, and one that differs is kept.
-        if config.tie_word_embeddings and "lm_head.weight" not in tensors:
-            del sources["lm_head.weight"]
-        check_shapes(directory, tensors, sources)
-        for name, parts in sources.items():
-            state[name] = torch.cat([read_tensor(tensors, part, dtype) for part, _ in parts]).to(device)
-            if progress:
-                progress(len(state), len(sources))
+    state = read_parameters(directory, config, dtype, device, progress)
     embedding = state["embed_tokens"]
     head = state.get("lm_head.weight", embedding)
     if config.tie_word_embeddings and torch.equal(head, embedding):

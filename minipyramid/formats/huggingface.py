@@ -33,13 +33,17 @@ Fields = dict[str, Any]
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """Read `config.json`, and the further ids that end a text from `generation_config.json`.
+    """Read `config.json` and the ids that end a text in `generation_config.json`, or Meta's `params.json`.
 
     Raises:
         CheckpointError: a file is missing or not JSON.
         ConfigError: a field is absent, out of range, or asks for what the engine does not implement.
     """
     file = directory / "config.json"
+    if not file.exists() and (directory / "params.json").exists():
+        from minipyramid.formats.meta import config_fields
+
+        return config_of(config_fields(directory), str(directory / "params.json"))
     raw = read_json(file)
     more = read_json(directory / "generation_config.json", optional=True)
     return config_of(raw, str(file), more.get("eos_token_id"))
