@@ -70,7 +70,7 @@ class LLM:
     ) -> None:
         # Imported where they are needed: the hub's library takes its time, and names of policies are many.
         from minipyramid.formats.huggingface import read_config
-        from minipyramid.hub import locate
+        from minipyramid.hub import fetch_weights, locate
         from minipyramid.policies import pick_policy
 
         expect_type("compile", compile, bool, "bool")
@@ -79,6 +79,7 @@ class LLM:
         chosen = pick_policy(policy, directory, config.num_hidden_layers)
         on = pick_device(device)
         tokenizer = load_tokenizer(directory, config.vocab_size)
+        fetch_weights(model, directory, progress=progress is not None)  # now that the rest can be used
         weights = checkpoint.load(directory, config, pick_dtype(dtype, config.dtype, on), on, progress)
         if compile:
             from minipyramid.compiled import compile_step

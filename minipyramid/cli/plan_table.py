@@ -18,7 +18,6 @@ from minipyramid.sizes import parse_bytes
 from minipyramid.tokenizer import load_tokenizer
 
 BAR = 32  # characters of a layer that holds everything
-CONFIGURATION = "*config.json pyramid.json added_tokens.json tokenizer.model"
 
 
 def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -> Plan:
@@ -30,7 +29,7 @@ def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -
     if args.model.startswith(PREFIX):
         directory, config = Path(args.model), shape_config(args.model.removeprefix(PREFIX))
     else:
-        directory = locate(args.model, args.revision, wanted=CONFIGURATION)
+        directory = locate(args.model, args.revision)
         config = read_config(directory)
     lengths = [args.prompt_tokens] if args.prompt_tokens is not None else []
     if prompts:

@@ -23,6 +23,13 @@ def parameter_sources(config: ModelConfig) -> Sources:
         "gate_up_proj.weight": [("mlp.gate_proj", (ffn, hidden)), ("mlp.up_proj", (ffn, hidden))],
         "down_proj.weight": [("mlp.down_proj", (hidden, ffn))],
     }
+    in_layer = {name: [(f"{part}.weight", shape) for part, shape in of] for name, of in in_layer.items()}
+    if config.qkv_bias:
+        of_each = {"q": q, "k": kv, "v": kv}.items()
+        in_layer["qkv_bias"] = [(f"self_attn.{part}_proj.bias", (size,)) for part, size in of_each]
+    if config.head_norms:
+        in_layer["q_norm"] = [("self_attn.q_norm.weight", (config.head_dim,))]
+        in_layer["k_norm"] = [("self_attn.k_norm.weight", (config.head_dim,))]
     sources: Sources = {
         "embed_tokens": [("model.embed_tokens.weight", (vocab, hidden))],
         "norm": [("model.norm.weight", (hidden,))],
@@ -31,5 +38,5 @@ def parameter_sources(config: ModelConfig) -> Sources:
     for i in range(config.num_hidden_layers):
         stored = f"model.layers.{i}"
         for name, parts in in_layer.items():
-            sources[f"layers.{i}.{name}"] = [(f"{stored}.{part}.weight", shape) for part, shape in parts]
+            sources[f"layers.{i}.{name}"] = [(f"{stored}.{part}", shape) for part, shape in parts]
     return sources
