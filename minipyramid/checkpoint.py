@@ -6,11 +6,9 @@ weights are stored stands in `minipyramid/formats/`.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minipyramid.config import ModelConfig
 from minipyramid.linear import pack
@@ -18,8 +16,6 @@ from minipyramid.model import Model
 
 # Is called with the number of parameters that are assigned, and of all.
 Progress = Callable[[int, int], None]
-# A parameter's name -> name and shape of each stored tensor that it joins.
-Sources = dict[str, list[tuple[str, tuple[int, ...]]]]
 
 
 def load(
@@ -34,20 +30,9 @@ def load(
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is missing, left over or misshapen.
     """
-    from minipyramid.formats.safetensors import check_shapes, open_tensors, read_tensor
+    from minipyramid.formats.weights import read_parameters
 
-    sources = parameter_sources(config)
-    state: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        tensors = open_tensors(directory, stack)
-        # Like transformers: the head is tied if it is absent or equal, and one that differs is kept.
-        if config.tie_word_embeddings and "lm_head.weight" not in tensors:
-            del sources["lm_head.weight"]
-        check_shapes(directory, tensors, sources)
-        for name, parts in sources.items():
-            state[name] = torch.cat([read_tensor(tensors, part, dtype) for part, _ in parts]).to(device)
-            if progress:
-                progress(len(state), len(sources))
+    state = read_parameters(directory, config, dtype, device, progress)
     embedding = state["embed_tokens"]
     head = state.get("lm_head.weight", embedding)
     if config.tie_word_embeddings and torch.equal(head, embedding):
@@ -57,32 +42,3 @@ def load(
     model.load_state_dict(state, strict=True, assign=True)
     model.inv_freq = model.inv_freq.to(device)
     return model.requires_grad_(False).apply(pack)
-
-
-def parameter_sources(config: ModelConfig) -> Sources:
-    """For each parameter of the model, the stored tensors that it joins, with the shapes they must have."""
-    hidden, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    in_layer: Sources = {
-        "input_layernorm": [("input_layernorm", (hidden,))],
-        "qkv_proj.weight": [
-            ("self_attn.q_proj", (q, hidden)),
-            ("self_attn.k_proj", (kv, hidden)),
-            ("self_attn.v_proj", (kv, hidden)),
-        ],
-        "o_proj.weight": [("self_attn.o_proj", (hidden, q))],
-        "post_attention_layernorm": [("post_attention_layernorm", (hidden,))],
-        "gate_up_proj.weight": [("mlp.gate_proj", (ffn, hidden)), ("mlp.up_proj", (ffn, hidden))],
-        "down_proj.weight": [("mlp.down_proj", (hidden, ffn))],
-    }
-    sources: Sources = {
-        "embed_tokens": [("model.embed_tokens.weight", (vocab, hidden))],
-        "norm": [("model.norm.weight", (hidden,))],
-        "lm_head.weight": [("lm_head.weight", (vocab, hidden))],
-    }
-    for i in range(config.num_hidden_layers):
-        stored = f"model.layers.{i}"
-        for name, parts in in_layer.items():
-            sources[f"layers.{i}.{name}"] = [(f"{stored}.{part}.weight", shape) for part, shape in parts]
-    return sources

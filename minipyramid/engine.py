@@ -57,6 +57,7 @@ class Engine:
         kv_memory: int | str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
+        self.eos_ids = self.config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ())
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         self.scheduler = Scheduler(self.config, self.dtype, self.device, kv_memory)
         self.planner = Planner(self.config, policy, kv_budget, self.scheduler.per_token)
@@ -158,7 +159,7 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         generator = torch.Generator(self.device).manual_seed(seed)
         completion = Completion(ids, [] if params.logprobs else None)
-        eos_ids = () if params.ignore_eos else self.config.eos_token_ids
+        eos_ids = () if params.ignore_eos else self.eos_ids + request.ends
         how = (policy, need, completion, earlier, earlier_ids, eos_ids, stream, generator)
         sequence = Sequence(request, ids, new_tokens, *how, prepared_by=self)
         if params.repetition_penalty != 1:
@@ -187,7 +188,7 @@ class Engine:
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer, where something cannot be done without one."""
         if self.tokenizer is None:
-            raise TokenizerError("the checkpoint has no tokenizer.model (no other is read); give token ids")
+            raise TokenizerError("the checkpoint has no tokenizer.model or tokenizer.json; give token ids")
         return self.tokenizer
 
     # --- one step ---

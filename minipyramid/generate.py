@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from minipyramid import LLM, Completion, RequestError, SamplingParams, __version__
+from minipyramid.cli.chat import TerminalChat
 from minipyramid.cli.plan_table import as_dict, plan_of, table
 from minipyramid.cli.prompts import read_prompts
 from minipyramid.cli.terminal import DEFAULT_MODEL, LoadingLine, Parser, RunningLine, exit_status, set_threads
@@ -34,6 +35,15 @@ def build_parser() -> Parser:
     parser.add_argument("--prompt-file", metavar="FILE", help="read a prompt from a file; - is stdin")
     parser.add_argument(
         "--lines", action="store_true", help="each line of --prompt-file is a prompt of its own"
+    )
+    chat = parser.add_argument_group("chat")
+    chat.add_argument("--chat", action="store_true", help="a conversation; a line of stdin is a turn")
+    chat.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told first")
+    chat.add_argument(
+        "--chat-format",
+        metavar="NAME",
+        help="with --chat: llama2, llama3, zephyr, chatml, vicuna, or one of the checkpoint's named "
+        "templates (default: its own)",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
@@ -105,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
     if args.version:
         print(f"minipyramid {__version__}")
         return
+    check_chat(args)
     params = read_params(args)
     if args.plan:
         plan = plan_of(args, read_prompts(args, needed=False), params.max_new_tokens)
@@ -112,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.prompt_tokens is not None:
         raise RequestError("--prompt-tokens is for --plan; give a prompt to generate from")
-    prompts = read_prompts(args)
+    prompts = [] if args.chat else read_prompts(args)
     set_threads(args.threads)
     with LoadingLine(quiet=args.quiet) as line:
         llm = LLM(
@@ -126,6 +137,11 @@ def run(args: argparse.Namespace) -> None:
             revision=args.revision,
             progress=None if args.quiet else line.update,
         )
+    if args.chat:
+        llm.chat_format(args.chat_format)  # what is wrong with it is told before the first turn
+        chat = TerminalChat(llm, params, args.chat_format, args.system)
+        chat.run(lambda answer: print_stats(answer, args.policy) if args.stats else None)
+        return
     done: dict[int, Completion] = {}
     if len(prompts) == 1 and not args.json:
         done[0] = stream(llm, prompts[0], params)
@@ -138,6 +154,18 @@ def run(args: argparse.Namespace) -> None:
     if args.stats:
         for i in sorted(done):
             print_stats(done[i], args.policy)
+
+
+def check_chat(args: argparse.Namespace) -> None:
+    """Refuse flags that mean nothing with --chat, or without it."""
+    if args.chat:
+        others = {"a prompt": args.prompt is not None or args.prompts, "--prompt-file": args.prompt_file}
+        others |= {"--plan": args.plan, "--json": args.json}
+        for name, given in others.items():
+            if given:
+                raise RequestError(f"--chat takes turns from stdin; leave {name} out")
+    elif args.system is not None or args.chat_format is not None:
+        raise RequestError("--system and --chat-format are for --chat; give it, or leave them out")
 
 
 def print_all(completions: list[Completion], args: argparse.Namespace, single: bool) -> None:

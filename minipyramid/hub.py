@@ -1,22 +1,29 @@
 """Where a checkpoint lies: a directory, or a hub repository that is fetched into huggingface_hub's cache.
 
 Cache, token, endpoint and offline settings are those of huggingface_hub. Only what the engine reads is
-fetched.
+fetched: first what is small and can be looked at, then weights.
 """
 
+import shutil
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils.tqdm import tqdm
 
 from minipyramid.errors import CheckpointError, expect_type
 
-# `pyramid.safetensors` has the lines of a profile, under the name that `minipyramid.calibrate` gives it.
-CONFIGURATION = "*config.json pyramid.json pyramid.safetensors added_tokens.json tokenizer.model"
-# `model*`, since a repository may hold the same weights again under other names and in other layouts.
-WANTED = f"{CONFIGURATION} model*.safetensors*"
+# Everything but weights, which may be gigabytes: it is fetched and looked at first. `pyramid.safetensors` has
+# the lines of a profile, under the name that `minipyramid.calibrate` gives it.
+SETTINGS = (
+    "*config.json params.json pyramid.json pyramid.safetensors added_tokens.json tokenizer.json "
+    "tokenizer.model *.jinja"
+)
+# Of weights the first kind that a repository has. `model*`, since it may hold the same weights again under
+# other names and in other layouts.
+WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "consolidated.*.pth")
 EXPECTED = "expected a checkpoint's directory or a hub repository id"
 
 # What huggingface_hub raises, and what the user is told. The first that fits counts: a GatedRepoError is a
@@ -35,9 +42,9 @@ FAILURES = {
 
 
 def locate(
-    model: str | Path, revision: str | None = None, progress: bool = False, wanted: str = WANTED
+    model: str | Path, revision: str | None = None, progress: bool = False, wanted: str = SETTINGS
 ) -> Path:
-    """The checkpoint's directory. Any name but a local path is fetched; `progress` shows bars on a terminal.
+    """The checkpoint's directory; of a repository all but weights. `progress` shows bars on a terminal.
 
     Raises:
         CheckpointError: nothing is there, access is refused, or the hub cannot be reached.
@@ -59,17 +66,55 @@ def locate(
         problem = f"is a directory and has no revision {revision!r}"
         raise CheckpointError(f"{name} {problem}; leave the revision out")
     if exists:
-        raise CheckpointError(f"{name} is a file; {EXPECTED}")
+        gguf = " (GGUF files are not read)" if path.suffix.lower() == ".gguf" else ""
+        raise CheckpointError(f"{name} is a file{gguf}; {EXPECTED}")
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name} does not exist; {EXPECTED}")
+    at = f" at revision {revision!r}" if revision else ""
+    return _download(name, revision, wanted, progress, f"{name}{at}")
+
+
+def fetch_weights(model: str | Path, directory: Path, progress: bool = False) -> None:
+    """Fetch the weights that belong to what `locate` has fetched; a local directory has them already.
+
+    Raises `CheckpointError` if there is no room for them, and as `locate` does.
+    """
+    if Path(model).expanduser().is_dir():
+        return
+    for wanted in WEIGHTS:
+        # The directory is called by its commit, and the repository may have got another one meanwhile.
+        _download(str(model), directory.name, wanted, progress, str(model))
+        if any(directory.glob(wanted)):
+            return
+
+
+def _download(name: str, revision: str | None, wanted: str, progress: bool, told_as: str) -> Path:
     bars = tqdm if progress and sys.stderr.isatty() else _NoBar
-    files = wanted.split()
+    which: dict[str, Any] = {"revision": revision, "allow_patterns": wanted.split()}
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files, tqdm_class=bars))
+        _check_room(name, which)
+        return Path(snapshot_download(name, tqdm_class=bars, **which))
+    except CheckpointError:
+        raise
     # What a download may raise differs by huggingface_hub's version (requests or httpx, the disk, a proxy).
     except Exception as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise CheckpointError(f"{name}{at} {_told(error)}") from error
+        raise CheckpointError(f"{told_as} {_told(error)}") from error
+
+
+def _check_room(name: str, which: dict[str, Any]) -> None:
+    """Raise `CheckpointError` if the disk has no room for what is to be fetched."""
+    if "dry_run" not in signature(snapshot_download).parameters or constants.HF_HUB_OFFLINE:
+        return  # an older huggingface_hub cannot tell beforehand
+    try:
+        files: Any = snapshot_download(name, tqdm_class=_NoBar, dry_run=True, **which)
+    except Exception:  # out of reach, say; the download itself knows what is in the cache
+        return
+    needed = sum(file.file_size or 0 for file in files if file.will_download)
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(d for d in (cache, *cache.parents) if d.exists())).free
+    if needed > free:
+        sizes = f"{needed / 2**30:.1f} GiB are to be fetched, and {cache} has room for {free / 2**30:.1f}"
+        raise CheckpointError(f"{name}: {sizes}; free some, or set HF_HOME to another disk")
 
 
 def _told(error: BaseException) -> str:

@@ -18,10 +18,13 @@ from minipyramid.sampling import SamplingParams
 from minipyramid.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
+    from minipyramid.formats.chat import ChatFormat
     from minipyramid.plan import Plan
 
 AnyPolicy = str | Path | Policy  # a name, a file, or a policy
 Memory = int | str | None  # bytes, or as in "2GiB"
+Messages = list[dict[str, Any]]  # of a chat
+Single = SamplingParams | None
 Earlier = Conversation | None  # turns that a prompt follows
 Finished = Iterator[tuple[int, Completion]]  # a prompt's index, and what became of it
 
@@ -67,7 +70,7 @@ class LLM:
     ) -> None:
         # Imported where they are needed: the hub's library takes its time, and names of policies are many.
         from minipyramid.formats.huggingface import read_config
-        from minipyramid.hub import locate
+        from minipyramid.hub import fetch_weights, locate
         from minipyramid.policies import pick_policy
 
         expect_type("compile", compile, bool, "bool")
@@ -76,6 +79,7 @@ class LLM:
         chosen = pick_policy(policy, directory, config.num_hidden_layers)
         on = pick_device(device)
         tokenizer = load_tokenizer(directory, config.vocab_size)
+        fetch_weights(model, directory, progress=progress is not None)  # now that the rest can be used
         weights = checkpoint.load(directory, config, pick_dtype(dtype, config.dtype, on), on, progress)
         if compile:
             from minipyramid.compiled import compile_step
@@ -85,6 +89,7 @@ class LLM:
 
     def _use(self, engine: Engine, directory: Path) -> None:
         self.engine, self.directory = engine, directory
+        self._chat_formats: dict[str | None, ChatFormat] = {}
         self.model, self.tokenizer, self.config = engine.model, engine.tokenizer, engine.config
         self.device, self.dtype = engine.device, engine.dtype
 
@@ -143,7 +148,7 @@ class LLM:
                 yield index[sequence], sequence.completion
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, conversation: Earlier = None
+        self, prompt: Prompt, params: Single = None, conversation: Earlier = None
     ) -> Generator[str, None, Completion]:
         """The same for one prompt, as pieces of text; joined they are the completion's text.
 
@@ -158,6 +163,54 @@ class LLM:
             if piece is not None:
                 yield piece
         return sequence.completion
+
+    def chat(
+        self, messages: Messages, params: Single = None, conversation: Earlier = None, **how: Any
+    ) -> Completion:
+        """The answer to messages, which are dictionaries with a `role` and a `content` each.
+
+        With a `conversation` they are its next turn. Further arguments are those of `chat_request`.
+        """
+        sequence = self.engine.prepare(self.chat_request(messages, params, conversation, **how))
+        self._run(sequence)
+        return sequence.completion
+
+    def stream_chat(
+        self, messages: Messages, params: Single = None, conversation: Earlier = None, **how: Any
+    ) -> Generator[str, None, Completion]:
+        """The same as pieces of text; like `stream`."""
+        return self._pieces(self.engine.prepare(self.chat_request(messages, params, conversation, **how)))
+
+    def chat_request(
+        self, messages: Messages, params: Single = None, conversation: Earlier = None, **how: Any
+    ) -> Request:
+        """What `chat` asks of the engine: a prompt of token ids.
+
+        Args:
+            messages: the whole conversation, or its next turn if there is a `conversation`.
+            params: as for `generate`.
+            conversation: whose cache is carried on.
+            chat_format: "llama2", "llama3", "zephyr", "chatml", "vicuna", or one of the checkpoint's named
+                templates; None for its own.
+            variables: what else its template is to know, as `date_string`.
+            name: what errors call the messages.
+
+        Raises:
+            ConfigError: there is no such template, or it fails.
+            RequestError: a message is malformed, or the template refuses them.
+        """
+        from minipyramid.formats.chat import request_of
+
+        return request_of(self.chat_format, messages, params, conversation, **how)
+
+    def chat_format(self, name: str | None = None) -> "ChatFormat":
+        """How the checkpoint is talked to; each is made once, for it keeps a process that renders."""
+        from minipyramid.formats.chat import ChatFormat
+
+        if name not in self._chat_formats:
+            made = ChatFormat(self.directory, self.engine.need_tokenizer(), name)
+            self._chat_formats[name] = made
+        return self._chat_formats[name]
 
     def prefill(self, prompts: Prompts, conversation: Earlier = None) -> list[Prefill]:
         """Compute prompts and tell what the cache holds of each, and the scores of the token that comes next.
@@ -200,8 +253,11 @@ class LLM:
 
     def _run_to_logits(self, sequence: Sequence) -> Tensor:
         """Run what generates nothing; returns the scores after the prompt and each token to score."""
-        for _ in self.engine.run([sequence]):
-            pass
+        self._run(sequence)
         if sequence.logits is None:
             raise RequestError(f"{sequence.request.name} was cancelled before it was computed; ask again")
         return sequence.logits
+
+    def _run(self, sequence: Sequence) -> None:
+        for _ in self.engine.run([sequence]):
+            pass

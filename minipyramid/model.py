@@ -47,6 +47,10 @@ class Layer(nn.Module):
         self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         self.input_layernorm = nn.Parameter(torch.empty(hidden))
         self.qkv_proj = Linear(sum(self.heads) * D, hidden)
+        if config.qkv_bias:
+            self.qkv_bias = nn.Parameter(torch.empty(sum(self.heads) * D))
+        if config.head_norms:
+            self.q_norm, self.k_norm = nn.Parameter(torch.empty(D)), nn.Parameter(torch.empty(D))
         self.o_proj = Linear(hidden, self.heads[0] * D)
         self.post_attention_layernorm = nn.Parameter(torch.empty(hidden))
         self.gate_up_proj = Linear(2 * ffn, hidden)
@@ -55,7 +59,13 @@ class Layer(nn.Module):
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Queries [T, H, D] and keys [T, K, D], rotated, and values [T, K, D], of the normed input."""
         qkv = self.qkv_proj(rms_norm(x, self.input_layernorm, self.config))
+        if self.config.qkv_bias:
+            qkv += self.qkv_bias
         heads = qkv.view(len(x), sum(self.heads), -1)
+        if self.config.head_norms:
+            q, k, _ = torch.split(heads, self.heads, dim=1)
+            q.copy_(rms_norm(q, self.q_norm, self.config))
+            k.copy_(rms_norm(k, self.k_norm, self.config))
         rotate_(heads[:, : -self.heads[2]], cos, sin)
         return torch.split(heads, self.heads, dim=1)
 

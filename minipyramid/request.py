@@ -42,6 +42,7 @@ class Request:
     conversation: Conversation | None = None  # whose next turn the prompt is
     continuation: list[int] | None = None  # to be scored, in place of generating one; it may be empty
     name: str = "the prompt"  # what errors call it
+    ends: tuple[int, ...] = ()  # token ids that end it, beside those that end every text of the model
 
 
 @dataclass

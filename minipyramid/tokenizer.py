@@ -10,21 +10,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+from minipyramid.errors import RequestError
+
 
 class Tokenizer(Protocol):
     """Text to token ids and back; the rest of the engine does not know of which kind it is."""
 
     bos_id: int
     add_bos: bool  # whether a text begins with it
+    eos_ids: tuple[int, ...]  # that end a text, for a model whose configuration names none
+    adds_space: bool  # before a text that follows no other, which decoding takes away again
 
     @property
     def special_tokens(self) -> dict[str, int]:
         """Texts that are tokens of their own, such as `</s>`, and their ids."""
 
-    def encode(self, text: str, name: str = "the text", *, continues: bool = False) -> list[int]:
+    def encode(
+        self, text: str, name: str = "the text", *, continues: bool = False, literal: bool = False
+    ) -> list[int]:
         """Token ids of a text; if it `continues` another, without a beginning-of-text token or a space.
 
-        Raises `RequestError`, which calls the text `name`, if it has no UTF-8 form.
+        `literal`: the texts of special tokens are plain text. Raises `RequestError`, which calls the text
+        `name`, if it has no UTF-8 form.
         """
 
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
@@ -39,11 +46,17 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
 
     Raises `TokenizerError` if a file is unreadable or does not have the model's `vocab_size`.
     """
-    if not (directory / "tokenizer.model").is_file():
-        return None
-    from minipyramid.formats.sentencepiece import SentencePieceTokenizer
+    from minipyramid.formats.tokenizers import read_tokenizer
 
-    return SentencePieceTokenizer(directory, vocab_size)
+    return read_tokenizer(directory, vocab_size)
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raise `RequestError` for a lone surrogate, of which tokenizers' own messages say nothing of use."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} is not valid Unicode ({error.reason}); give UTF-8 text") from error
 
 
 class TextStream:
@@ -56,10 +69,10 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer | None, stop: Iterable[str] = (), *, at_start: bool = False
     ) -> None:
-        """`at_start`: no text stands before this one, so it begins without a space."""
+        """`at_start`: no text stands before this one, so it begins without the tokenizer's space."""
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
-        self.at_start = at_start
+        self.at_start = at_start and tokenizer is not None and tokenizer.adds_space
         self.stopped = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # The end of the text, while it may begin a stop string.

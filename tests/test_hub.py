@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 from helpers import TINY, lines_of, random_tensors
 from safetensors.torch import save
 
@@ -325,6 +326,37 @@ def offline(
             "set offline": set_offline,
             "out of reach": run_all(AGAIN, environment(nowhere, home), elsewhere),
         }
+
+
+def test_bin_files_are_fetched_where_there_are_no_safetensors(
+    hub: Hub, home: Path, elsewhere: Path, text: str, tmp_path: Path
+) -> None:
+    torch.save(random_tensors(TINY), tmp_path / "weights.bin")
+    names = ("config.json", "tokenizer.model", "pyramid.json")
+    files = {name: hub.repos["acme/tiny"].files[name] for name in names}
+    files["pytorch_model.bin"] = (tmp_path / "weights.bin").read_bytes()
+    hub.repos["acme/bin"] = Repo(files)
+    result = run_all({"": command("acme/bin")}, environment(hub.url, home), elsewhere)[""]
+    assert result.status == 0, result.stderr
+    assert result.stdout.rstrip("\n") == text.rstrip("\n")
+
+
+def test_what_is_wrong_is_said_before_weights_are_fetched(hub: Hub, home: Path, elsewhere: Path) -> None:
+    """A configuration that is not run, a tokenizer that cannot be read, a disk without room."""
+    whole = hub.repos["acme/tiny"].files
+    config = json.dumps({**TINY, "model_type": "gemma"}).encode()
+    hub.repos["acme/gemma"] = Repo({**whole, "config.json": config})
+    hub.repos["acme/spoilt"] = Repo({**whole, "tokenizer.model": b"\nx"})
+    hub.repos["acme/large"] = Repo(dict(whole))
+    no_room = "import shutil; shutil.disk_usage = lambda _: type('Disk', (), {'free': 1000}); "
+    for name, word in (("gemma", "model_type"), ("spoilt", "sentencepiece"), ("large", "have|has room for")):
+        argv = command(f"acme/{name}")
+        code = f"{no_room if name == 'large' else ''}from minipyramid.generate import main; main({argv})"
+        result = python(["-c", code], environment(hub.url, home), elsewhere)
+        assert re.search(word, result.stderr), result.stderr
+        assert result.stderr.count("\n") == 1
+        paths = [r.path for r in hub.asked(f"acme/{name}") if r.method == "GET"]
+        assert not any("safetensors" in path for path in paths)
 
 
 def the_error(result: Result) -> str:

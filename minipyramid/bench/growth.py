@@ -13,8 +13,8 @@ from minipyramid.bench.floors import measure_rates
 from minipyramid.bench.machine import machine_line, machine_of
 from minipyramid.bench.models import load_llm
 from minipyramid.cache import KVCache
-from minipyramid.checkpoint import parameter_sources
 from minipyramid.cli.terminal import readable
+from minipyramid.formats.names import parameter_sources
 from minipyramid.need import Need
 
 HELD = (512, 1024, 2048, 4096, 8192)  # tokens of each sequence

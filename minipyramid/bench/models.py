@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from minipyramid import LLM, Engine
-from minipyramid.checkpoint import parameter_sources
 from minipyramid.cli.shapes import PREFIX, shape_config
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.formats.huggingface import read_config
+from minipyramid.formats.names import parameter_sources
 from minipyramid.linear import pack
 from minipyramid.model import Model
 from minipyramid.policies import pick_policy

@@ -12,8 +12,8 @@ from minipyramid import RequestError
 from minipyramid.bench.methods import Run
 from minipyramid.bench.models import config_of, device_and_dtype, random_tensor
 from minipyramid.bench.work import make_work
-from minipyramid.checkpoint import parameter_sources
 from minipyramid.cli.shapes import PREFIX, shape_dict
+from minipyramid.formats.names import parameter_sources
 
 
 def transformers_method(args: argparse.Namespace) -> Run:

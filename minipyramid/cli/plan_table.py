@@ -10,7 +10,7 @@ from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.errors import RequestError
 from minipyramid.formats.huggingface import read_config
-from minipyramid.hub import CONFIGURATION, locate
+from minipyramid.hub import locate
 from minipyramid.need import Planner
 from minipyramid.plan import Plan
 from minipyramid.policies import pick_policy
@@ -29,7 +29,7 @@ def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -
     if args.model.startswith(PREFIX):
         directory, config = Path(args.model), shape_config(args.model.removeprefix(PREFIX))
     else:
-        directory = locate(args.model, args.revision, wanted=CONFIGURATION)
+        directory = locate(args.model, args.revision)
         config = read_config(directory)
     lengths = [args.prompt_tokens] if args.prompt_tokens is not None else []
     if prompts:
@@ -51,7 +51,7 @@ def count_tokens(
     tokenizer = load_tokenizer(directory, config.vocab_size)
     if tokenizer is None:
         raise RequestError(
-            f"{directory} has no tokenizer.model to count a prompt with; give --prompt-tokens instead"
+            f"{directory} has no tokenizer to count a prompt with; give --prompt-tokens instead"
         )
     if "" in prompts:
         raise RequestError("a prompt is empty; give at least one token")

@@ -43,7 +43,7 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
         pruned = LLM(args.model, policy=asked, kv_budget=budget, dtype=args.dtype, progress=line.update)
     tokenizer = pruned.tokenizer
     if tokenizer is None:
-        raise TokenizerError(f"{args.model} has no tokenizer.model, and the prompts here are texts; add it")
+        raise TokenizerError(f"{args.model} has no tokenizer, and the prompts here are texts; add it")
     full = pruned.under("full")
     cases = [Case(prompt) for prompt in given] or tell(args, pruned, tokenizer)
     called = names(len(cases))
@@ -101,7 +101,7 @@ def run_side(name: str, llm: LLM, tokenizer: Tokenizer, cases: list[Case], new_t
     completions = [done[i] for i in range(len(cases))]
     # Prompts that were computed together share their seconds, which count once.
     prompt_s = sum({completion.prefill_s for completion in completions})
-    eos, first = llm.config.eos_token_ids, completions[0]
+    eos, first = llm.engine.eos_ids, completions[0]
     right = [case.answer is not None and done[i].text.startswith(case.answer) for i, case in enumerate(cases)]
     computed = llm.plan([len(first.prompt_token_ids)], new_tokens).computed[0]
     return Side(

@@ -15,12 +15,11 @@ SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attentio
 # For each field, the values that the engine implements; a field that is absent has one of them. Mistral
 # is a Llama as long as no text is longer than its sliding window.
 IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama", "mistral"),
+    "model_type": ("llama", "mistral", "qwen2", "qwen3"),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "partial_rotary_factor": (1, 1.0),
-    "quantization_config": (),
 }
 # For each rope type, the fields that it needs.
 ROPE_NEEDS = {
@@ -33,13 +32,17 @@ Fields = dict[str, Any]
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """Read `config.json`, and the further ids that end a text from `generation_config.json`.
+    """Read `config.json` and the ids that end a text in `generation_config.json`, or Meta's `params.json`.
 
     Raises:
         CheckpointError: a file is missing or not JSON.
         ConfigError: a field is absent, out of range, or asks for what the engine does not implement.
     """
     file = directory / "config.json"
+    if not file.exists() and (directory / "params.json").exists():
+        from minipyramid.formats.meta import config_fields
+
+        return config_of(config_fields(directory), str(directory / "params.json"))
     raw = read_json(file)
     more = read_json(directory / "generation_config.json", optional=True)
     return config_of(raw, str(file), more.get("eos_token_id"))
@@ -58,6 +61,9 @@ def _model(raw: Fields, more_eos: Any) -> ModelConfig:
         # If it is absent; null means that there is no window.
         raw = {"sliding_window": 4096, **raw}
     raw = _without_nulls(raw)
+    if str(raw.get("model_type")).startswith("qwen") and not raw.get("use_sliding_window"):
+        raw.pop("sliding_window", None)  # its files give one, whether it is used or not
+    _refuse_quantised(raw.get("quantization_config"))
     _refuse_unsupported(raw)
     sizes = {name: _positive(raw, name) for name in SIZES}
     context = _positive(raw, "max_position_embeddings")
@@ -86,6 +92,8 @@ def _model(raw: Fields, more_eos: Any) -> ModelConfig:
         rope=_rope(raw, context),
         dtype=dtype,
         eos_token_ids=_eos(sizes["vocab_size"], raw.get("eos_token_id"), more_eos),
+        qkv_bias=raw["model_type"] == "qwen2",
+        head_norms=raw["model_type"] == "qwen3",
     )
 
 
@@ -122,8 +130,15 @@ def _refuse_unsupported(raw: Fields) -> None:
         # Only model_type has no default.
         given = name in raw or name == "model_type"
         if given and value not in allowed:
-            expected = " or ".join(map(repr, allowed)) or "plain weights"
+            expected = " or ".join(map(repr, allowed))
             raise ConfigError(f"{name} is {value!r}, which is not implemented; expected {expected}")
+
+
+def _refuse_quantised(settings: Any) -> None:
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        problem = f"the weights are quantised by {method or 'an unnamed method'}, which is not implemented"
+        raise ConfigError(f"quantization_config: {problem}; take the model's plain weights")
 
 
 def _positive(raw: Fields, name: str, default: float | None = None) -> Any:

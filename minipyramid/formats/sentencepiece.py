@@ -15,7 +15,8 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from minipyramid.config import read_json
-from minipyramid.errors import RequestError, TokenizerError
+from minipyramid.errors import TokenizerError
+from minipyramid.tokenizer import check_unicode
 
 # What sentencepiece writes for a space.
 SPACE = "\u2581"
@@ -30,8 +31,11 @@ class SentencePieceTokenizer:
         file = directory / "tokenizer.model"
         try:
             self._sp = sp = SentencePieceProcessor(model_file=str(file))
+            # A damaged one may load, and have pieces that are no UTF-8.
+            for i in range(sp.vocab_size()):
+                sp.id_to_piece(i)
         # TypeError stands for a path that is not Unicode.
-        except (RuntimeError, OSError, TypeError) as error:
+        except (RuntimeError, OSError, TypeError, UnicodeDecodeError) as error:
             message = f"{file} is not a sentencepiece model; expected one, such as Llama 2's"
             raise TokenizerError(message) from error
         # sentencepiece sets a space before every text, but none after a character that is a piece of its own.
@@ -44,6 +48,8 @@ class SentencePieceTokenizer:
         settings = read_json(directory / "tokenizer_config.json", optional=True)
         # Llama's tokenizers begin every text with the beginning-of-text token unless they say otherwise.
         self.add_bos = self.bos_id >= 0 and settings.get("add_bos_token") is not False
+        self.eos_ids: tuple[int, ...] = (sp.eos_id(),) if sp.eos_id() >= 0 else ()
+        self.adds_space: bool = "".join(sp.encode("a", out_type=str)).startswith(SPACE)
         ids = range(sp.vocab_size())
         self._bytes = [_piece_bytes(sp, i) for i in ids]
         self.special_tokens = {sp.id_to_piece(i): i for i in ids if sp.is_control(i)}
@@ -81,19 +87,14 @@ class SentencePieceTokenizer:
                 self._bytes[token] = b"" if silent else content.encode()
                 self.special_tokens[content] = token
 
-    def encode(self, text: str, name: str = "the text", *, continues: bool = False) -> list[int]:
-        """Token ids of a text; if it `continues` another, without a beginning-of-text token or a space.
-
-        Raises `RequestError`, which calls the text `name`, if it has no UTF-8 form.
-        """
-        # sentencepiece's own message for a lone surrogate is no help.
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"{name} is not valid Unicode ({error.reason}); give UTF-8 text") from error
+    def encode(
+        self, text: str, name: str = "the text", *, continues: bool = False, literal: bool = False
+    ) -> list[int]:
+        """Token ids of a text; arguments and errors as those of `Tokenizer.encode`."""
+        check_unicode(text, name)
         ids = [self.bos_id] if self.add_bos and not continues else []
-        for i, part in enumerate(self._split.split(text)):
-            if part in self.special_tokens:
+        for i, part in enumerate([text] if literal else self._split.split(text)):
+            if part in self.special_tokens and not literal:
                 ids.append(self.special_tokens[part])
             elif part and (continues or i > 0):
                 # Something stands before this part, so it gets no space.
@@ -105,7 +106,7 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
         """The text of ids without special tokens; begins without a space unless it `continues` another."""
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-        return text if continues else text.removeprefix(" ")
+        return text if continues or not self.adds_space else text.removeprefix(" ")
 
     def token_bytes(self, token: int) -> bytes:
         """Bytes of one token. Special tokens have none, nor have the padding rows of an embedding."""

@@ -1,0 +1,53 @@
+"""Which file a checkpoint's tokenizer is read from."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from minipyramid.config import read_json
+from minipyramid.errors import CheckpointError, TokenizerError
+from minipyramid.tokenizer import Tokenizer
+
+
+def read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
+    """A sentencepiece model, else `tokenizer.json`, else Llama 3's rank file; None where there is none.
+
+    sentencepiece comes first since it is what a `tokenizer.json` beside it was made from.
+
+    Raises `TokenizerError` if the file cannot be read, or if the package that reads it is missing.
+    """
+    model, file = directory / "tokenizer.model", directory / "tokenizer.json"
+    has_ranks = False
+    if model.is_file():
+        # Here, since the package that reads rank files may be missing.
+        try:
+            with model.open("rb") as opened:
+                first = opened.readline(1000).split()
+        except OSError as error:
+            raise TokenizerError(f"{model} cannot be read ({error}); fetch it again") from error
+        # A line of it is a token in base64 and its rank; a sentencepiece model begins with a line break.
+        has_ranks = len(first) == 2 and first[1].isdigit()
+        if not has_ranks:
+            from minipyramid.formats.sentencepiece import SentencePieceTokenizer
+
+            return SentencePieceTokenizer(directory, vocab_size)
+    if file.is_file():
+        _check_package(file)
+        from minipyramid.formats.bpe import BpeTokenizer
+
+        try:
+            spec = read_json(file, holds="a tokenizer")
+        except CheckpointError as error:
+            raise TokenizerError(str(error)) from error
+        return BpeTokenizer(spec, file, vocab_size)
+    if has_ranks:
+        _check_package(model)
+        from minipyramid.formats.ranks import read_ranks
+
+        return read_ranks(model, vocab_size)
+    return None
+
+
+def _check_package(file: Path) -> None:
+    if find_spec("tokenizers") is None:
+        install = "pip install 'minipyramid[bpe]'"
+        raise TokenizerError(f"{file} needs the package tokenizers, which is not installed; {install}")

@@ -1,0 +1,354 @@
+"""Messages to ids by templates, and answers turn by turn on the cache that is carried on."""
+
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import STEEP, say, write_checkpoint
+from tokenizer_files import LANGUAGES, SPECIALS, write_json, write_llama2_json, write_pieces
+from transformers import PreTrainedTokenizerFast
+
+from minipyramid import LLM, ConfigError, Conversation, RequestError, SamplingParams
+from minipyramid.formats.chat import ChatFormat
+from minipyramid.formats.templates import BUILT_IN, Renderer
+from minipyramid.tokenizer import load_tokenizer
+
+# As the repositories have them that these formats come from.
+PUBLISHED = {
+    "llama2": (
+        "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message"
+        " = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = "
+        "false %}{% endif %}{% for message in loop_messages %}{% if (message['role'] == 'user') != "
+        "(loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}"
+        "{% endif %}{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\\n' + "
+        "system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = "
+        "message['content'] %}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
+        "content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + "
+        "' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "llama3": (
+        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+        "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + "
+        "'<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+        "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant"
+        "<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "zephyr": (
+        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + "
+        "message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + "
+        "message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  "
+        "+ message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n"
+        "{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+        "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% endif %}"
+    ),
+    # FastChat, which Vicuna comes from, has code in place of a template; this is written from it.
+    "vicuna": (
+        "{% if messages[0]['role'] == 'system' %}{% set system, rest = messages[0]['content'], messages[1:]"
+        " %}{% else %}{% set system, rest = 'A chat between a curious user and an artificial intelligence "
+        "assistant. The assistant gives helpful, detailed, and polite answers to the user\\'s questions.', "
+        "messages %}{% endif %}{{ bos_token + system }}{% set seps = [' ', eos_token] %}{{ seps[0] }}"
+        "{% for m in rest %}{{ m['role'].upper() + ': ' + m['content'] + seps[loop.index0 % 2] }}"
+        "{% endfor %}{{ 'ASSISTANT:' }}"
+    ),
+}
+
+
+def checkpoint(directory: Path, name: str) -> int:
+    """A tokenizer that has the format's tokens; returns the vocabulary's size."""
+    directory.mkdir(exist_ok=True)
+    if name not in ("llama3", "chatml"):
+        return write_llama2_json(directory)
+    size = write_json(directory)
+    if name == "chatml":
+        for part in ("tokenizer.json", "tokenizer_config.json"):
+            text = (directory / part).read_text().replace("<|eot_id|>", "<|im_end|>")
+            (directory / part).write_text(text.replace("<|python_tag|>", "<|im_start|>"))
+    return size
+
+
+def conversations() -> list[list[dict[str, str]]]:
+    """Ten, with and without a system message, of one to five turns."""
+    lots, found = random.Random(1), []
+    for i in range(10):
+        messages = []
+        if i % 2:
+            messages.append({"role": "system", "content": "You are a fox. " + lots.choice(LANGUAGES)})
+        for turn in range(i // 2 + 1):
+            text = lots.choice(LANGUAGES)
+            messages.append({"role": "user", "content": f"  {text}\n\n{turn}? " if i % 3 else text})
+            if turn < i // 2:
+                messages.append({"role": "assistant", "content": lots.choice(LANGUAGES)})
+        found.append(messages)
+    return found
+
+
+def theirs(directory: Path, template: str) -> Any:
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    names = {
+        name: given["content"] if isinstance(given, dict) else given
+        for name, given in settings.items()
+        if name in ("bos_token", "eos_token")
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(directory / "tokenizer.json"), chat_template=template, **names
+    )
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("own", [False, True])
+def test_ids_of_ten_conversations_equal_transformers(tmp_path: Path, name: str, own: bool) -> None:
+    """By the built-in format, and by the published template as the checkpoint's own."""
+    size = checkpoint(tmp_path, name)
+    tokenizer = load_tokenizer(tmp_path, size)
+    assert tokenizer
+    if own:
+        (tmp_path / "chat_template.jinja").write_text(PUBLISHED[name])
+    form = ChatFormat(tmp_path, tokenizer, None if own else name)
+    reference = theirs(tmp_path, PUBLISHED[name])
+    for messages in conversations():
+        expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert form.encode(messages) == expected, messages
+
+
+@pytest.fixture(params=BUILT_IN)
+def form(request: pytest.FixtureRequest, tmp_path: Path) -> ChatFormat:
+    tokenizer = load_tokenizer(tmp_path, checkpoint(tmp_path, request.param))
+    assert tokenizer
+    return ChatFormat(tmp_path, tokenizer, request.param)
+
+
+def shown(form: ChatFormat, ids: list[int]) -> str:
+    """The text of ids with their special tokens, which are set in brackets that no text holds."""
+    tokenizer = form._tokenizer
+    names = {token: name for name, token in tokenizer.special_tokens.items()}
+    data = [f"\u27ea{names[i]}\u27eb".encode() if i in names else tokenizer.token_bytes(i) for i in ids]
+    return b"".join(data).decode()
+
+
+def test_a_users_text_with_every_special_token_changes_no_role(form: ChatFormat) -> None:
+    """Each is plain text there, in any place of it; the template's own are where they were."""
+    special = form._tokenizer.special_tokens
+    texts = [" and ".join(special), "".join(special), *special]
+    texts += [f"{token[:-1]}{other}{token[-1]}" for token in special for other in list(special)[:3]]
+    for role in ("system", "user"):
+        for text in texts:
+            contents = {"system": "Be brief.", "user": "Who?"}
+            plain = form.encode([{"role": r, "content": content} for r, content in contents.items()])
+            said, contents[role] = contents[role], text
+            forged = form.encode([{"role": r, "content": content} for r, content in contents.items()])
+            tokens = set(special.values())
+            assert [i for i in forged if i in tokens] == [i for i in plain if i in tokens]
+            assert shown(form, forged) == shown(form, plain).replace(said, text)
+
+
+def test_a_turn_is_what_the_whole_conversation_adds(form: ChatFormat) -> None:
+    """By the next turn alone, after an answer that was cut, and after one that ended by itself."""
+    question, answer, second = ({"role": r, "content": c} for r, c in zip(
+        ("user", "assistant", "user"), ("Who is there?", "A fox", "Which one?"), strict=True))  # fmt: skip
+    whole = shown(form, form.encode([question, answer, second])).replace(" \u27ea</s>", "\u27ea</s>")
+    first = form.encode([question])
+    reply = form._tokenizer.encode("A fox", continues=True, literal=True)
+    if "ASSISTANT: A" in whole or "[/INST] A" in whole:  # the answer's own space
+        reply = form._tokenizer.encode(" A fox", continues=True, literal=True)
+    cut = form.encode([second], after=reply[-1])
+    assert shown(form, first + reply + cut).replace(" \u27ea</s>", "\u27ea</s>") == whole
+    end = form.ends[0] if form.ends else form._tokenizer.eos_ids[0]
+    ended = form.encode([second], after=end)
+    assert shown(form, [*first, *reply, end, *ended]) == whole
+    assert ended == cut[-len(ended) :]
+
+
+def test_ten_turns_on_the_pyramid_cost_their_own_tokens(tmp_path: Path) -> None:
+    """And say what `Conversation` gives for the same turns."""
+    size = write_json(tmp_path)
+    write_checkpoint(tmp_path, vocab_size=size, max_position_embeddings=2048)
+    llm = LLM(tmp_path, policy=STEEP)
+    chat, turns = Conversation(), Conversation()
+    lots = random.Random(2)
+    for turn in range(10):
+        message = {"role": "user", "content": " ".join(lots.choices(LANGUAGES, k=2))}
+        params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=turn, ignore_eos=turn % 2 == 0)
+        before = len(chat.token_ids)
+        answer = llm.chat([message], params, chat, chat_format="llama3")
+        assert len(chat.token_ids) == before + len(answer.prompt_token_ids) + len(answer.token_ids)
+        assert message["content"].strip() in (llm.tokenizer or pytest.fail()).decode(answer.prompt_token_ids)
+        same = say(llm, answer.prompt_token_ids, params, turns)
+        assert (answer.text, answer.token_ids) == (same.text, same.token_ids)
+        assert answer.kept_positions == same.kept_positions
+        assert chat.token_ids == turns.token_ids
+    assert chat.held
+    assert chat.held.lengths[-1] < len(chat.token_ids) * 0.9
+
+
+def test_a_streamed_answer_is_the_answer(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, vocab_size=write_json(tmp_path), max_position_embeddings=2048)
+    (tmp_path / "chat_template.jinja").write_text(PUBLISHED["llama3"])
+    llm = LLM(tmp_path)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is there?"}]
+    params = SamplingParams(max_new_tokens=30, temperature=1.2, seed=3)
+    answer = llm.chat(messages, params)
+    assert "".join(llm.stream_chat(messages, params)) == answer.text
+    assert answer.prompt_token_ids == llm.chat_format().encode(messages)
+
+
+def test_an_answer_ends_with_its_turn(tmp_path: Path) -> None:
+    """Llama 3's config.json named only the end of all text, so that answers went on for ever."""
+    size = write_json(tmp_path)
+    write_checkpoint(tmp_path, vocab_size=size, eos_token_id=size - len(SPECIALS) + 1)
+    llm = LLM(tmp_path)
+    (end,) = llm.chat_format("llama3").ends
+    assert end == (llm.tokenizer or pytest.fail()).special_tokens["<|eot_id|>"]
+    (sequence,) = [
+        llm.engine.prepare(llm.chat_request([{"role": "user", "content": "?"}], chat_format="llama3"))
+    ]
+    assert sequence.eos_ids == (size - len(SPECIALS) + 1, end)
+
+
+def test_templates_are_found_where_checkpoints_have_them(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tmp_path, write_json(tmp_path))
+    assert tokenizer
+    message = [{"role": "user", "content": "fox"}]
+
+    def text(name: str | None = None) -> str:
+        return tokenizer.decode(ChatFormat(tmp_path, tokenizer, name).encode(message))
+
+    with pytest.raises(ConfigError, match="no chat template of its own; name a chat format: llama2, llama3"):
+        text()
+    with pytest.raises(ConfigError, match="did you mean 'llama2'"):
+        text("lama2")
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": "one {{ messages[0].content }}"}))
+    assert text() == "one fox"
+    named = [{"name": "default", "template": "two"}, {"name": "rag", "template": "three"}]
+    settings.write_text(json.dumps({"chat_template": named}))
+    assert (text(), text("rag")) == ("two", "three")
+    (tmp_path / "chat_template.jinja").write_text("four")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tools.jinja").write_text("five")
+    assert (text(), text("rag"), text("tools")) == ("four", "three", "five")
+    settings.write_text(json.dumps({"chat_template": [5]}))
+    with pytest.raises(ConfigError, match="chat_template is malformed"):
+        text()
+
+
+def test_a_format_whose_tokens_the_tokenizer_lacks_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tmp_path, write_pieces(tmp_path))
+    assert tokenizer
+    with pytest.raises(ConfigError, match=r"llama3 needs <\|start_header_id\|>"):
+        ChatFormat(tmp_path, tokenizer, "llama3")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for a in x %}{% if a > 1 %}{% break %}{% endif %}{{ a }}{% endfor %}", "1"),
+        ("{{ {'a': '<\u00e9>'} | tojson }}", '{"a": "<\u00e9>"}'),
+        ("{% generation %}a{% endgeneration %}", "a"),
+        ("  {% if true %}\na\n  {% endif %}\nb", "a\nb"),
+        ("{% set n = namespace(a=1) %}{% set n.a = 2 %}{{ n.a }}{{ dict(b=3)['b'] }}", "23"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+    ],
+)
+def test_templates_have_what_those_on_the_hub_use(template: str, expected: str) -> None:
+    assert Renderer().render(template, {"x": [1, 2, 3]}) == expected
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "word"),
+    [
+        (ENDLESS, r"did not end within 1\.5 s"),
+        ("{{ 'a' * 9999999999 }}", "needs more than 512 MiB"),
+        ("{% for a in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "writes more than 16 million"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{{ dict.__init__.__globals__ }}", "SecurityError"),
+        ("{{ x.append(1) }}", "SecurityError"),
+        ("{{ namespace(__class__=1) }}", "SecurityError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError|did not end"),
+        ("{% include '/etc/passwd' %}", "fails"),
+        ("{{ open('/etc/passwd').read() }}", "UndefinedError"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ y.z }}", "UndefinedError"),
+    ],
+)
+def test_a_template_that_misbehaves_ends_in_one_line(template: str, word: str) -> None:
+    renderer = Renderer()
+    with pytest.raises(ConfigError, match=word) as error:
+        renderer.render(template, {"x": []})
+    assert "\n" not in str(error.value)
+    assert renderer.render("{{ 1 + 1 }}", {}) == "2"  # the next one is rendered all the same
+
+
+def test_what_a_template_says_of_the_messages_is_told(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tmp_path, write_json(tmp_path))
+    assert tokenizer
+    with pytest.raises(RequestError, match="refuses the messages: after the system message, user and"):
+        ChatFormat(tmp_path, tokenizer, "llama2").encode([{"role": "assistant", "content": "I first"}])
+    (tmp_path / "chat_template.jinja").write_text("only {{ messages[-1].content }}")
+    with pytest.raises(ConfigError, match="leaves earlier answers out"):
+        ChatFormat(tmp_path, tokenizer).encode([{"role": "user", "content": "a"}], after=5)
+
+
+@pytest.mark.parametrize(
+    ("messages", "kind", "word"),
+    [
+        ([], RequestError, "no messages"),
+        ([{"role": "king", "content": "a"}], RequestError, "the role 'king'"),
+        ([{"role": "user"}], RequestError, "the content None"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], RequestError, "no text"),
+        ([{"role": "user", "content": "\ud800"}], RequestError, "not valid Unicode"),
+        ([{"role": "user", "content": "a", "x": {1}}], RequestError, "no plain data"),
+        ([{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDF0)))}], RequestError, "nonchar"),
+        ("hello", TypeError, "list of messages"),
+        (["hello"], TypeError, "message 0"),
+    ],
+)
+def test_malformed_messages_are_named(
+    tmp_path: Path, messages: Any, kind: type[Exception], word: str
+) -> None:
+    tokenizer = load_tokenizer(tmp_path, write_json(tmp_path))
+    assert tokenizer
+    with pytest.raises(kind, match=word):
+        ChatFormat(tmp_path, tokenizer, "llama3").encode(messages)
+
+
+def test_texts_may_come_in_parts_and_templates_get_variables(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tmp_path, write_json(tmp_path))
+    assert tokenizer
+    (tmp_path / "chat_template.jinja").write_text("{{ date_string }}: {{ messages[0].content }}")
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "fox"}]
+    form = ChatFormat(tmp_path, tokenizer)
+    ids = form.encode([{"role": "user", "content": parts}], variables={"date_string": "1 Jan"})
+    assert tokenizer.decode(ids) == "1 Jan: the fox"
+
+
+def test_jinja2_that_is_missing_or_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minipyramid.formats.templates.version", lambda _: "3.1.5")
+    with pytest.raises(ConfigError, match=r"need jinja2 3\.1\.6 or newer, 3\.1\.5 is installed"):
+        Renderer().render("a", {})
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("minipyramid.formats.templates.version", missing)
+    with pytest.raises(ConfigError, match=r"pip install 'minipyramid\[chat\]'"):
+        Renderer().render("a", {})
+
+
+def test_a_thread_waits_for_another_ones_template() -> None:
+    renderer = Renderer()
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: renderer.render("{{ i }}", {"i": i}), range(50)))
+    assert texts == list(map(str, range(50)))

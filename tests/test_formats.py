@@ -1,0 +1,205 @@
+"""The same weights in every kind of file give the same scores, to the bit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import TINY, random_tensors, train_pieces, write_checkpoint
+
+from minipyramid import LLM, CheckpointError, ConfigError, MiniPyramidError
+
+CONFIG = {**TINY, "intermediate_size": 96, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+PARAMS = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "norm_eps": 1e-5}
+IDS = list(range(3, 60))
+
+
+def scores(directory: Path) -> torch.Tensor:
+    return LLM(directory, dtype="float32", policy="full").prefill([IDS])[0].logits
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    return scores(write_checkpoint(tmp_path_factory.mktemp("safetensors"), **CONFIG))
+
+
+def write_bin(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    torch.save(tensors, directory / "pytorch_model.bin")
+
+
+def write_old_bin(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    shard_of = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(tensors)}
+    for shard in set(shard_of.values()):
+        torch.save({name: t for name, t in tensors.items() if shard_of[name] == shard}, directory / shard)
+    index = {"metadata": {}, "weight_map": shard_of}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("write", [write_bin, write_old_bin, write_shards])
+def test_bin_files_give_the_scores_of_safetensors(
+    tmp_path: Path, expected: torch.Tensor, write: Callable[..., None]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    leftover = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    write(tmp_path, {**random_tensors(CONFIG), **leftover})
+    assert torch.equal(scores(tmp_path), expected)
+
+
+def test_a_bin_file_of_tied_weights_holds_the_head_too(tmp_path: Path) -> None:
+    tied = {**CONFIG, "tie_word_embeddings": True}
+    plain = write_checkpoint(tmp_path / "safetensors", **tied)
+    (tmp_path / "config.json").write_text(json.dumps(tied))
+    tensors = random_tensors(tied)
+    write_bin(tmp_path, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
+    assert torch.equal(scores(tmp_path), scores(plain))
+
+
+def test_safetensors_come_first(tmp_path: Path, expected: torch.Tensor) -> None:
+    write_checkpoint(tmp_path, **CONFIG)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    assert torch.equal(scores(tmp_path), expected)
+
+
+class Runs:
+    """What a pickle can do to those who read it carelessly."""
+
+    def __reduce__(self) -> Any:
+        return (print, ("it ran",))
+
+
+def test_a_bin_file_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({**random_tensors(CONFIG), "x": Runs()}, file)
+    with pytest.raises(CheckpointError, match="could run anything"):
+        LLM(tmp_path)
+    file.write_bytes(pickle.dumps(Runs()))
+    with pytest.raises(CheckpointError):
+        LLM(tmp_path)
+    assert "it ran" not in capsys.readouterr().out
+
+
+def test_damaged_bin_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    file = tmp_path / "pytorch_model.bin"
+    write_bin(tmp_path, random_tensors(CONFIG))
+    whole = file.read_bytes()
+    for damaged in (b"", b"x", whole[:1000], whole[: len(whole) // 2], whole[5:]):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+            LLM(tmp_path)
+    for odd in ([1, 2], {"x": 5}):
+        torch.save(odd, file)
+        with pytest.raises(CheckpointError, match="holds no tensors by name"):
+            LLM(tmp_path)
+
+
+def write_meta(directory: Path, count: int, llama3: bool, **params: Any) -> None:
+    """The same weights as Meta's code would have saved them on `count` devices."""
+    tensors, D = random_tensors(CONFIG), 8
+    kinds = {"self_attn.q_proj": ("attention.wq", 0, 4), "self_attn.k_proj": ("attention.wk", 0, 2),
+             "self_attn.v_proj": ("attention.wv", 0, 0), "self_attn.o_proj": ("attention.wo", 1, 0),
+             "mlp.gate_proj": ("feed_forward.w1", 0, 0), "mlp.up_proj": ("feed_forward.w3", 0, 0),
+             "mlp.down_proj": ("feed_forward.w2", 1, 0), "input_layernorm": ("attention_norm", None, 0),
+             "post_attention_layernorm": ("ffn_norm", None, 0), "model.norm": ("norm", None, 0),
+             "model.embed_tokens": ("tok_embeddings", 0 if llama3 else 1, 0),
+             "lm_head": ("output", 0, 0)}  # fmt: skip
+    parts: list[dict[str, torch.Tensor]] = [{"rope.freqs": torch.ones(4)} for _ in range(count)]
+    for name, tensor in tensors.items():
+        key = next(
+            key
+            for key in kinds
+            if f"{key}.weight" in name and (key != "model.norm" or name == "model.norm.weight")
+        )
+        meta, axis, heads = kinds[key]
+        whole = tensor
+        if heads:  # component 2 i there is component i here, and 2 i + 1 is i + D / 2
+            order = [half * D // 2 + i for i in range(D // 2) for half in range(2)]
+            whole = tensor.view(heads, D, -1)[:, order].reshape(tensor.shape)
+        layer = name.split("layers.")[1].split(".")[0] if "layers." in name else ""
+        full = f"layers.{layer}.{meta}.weight" if layer else f"{meta}.weight"
+        cut = [whole] * count if axis is None else whole.chunk(count, axis)
+        for part, piece in zip(parts, cut, strict=True):
+            part[full] = piece.clone()
+    for i, part in enumerate(parts):
+        torch.save(part, directory / f"consolidated.0{i}.pth")
+    (directory / "params.json").write_text(json.dumps({**PARAMS, **params}))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("llama3", [False, True])
+def test_metas_files_give_the_scores_of_safetensors(tmp_path: Path, count: int, llama3: bool) -> None:
+    """Llama 2's say no size of the vocabulary and cut the embedding along the other axis than Llama 3's."""
+    theta = {"rope_theta": 500000.0} if llama3 else {}
+    plain = write_checkpoint(tmp_path / "safetensors", **{**CONFIG, **theta})
+    write_meta(tmp_path, count, llama3, vocab_size=320 if llama3 else -1, **theta)
+    assert torch.equal(scores(tmp_path), scores(plain))
+    llm = LLM(tmp_path)
+    assert llm.config.max_position_embeddings == (8192 if llama3 else 4096)
+    assert llm.engine.eos_ids == ()
+    train_pieces(tmp_path)
+    assert LLM(tmp_path).engine.eos_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    ("dim", "multiple_of", "factor", "expected"),
+    [(4096, 256, None, 11008), (4096, 1024, 1.3, 14336), (8192, 4096, 1.3, 28672)],
+)
+def test_the_feed_forwards_size_is_metas(
+    tmp_path: Path, dim: int, multiple_of: int, factor: float | None, expected: int
+) -> None:
+    from minipyramid.formats.meta import config_fields
+
+    params = {"dim": dim, "multiple_of": multiple_of, "ffn_dim_multiplier": factor, "n_heads": 32,
+              "n_layers": 2, "norm_eps": 1e-5, "vocab_size": 32000}  # fmt: skip
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    assert config_fields(tmp_path)["intermediate_size"] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "word"),
+    [
+        ({"use_scaled_rope": True}, ConfigError, "does not say the factor"),
+        ({"norm_eps": 1e-3}, ConfigError, "no Llama whose context is known"),
+        ({"dim": "x"}, ConfigError, "malformed"),
+        ({"n_heads": None}, ConfigError, "malformed"),
+        ({"multiple_of": 0}, ConfigError, "malformed"),
+        ({"multiple_of": 64}, CheckpointError, "has shape"),
+        ({"n_layers": 4}, CheckpointError, "lacks the tensor"),
+    ],
+)
+def test_what_metas_files_do_not_say_is_refused(
+    tmp_path: Path, change: dict[str, Any], kind: type[MiniPyramidError], word: str
+) -> None:
+    write_meta(tmp_path, 1, False, vocab_size=320, **change)
+    with pytest.raises(kind, match=word):
+        LLM(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes"])
+def test_quantised_weights_are_refused_by_name(tmp_path: Path, method: str) -> None:
+    write_checkpoint(tmp_path, quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ConfigError, match=f"quantised by {method}, which is not implemented; take the model"):
+        LLM(tmp_path)
+
+
+def test_a_gguf_file_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "model.Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="GGUF files are not read"):
+        LLM(file)
+
+
+def test_a_directory_without_weights_says_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(CheckpointError, match=r"has no weights; expected model\.safetensors or shards"):
+        LLM(tmp_path)

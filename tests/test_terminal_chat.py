@@ -1,0 +1,126 @@
+"""A conversation at the terminal, with lines of stdin for what a person types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import write_checkpoint
+from tokenizer_files import write_json
+
+from minipyramid import LLM, Conversation, SamplingParams
+from minipyramid.generate import main
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chat")
+    write_checkpoint(path, vocab_size=write_json(path), max_position_embeddings=300)
+    (path / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}: {{ m.content }}<|eot_id|>{% endfor %}"
+        "<|start_header_id|>assistant:"
+    )
+    return path
+
+
+@pytest.fixture
+def talk(directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give lines (an exception is raised in place of one), get status, stdout and stderr."""
+
+    def run(*lines: str | type[BaseException], flags: str = "--max-new-tokens 10") -> tuple[int, str, str]:
+        left = iter(lines)
+
+        def read(typed: bool) -> str:
+            line = next(left, EOFError)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        monkeypatch.setattr("minipyramid.cli.chat.read_line", read)
+        status = main(
+            ["--chat", "--model", str(directory), "--policy", "pyramid", "--ignore-eos", *flags.split()]
+        )
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_answers_go_to_stdout_and_are_those_of_the_library(talk: Any, directory: Path) -> None:
+    llm, conversation = LLM(directory, policy="pyramid"), Conversation()
+    params = SamplingParams(max_new_tokens=10, ignore_eos=True)
+    expected = []
+    for i, text in enumerate(("Who is there?", "And then?")):
+        opening = [] if i else [{"role": "system", "content": "brief"}]
+        answer = llm.chat([*opening, {"role": "user", "content": text}], params, conversation)
+        expected.append(answer.text.lstrip())
+    status, out, _ = talk("Who is there?", "", "And then?", flags="--max-new-tokens 10 --system brief")
+    assert (status, out) == (0, "".join(f"{text}\n" for text in expected))
+
+
+def test_commands_reset_save_and_tell(talk: Any, tmp_path: Path) -> None:
+    file = tmp_path / "said.json"
+    status, out, err = talk("Hello", f"/save {file}", "/stats", "/reset", "/stats", "/what", "/save /no/such")
+    assert status == 0
+    assert [message["role"] for message in json.loads(file.read_text())] == ["user", "assistant"]
+    assert json.loads(file.read_text())[1]["content"] == out.strip()
+    assert "2 messages" in err
+    assert "of the full cache" in err
+    assert "0 messages, 0 of 300 tokens" in err
+    assert "/reset begins anew, /save FILE" in err
+    assert "/no/such cannot be written" in err
+
+
+def test_the_end_of_the_context_is_told_before_it_comes(talk: Any) -> None:
+    _, out, err = talk("a b c d e f", "x" * 400, "again", "a", flags="--max-new-tokens 120")
+    assert "tokens of the context are left; /reset begins anew" in err
+    assert "are left of the context; shorten it, or begin anew by /reset" in err
+    assert "the context has room for an answer of" in err
+    assert out.count("\n") >= 2
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
+    talk: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stream_chat, file = LLM.stream_chat, tmp_path / "said.json"
+
+    def interrupted(self: LLM, messages: Any, *args: Any, **how: Any) -> Iterator[str]:
+        pieces = stream_chat(self, messages, *args, **how)
+        if messages[-1]["content"] == "stop":
+            yield next(pieces)
+            yield next(pieces)
+            raise KeyboardInterrupt
+        if messages[-1]["content"] == "stop at once":
+            raise KeyboardInterrupt
+        return (yield from pieces)
+
+    monkeypatch.setattr(LLM, "stream_chat", interrupted)
+    lines = ("Hello", "stop", "/stats", "stop at once", KeyboardInterrupt, "go on", f"/save {file}")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    status, _, err = talk(*lines)
+    assert status == 0
+    assert "(stopped)" in err
+    assert "the question is forgotten" in err
+    assert "(Ctrl-D leaves)" in err
+    contents = [message["content"] for message in json.loads(file.read_text()) if message["role"] == "user"]
+    assert contents == ["Hello", "stop", "go on"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["--chat", "hello"], "leave a prompt out"),
+        (["--chat", "--json"], "leave --json out"),
+        (["--system", "x", "hello"], "are for --chat"),
+        (["--chat", "--chat-format", "lama2"], "did you mean 'llama2'"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(
+    argv: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert word in err
