@@ -1,6 +1,7 @@
 """`python -m minipyramid.generate`: text to stdout, everything else to stderr, one line for what is wrong.
 
-Exit status 0; 2 for bad input; 130 after Ctrl-C, with what was finished kept; 1 for a defect of ours.
+Exit status 0; 2 for bad input; 130 after Ctrl-C (a batch: 143 after SIGTERM), with what was finished kept; 1
+for a defect of ours.
 """
 
 import argparse
@@ -34,6 +35,14 @@ def build_parser() -> Parser:
     parser.add_argument("--prompt-file", metavar="FILE", help="read a prompt from a file; - is stdin")
     parser.add_argument(
         "--lines", action="store_true", help="each line of --prompt-file is a prompt of its own"
+    )
+    parser.add_argument(
+        "--batch", metavar="FILE", help="a JSON object on each line: id, prompt, and any sampling fields"
+    )
+    parser.add_argument("--output", metavar="FILE", help="with --batch: where a record goes for each line")
+    parser.add_argument("--resume", action="store_true", help="with --batch: go on with what --output holds")
+    parser.add_argument(
+        "--strict", action="store_true", help="with --batch: refuse a file with a bad line before it starts"
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
@@ -112,20 +121,17 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.prompt_tokens is not None:
         raise RequestError("--prompt-tokens is for --plan; give a prompt to generate from")
+    if args.batch is not None:
+        from minipyramid.batch.command import check_flags, run_batch
+
+        check_flags(args)
+        run_batch(load(args), params, args)
+        return
+    for flag in ("output", "resume", "strict"):
+        if vars(args)[flag]:
+            raise RequestError(f"--{flag} is for --batch; give a file of prompts, or leave it out")
     prompts = read_prompts(args)
-    set_threads(args.threads)
-    with LoadingLine(quiet=args.quiet) as line:
-        llm = LLM(
-            args.model,
-            policy=args.policy,
-            kv_budget=args.kv_budget,
-            kv_memory=args.kv_memory,
-            dtype=args.dtype,
-            device=args.device,
-            compile=args.compile,
-            revision=args.revision,
-            progress=None if args.quiet else line.update,
-        )
+    llm = load(args)
     done: dict[int, Completion] = {}
     if len(prompts) == 1 and not args.json:
         done[0] = stream(llm, prompts[0], params)
@@ -138,6 +144,23 @@ def run(args: argparse.Namespace) -> None:
     if args.stats:
         for i in sorted(done):
             print_stats(done[i], args.policy)
+
+
+def load(args: argparse.Namespace) -> LLM:
+    """The checkpoint that the flags name."""
+    set_threads(args.threads)
+    with LoadingLine(quiet=args.quiet) as line:
+        return LLM(
+            args.model,
+            policy=args.policy,
+            kv_budget=args.kv_budget,
+            kv_memory=args.kv_memory,
+            dtype=args.dtype,
+            device=args.device,
+            compile=args.compile,
+            revision=args.revision,
+            progress=None if args.quiet else line.update,
+        )
 
 
 def print_all(completions: list[Completion], args: argparse.Namespace, single: bool) -> None:
