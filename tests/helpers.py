@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from minipyramid import LLM, Conversation, PyramidConfig, SamplingParams
+from minipyramid.policies.profile import Level, Profile
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "storyteller"
 
@@ -114,10 +115,73 @@ CONFIGS = st.builds(
 )
 
 
+def level_of(computed: list[float], held: list[float], scores: list[str], newest: list[float]) -> Level:
+    """A level whose lists are mended: what is computed never rises, and nothing more is held."""
+    most = [1.0]
+    for share in computed[1:]:
+        most.append(min(share, most[-1]))
+    shares = tuple(min(h, c) for h, c in zip(held, most, strict=True))
+    return Level(tuple(most), shares, tuple(scores), tuple(newest))
+
+
+def lines_of(layers: int, kv_heads: int = 2, head_dim: int = 8) -> torch.Tensor:
+    """Lines of the score `fitted` that were fitted to nothing."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(layers, kv_heads, 2 * head_dim + 4, generator=generator)
+
+
+# Without a policy's name, for what a test of every policy needs where the checkpoint has no profile.
+PROFILE = Profile(
+    (
+        level_of([1, 0.8, 0.5], [0.2, 0.5, 0.1], ["newest", "fitted", "votes"], [1.0, 0.25, 0.5]),
+        level_of([1, 1, 0.7], [0.5, 0.9, 0.4], ["keydiff+votes", "fitted+newest", "votes"], [0.5, 0.25, 0.5]),
+    ),
+    share=0.6,
+    fewest=4,
+    fewest_recent=4,
+    lines=lines_of(3),
+)
+
+
+def by_name(name: str) -> str | Profile:
+    """A policy by its name; the profile is `PROFILE`."""
+    return PROFILE if name == "profile" else name
+
+
+_SCORES = st.sampled_from(
+    ["newest", "votes", "keydiff", "fitted", "repeat", "votes+keydiff", "fitted+newest"]
+)
+_SHARES = st.lists(st.sampled_from([0.02, 0.1, 0.3, 0.5, 0.8, 1.0]), min_size=3, max_size=3)
+_LEVELS = st.builds(
+    level_of,
+    _SHARES,
+    _SHARES,
+    st.lists(_SCORES, min_size=3, max_size=3),
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=3, max_size=3),
+)
+PROFILES = st.builds(
+    Profile,
+    st.lists(_LEVELS, min_size=1, max_size=3, unique_by=lambda level: round(level.share, 6)).map(
+        lambda levels: tuple(sorted(levels, key=lambda level: level.share))
+    ),
+    share=st.sampled_from([0.0, 0.05, 0.3, 0.6, 1.0]),
+    generated_share=st.sampled_from([None, 0.0, 0.3, 1.0]),
+    sinks=st.integers(0, 5),
+    fewest=st.sampled_from([0, 1, 5, 64]),
+    fewest_recent=st.sampled_from([0, 3, 64]),
+    lines=st.just(lines_of(3)),
+)
+
+
 def prompts_of(lengths: list[int]) -> list[list[int]]:
     """Random token ids, other ones for other lengths."""
     generator = torch.Generator().manual_seed(sum(lengths))
     return [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
+
+
+def ids_of_text(llm: LLM, file: Path) -> list[int]:
+    """A text's tokens, as its tokenizer cuts it."""
+    return llm.engine.need_tokenizer().encode(file.read_text(), continues=True)
 
 
 def say(llm: LLM, prompt: Any, params: SamplingParams, conversation: Conversation) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import PROFILE, TINY, lines_of
 
 from minipyramid import Policy, PyramidConfig, RequestError, compiled
 from minipyramid.bench.__main__ import build_parser, main
@@ -20,6 +21,7 @@ from minipyramid.bench.methods import our_method, our_methods
 from minipyramid.bench.table import COLUMNS
 from minipyramid.bench.work import Work, make_work
 from minipyramid.bench.workers import Worker
+from minipyramid.calibrate.settings import write_profile
 from minipyramid.cli.terminal import DEFAULT_TEXT
 from minipyramid.formats.huggingface import config_of
 from minipyramid.need import Planner
@@ -75,9 +77,11 @@ def rows_of(flags: list[str], capfd: pytest.CaptureFixture[str]) -> dict[str, An
     return {row["method"]: row for row in rows}
 
 
-def test_every_policy_has_a_row(tiny_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_policy_has_a_row(tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As it is, and held to the budget."""
-    flags = ["--model", str(tiny_dir), "--policy", ",".join(POLICIES), "--kv-budget", "0.5"]
+    model = shutil.copytree(tiny_dir, tmp_path / "profiled")
+    write_profile(model / "pyramid.json", list(PROFILE.levels), lines_of(3), {})
+    flags = ["--model", str(model), "--policy", ",".join(POLICIES), "--kv-budget", "0.5"]
     rows = rows_of(flags, capfd)
     solved = [f"{name} 0.5" for name in POLICIES if name != "full"]
     assert list(rows) == [*POLICIES, *solved, "budget 0.5"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import WEIGHTS
+from helpers import PROFILE, WEIGHTS
 
 from minipyramid import LLM, Policy, PyramidConfig, SamplingParams
 from minipyramid.cli.terminal import DEFAULT_TEXT
@@ -44,8 +44,10 @@ def ids_of(n: int, seed: int = 0) -> list[int]:
 
 
 def policies_of(names: list[str], pyramid: PyramidConfig = SETTINGS) -> dict[str, Policy]:
-    """By name, `pyramid` with these settings."""
-    return pick_policies(names, Path("nowhere"), 3) | ({"pyramid": pyramid} if "pyramid" in names else {})
+    """By name in their order, `pyramid` with these settings, and `PROFILE` without a checkpoint."""
+    given: dict[str, Policy] = {"pyramid": pyramid, "profile": PROFILE}
+    others = pick_policies([name for name in names if name not in given], Path("nowhere"), 3)
+    return {name: (given | others)[name] for name in names}
 
 
 def test_all_policies_hold_equal_bytes(tiny: LLM) -> None:
@@ -389,7 +391,6 @@ def test_the_published_defect_loses_what_was_said() -> None:
         (["--policies", "pyramid,full-split"], "does not choose"),
         (["--policies", "pyramid,best-split"], "'best'"),
         (["--policies", "pyramid", "--budgets", "0.5,0.01"], "the smallest that can"),
-        (["--policies", "full,random-split"], "add pyramid"),
         (["--plot", "nowhere/at.png"], "--plot"),
         (["--plot", "/proc/at.png"], "--plot"),
         (["--plot", "at.txt"], ".png"),

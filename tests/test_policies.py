@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import STEEP, prompts_of, say
+from helpers import STEEP, by_name, prompts_of, say
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,6 +20,7 @@ from minipyramid import LLM, ConfigError, Conversation, Policy, PyramidConfig, R
 from minipyramid.policies import POLICIES
 from minipyramid.policies.h2o import H2O
 from minipyramid.policies.held_share import HeldShare
+from minipyramid.policies.keydiff import KeyDiff
 from minipyramid.policies.pyramidkv import STEEPNESS, PyramidKV
 from minipyramid.policies.random import Random
 from minipyramid.policies.snapkv import WINDOW, SnapKV
@@ -27,8 +28,8 @@ from minipyramid.policies.split import Split
 from minipyramid.policies.streaming import Streaming
 from minipyramid.policy import Generation, Seen
 
-CHOICES: list[Policy] = [Streaming(), H2O(), SnapKV(), PyramidKV(), Random()]
-SPLITS = ["streaming-split", "h2o-split", "snapkv-split", "pyramidkv-split", "random-split"]
+CHOICES: list[Policy] = [Streaming(), H2O(), SnapKV(), PyramidKV(), KeyDiff(), Random()]
+SPLITS = [f"{name}-split" for name in ("streaming", "h2o", "snapkv", "pyramidkv", "keydiff", "random")]
 
 
 def name_of(policy: Policy) -> str:
@@ -255,7 +256,7 @@ def every_policy() -> list[Any]:
 @pytest.mark.parametrize(("name", "budget"), every_policy())
 def test_a_mixed_batch_gives_what_single_runs_give(name: str, budget: float | None, tiny: LLM) -> None:
     prompts, new = prompts_of([90, 40, 55, 40, 130]), [20, 9, 1, 5, 24]
-    llm = tiny.under(name, kv_budget=budget)
+    llm = tiny.under(by_name(name), kv_budget=budget)
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in new]
     together = llm.generate(prompts, params)
     for prompt, one, completion in zip(prompts, params, together, strict=True):
@@ -275,7 +276,7 @@ def test_a_mixed_batch_gives_what_single_runs_give(name: str, budget: float | No
 @pytest.mark.parametrize("name", [*POLICIES, *SPLITS])
 def test_a_second_turn_is_pruned_among_itself(name: str, tiny: LLM) -> None:
     """What the first turn left stays, to the token; of the second as much is held as of a lone prompt."""
-    llm, conversation = tiny.under(name), Conversation()
+    llm, conversation = tiny.under(by_name(name)), Conversation()
     first, second = prompts_of([60, 45])
     say(llm, first, SamplingParams(max_new_tokens=9, ignore_eos=True), conversation)
     assert conversation.held

@@ -17,25 +17,35 @@ LEAST = 1e-8  # a score below it is as good as nothing
 FIRST, NEWEST = 4, 32  # tokens at either end that are not fitted to
 
 
-def fit_lines(recorded: list[list[Seen]]) -> Tensor:
-    """[window][layer] with their repeated scores  ->  [L, K, 2 * D + 4]"""
-    return torch.stack([fit_layer(list(layer)) for layer in zip(*recorded, strict=True)])
+class LineFit:
+    """Sums over windows, so that none of them has to be kept."""
+
+    def __init__(self) -> None:
+        self.square: list[Tensor] = []  # [layer] of [K, F, F], where F = 2 * D + 4
+        self.product: list[Tensor] = []  # [layer] of [K, F, 1]
+
+    def add(self, recorded: list[Seen]) -> None:
+        """Take one window, recorded with its repeated scores: [layer]."""
+        for seen in recorded:
+            if seen.repeated is None:
+                raise ValueError("the window was recorded without its repeated scores")
+            x = features(seen.keys, seen.values)[:, FIRST:-NEWEST].double()  # [K, T', F]
+            y = seen.repeated[:, FIRST:-NEWEST].double().clamp(min=LEAST).log()[..., None]
+            if seen.layer == len(self.square):
+                self.square.append(x.mT @ x)
+                self.product.append(x.mT @ y)
+            else:
+                self.square[seen.layer] += x.mT @ x
+                self.product[seen.layer] += x.mT @ y
+
+    def lines(self) -> Tensor:
+        """The lines of least squares.  [L, K, 2 * D + 4]"""
+        return torch.stack([solved(*sums) for sums in zip(self.square, self.product, strict=True)])
 
 
-def fit_layer(windows: list[Seen]) -> Tensor:
-    """One layer's lines.  [K, 2 * D + 4]"""
-    known, wanted = [], []
-    for seen in windows:
-        if seen.repeated is None:
-            raise ValueError("the windows were recorded without their repeated scores")
-        known.append(features(seen.keys, seen.values)[:, FIRST:-NEWEST].double())  # [K, T', F]
-        wanted.append(seen.repeated[:, FIRST:-NEWEST].double().clamp(min=LEAST).log())  # [K, T']
-    x, y = torch.cat(known, 1), torch.cat(wanted, 1)[..., None]
-    square = x.mT @ x  # [K, F, F]
-    ridge = (
-        RIDGE
-        * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        * torch.eye(x.shape[2], device=x.device)
-    )
-    lines: Tensor = torch.linalg.solve(square + ridge, x.mT @ y)[..., 0]
+def solved(square: Tensor, product: Tensor) -> Tensor:
+    """One layer's lines, from [K, F, F] and [K, F, 1].  [K, F]"""
+    sizes = square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    ridge = RIDGE * sizes * torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
+    lines: Tensor = torch.linalg.solve(square + ridge, product)[..., 0]
     return lines.float()

@@ -1,13 +1,14 @@
-"""Which layer holds how much, and chooses how: from curves of single layers to the profile of a budget.
+"""Which layer holds how much, and chooses how: from curves of single layers to the level of a budget.
 
-1. *Depth.* Hidden states are cut behind one layer, to one share for all that follow. Every depth is tried;
+1. *Depth.* Hidden states are cut after one layer, to one share for all that follow. Every depth is tried;
    the best one is where looking back is over.
 2. *Curves.* One layer alone holds less, in some sizes and by some choices: what does that cost? The others
    hold all they compute, so a curve tells what a layer needs, and which choice is best for it.
 3. *Allotment.* If costs just add up, the cheapest way to hold some tokens over all layers gives the next one
    to the layer where it saves most: the steepest piece of all curves' lower hulls comes first.
-4. *Exchange.* They do not just add up. So room is moved from the layer that misses it least to the layer that
-   gains most, as long as the measured loss of the whole profile falls.
+4. *Exchange.* They do not just add up. So every layer chooses anew now that the others hold less, and room is
+   moved from the layer that misses it least to the layer that gains most, as long as the measured loss of the
+   whole level falls.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,14 +18,16 @@ from itertools import pairwise
 from minipyramid.policies.profile import Level
 
 SIZES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # shares of a context that a layer alone holds
-MOVES = (0.4, 0.2, 0.1)  # of the mean room of a layer that an exchange moves at a time
+MOVES = (0.4, 0.2)  # of the mean room of a layer that an exchange moves at a time
 TRIED = 3  # pairs of layers whose exchange is measured, of a round's best
-ROUNDS = 4  # of exchanges of one size, at most
+ROUNDS = 3  # of exchanges of one size, at most
+LEAST_COST = 1e-4  # nats; where the newest tokens cost no more, no other choice is tried
 Choice = tuple[str, float]  # a score, and the newest tokens' share of the room
+NEWEST: Choice = ("newest", 1.0)
 CHOICES: tuple[Choice, ...] = (
-    ("newest", 1.0), ("votes", 0.5), ("votes", 0.25), ("keydiff", 0.5), ("keydiff", 0.25), ("fitted", 0.5),
-    ("fitted", 0.25), ("repeat", 0.25),
+    ("votes", 0.5), ("votes", 0.25), ("keydiff", 0.5), ("keydiff", 0.25), ("fitted", 0.5), ("fitted", 0.25),
 )  # fmt: skip
+REPEAT: tuple[Choice, ...] = (("repeat", 0.5), ("repeat", 0.25))  # these take a second pass over a prompt
 Cost = Callable[[Level], float]  # a level's loss
 
 
@@ -43,6 +46,16 @@ def cut_level(layers: int, depth: int, share: float) -> Level:
     return Level(computed, computed, ("newest",) * layers, (1.0,) * layers)
 
 
+def cuts(layers: int, computed: float) -> list[Level]:
+    """All cuts that compute this share of the token-layers, one for each depth."""
+    found = []
+    for depth in range(1, layers):
+        share = (computed * layers - depth) / (layers - depth)
+        if share > 0:
+            found.append(cut_level(layers, depth, share))
+    return found
+
+
 def with_layer(level: Level, layer: int, share: float, choice: Choice | None = None) -> Level:
     """Another size, and perhaps another choice, of one layer."""
     held, scores, newest = list(level.held), list(level.scores), list(level.newest)
@@ -52,14 +65,16 @@ def with_layer(level: Level, layer: int, share: float, choice: Choice | None = N
     return replace(level, held=tuple(held), scores=tuple(scores), newest=tuple(newest))
 
 
-def curve(level: Level, layer: int, choices: Iterable[Choice], cost: Cost, least: float) -> list[Point]:
-    """The lower hull of what a layer costs by its size; `least` is the loss where it holds all."""
+def curve(level: Level, layer: int, choices: Iterable[Choice], cost: Cost) -> list[Point]:
+    """What a layer costs by its size, where the others hold all; each size by the choice that is best."""
     most = level.computed[layer]
-    points = [Point(most, least, ("newest", 1.0))]
-    for share in (size for size in SIZES if size < most):
-        lowest, choice = min((cost(with_layer(level, layer, share, c)), c) for c in choices)
-        points.append(Point(share, max(lowest, least), choice))
-    return lower_hull(points)
+    points = [Point(most, 0.0, NEWEST)]
+    for share in sorted((size for size in SIZES if size < most), reverse=True):
+        tried = [(cost(with_layer(level, layer, share, NEWEST)), NEWEST)]
+        if tried[0][0] > LEAST_COST:
+            tried += [(cost(with_layer(level, layer, share, choice)), choice) for choice in choices]
+        points.append(Point(share, *min(tried)))
+    return points
 
 
 def lower_hull(points: Iterable[Point]) -> list[Point]:
@@ -77,17 +92,22 @@ def slope(a: Point, b: Point) -> float:
     return (b.cost - a.cost) / (b.share - a.share)
 
 
-def allot(level: Level, hulls: list[list[Point]], share: float) -> Level:
+def hull_below(points: list[Point], most: float) -> list[Point]:
+    """The lower hull of a curve, for a layer that computes `most`; to hold all of that costs nothing."""
+    return lower_hull([p for p in points if p.share < most] + [Point(most, 0.0, NEWEST)])
+
+
+def allot(level: Level, curves: list[list[Point]], share: float) -> Level:
     """The level whose layers hold `share` on average at the lowest sum of costs.
 
     Where the smallest sizes are too much together, all are scaled down alike.
     """
-    layers = len(hulls)
+    hulls = [hull_below(points, most) for points, most in zip(curves, level.computed, strict=True)]
     sizes = [points[0].share for points in hulls]
     choices = [points[0].choice for points in hulls]
-    left = share * layers - sum(sizes)
+    left = share * len(hulls) - sum(sizes)
     if left < 0:
-        sizes = [size * share * layers / sum(sizes) for size in sizes]
+        sizes = [size * share * len(hulls) / sum(sizes) for size in sizes]
     pieces = [(slope(a, b), layer, a, b) for layer, points in enumerate(hulls) for a, b in pairwise(points)]
     for _, layer, a, b in sorted(pieces, key=lambda piece: (*piece[:2], piece[2].share)):
         if left <= 0:
@@ -95,16 +115,31 @@ def allot(level: Level, hulls: list[list[Point]], share: float) -> Level:
         taken = min(left, b.share - a.share)
         left -= taken
         sizes[layer] += taken
-        choices[layer] = (
-            b.choice if taken > (b.share - a.share) / 2 and b.cost > hulls[layer][-1].cost else a.choice
-        )
+        # What holds all it computes has no choice to make.
+        is_nearer = taken > (b.share - a.share) / 2 and b is not hulls[layer][-1]
+        choices[layer] = b.choice if is_nearer else a.choice
     for layer, (size, choice) in enumerate(zip(sizes, choices, strict=True)):
         level = with_layer(level, layer, size, choice)
     return level
 
 
-def exchange(level: Level, cost: Cost) -> tuple[Level, float]:
-    """Move room between layers as long as the loss falls; returns the level and its loss."""
+def choose_anew(level: Level, choices: Iterable[Choice], cost: Cost) -> Level:
+    """Let each layer in turn choose by what makes the loss of the whole level smallest."""
+    best, listed = cost(level), [NEWEST, *choices]
+    for layer, held in enumerate(level.held):
+        if held == level.computed[layer]:
+            continue
+        for choice in listed:
+            if choice != (level.scores[layer], level.newest[layer]):
+                changed = with_layer(level, layer, held, choice)
+                measured = cost(changed)
+                if measured < best:
+                    level, best = changed, measured
+    return level
+
+
+def exchange(level: Level, cost: Cost) -> Level:
+    """Move room between layers as long as the loss falls."""
     best, mean = cost(level), level.share
     for move in (part * mean for part in MOVES):
         for _ in range(ROUNDS):
@@ -112,20 +147,18 @@ def exchange(level: Level, cost: Cost) -> tuple[Level, float]:
             if moved is None:
                 break
             level, best = moved
-    return level, best
+    return level
 
 
 def improved(level: Level, best: float, move: float, cost: Cost) -> tuple[Level, float] | None:
-    """The first of the most promising pairs of layers whose exchange lowers the loss."""
-    layers = range(len(level.held))
+    """The first of the most promising pairs of layers whose exchange lowers the loss, and that loss."""
     gains, losses = [], []
-    for layer in layers:
-        held, most = level.held[layer], level.computed[layer]
+    for layer, (held, most) in enumerate(zip(level.held, level.computed, strict=True)):
         if held + move <= most:
             gains.append((cost(with_layer(level, layer, held + move)), layer))
         if held - move > 0:
             losses.append((cost(with_layer(level, layer, held - move)), layer))
-    pairs = sorted((g + x, to, of) for g, to in gains for x, of in losses if to != of)
+    pairs = sorted((gain + loss, to, of) for gain, to in gains for loss, of in losses if to != of)
     for _, to, of in pairs[:TRIED]:
         moved = with_layer(level, to, level.held[to] + move)
         moved = with_layer(moved, of, moved.held[of] - move)

@@ -83,6 +83,16 @@ class Parser(argparse.ArgumentParser):
             self.exit(status)
 
 
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """How a flag reads several values of a kind."""
+
+    def read(text: str) -> list[Any]:
+        return [kind(part.strip()) for part in text.split(",")]
+
+    read.__name__ = f"comma-separated {kind.__name__}"  # what argparse calls it
+    return read
+
+
 def print_error(error: object) -> None:
     """One line on stderr, also where what it names holds a line break."""
     print("minipyramid: error:", " ".join(str(error).split()), file=sys.stderr)

@@ -6,11 +6,9 @@ that are reported are those of the text's contexts.
 
 import argparse
 import json
-import lzma
 import random
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +23,21 @@ from minipyramid.cli.terminal import (
     ProgressLine,
     check_writable,
     exit_status,
+    listed,
     set_threads,
 )
+from minipyramid.cli.texts import read_text, read_tokens
 from minipyramid.eval.books import sentences
 from minipyramid.eval.compare import Comparison, compare, no_samples, pick_policies
 from minipyramid.eval.report import BY_PART, COLUMNS, plot, rows_of, table
 from minipyramid.eval.tasks import QUESTION, openings, planted, texts
 from minipyramid.formats.huggingface import read_config
 from minipyramid.hub import locate
-from minipyramid.policies import POLICIES
+from minipyramid.policies import POLICIES, pick_policy
+from minipyramid.policies.profile import Profile
 from minipyramid.policy import check_share
 
 NAMES = (*POLICIES, "streaming-split", "snapkv-split", "random-split")
-
-
-def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """How a flag reads several values of a kind."""
-
-    def read(text: str) -> list[Any]:
-        return [kind(part.strip()) for part in text.split(",")]
-
-    read.__name__ = f"comma-separated {kind.__name__}"  # what argparse calls it
-    return read
 
 
 def build_parser() -> Parser:
@@ -72,9 +63,8 @@ def build_parser() -> Parser:
     add(
         "--policies",
         type=listed(str),
-        default=list(NAMES),
         metavar="NAME,NAME",
-        help=f"{', '.join(NAMES)}, a preset, a JSON file, or package.module:Name",
+        help=f"{', '.join(NAMES)}, a preset, a JSON file, or package.module:Name (these names)",
     )
     add("--budgets", type=listed(float), default=[0.75, 0.5, 0.35], metavar="SHARE,SHARE")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
@@ -101,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     comparison = what_to_compare(args)
     llm = LLM(args.model, policy="full", dtype=args.dtype, device=args.device, revision=args.revision)
     text = read_text(args.text)
-    tokens = read_tokens(llm, text, args)
+    tokens = read_tokens(llm, text, args.text, max(args.context) + args.continuation)
     book = sentences(text)
     if "prose" in args.recall:  # a text that is too short for the longest context is refused now
         next(planted(llm, max(args.context), random.Random(0), book))
@@ -162,6 +152,9 @@ def what_to_compare(args: argparse.Namespace) -> Comparison:
     config = read_config(directory)
     layers = config.num_hidden_layers
     config.check_length(max(args.context), max(args.continuation, args.generate), "the longest context")
+    if args.policies is None:
+        has_profile = isinstance(pick_policy("auto", directory, layers), Profile)
+        args.policies = [name for name in NAMES if has_profile or name != "profile"]
     policies = pick_policies(args.policies, directory, layers)
     comparison = Comparison(policies, list(dict.fromkeys(args.budgets)))
     lengths = [context - 1 for context in args.context]
@@ -177,25 +170,6 @@ def what_to_compare(args: argparse.Namespace) -> Comparison:
     for tokens in lengths:
         list(comparison.at(tokens, layers))
     return comparison
-
-
-def read_text(file: str) -> str:
-    """The text that is continued, and that facts are planted in."""
-    try:
-        raw = Path(file).read_bytes()
-        return (lzma.decompress(raw) if file.endswith(".xz") else raw).decode("utf-8")
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise RequestError(f"--text {file} cannot be read as UTF-8 text: {error}") from error
-
-
-def read_tokens(llm: LLM, text: str, args: argparse.Namespace) -> list[int]:
-    """The text's tokens, enough of them for the longest window."""
-    if llm.tokenizer is None:
-        raise RequestError(f"{args.model} has no tokenizer.model, which --text needs; add it")
-    tokens, longest = llm.tokenizer.encode(text, continues=True), max(args.context) + args.continuation
-    if len(tokens) < longest:
-        raise RequestError(f"--text {args.text} has {len(tokens)} tokens, expected {longest} or more")
-    return tokens
 
 
 class EvalLine(ProgressLine):

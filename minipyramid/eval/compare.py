@@ -44,21 +44,25 @@ class Comparison:
             if policy == FULL:
                 yield name, 1.0, policy
         for budget in self.budgets:
-            solved = {
-                name: within(name, policy, budget, tokens, layers)
-                for name, policy in self.policies.items()
-                if isinstance(policy, PyramidConfig)
-            }
-            first = next(iter(solved.values()), None)
+            first = self.first_pyramid(budget, tokens, layers)
             total = sum(first.held(tokens, layers)) if first else int(budget * tokens * layers)
             for name, policy in self.policies.items():
-                if name in solved:
-                    yield name, budget, solved[name]
-                elif isinstance(policy, Split) and first:
+                if isinstance(policy, PyramidConfig):
+                    yield name, budget, within(name, policy, budget, tokens, layers)
+                elif first and isinstance(policy, Split) and isinstance(policy.like, PyramidConfig):
                     yield name, budget, replace(policy, like=first)
                 elif policy != FULL:
                     share = total / (tokens * layers)
                     yield name, budget, within(name, policy, share, tokens, layers)
+
+    def first_pyramid(self, budget: float, tokens: int, layers: int) -> Policy | None:
+        """The first row's settings of PyramidInfer, or else those that a split follows, if there are any."""
+        rows = list(self.policies.items())
+        splits = [(name, policy.like) for name, policy in rows if isinstance(policy, Split)]
+        for name, policy in rows + splits:
+            if isinstance(policy, PyramidConfig):
+                return within(name, policy, budget, tokens, layers)
+        return None
 
 
 def within(name: str, policy: Policy, share: float, tokens: int, layers: int) -> Policy:
@@ -86,11 +90,6 @@ def pick_policies(names: Sequence[str], directory: Path, layers: int) -> dict[st
         if is_file and named in POLICIES and type(policy) is not class_of(named):
             raise RequestError(f"{shown} is another policy; rename the file")
         picked[label] = policy
-    split = [name for name, policy in picked.items() if isinstance(policy, Split)]
-    if split and not any(isinstance(policy, PyramidConfig) for policy in picked.values()):
-        raise RequestError(
-            f"--policies has {split[0]}, which holds in each layer what the pyramid does; add pyramid"
-        )
     return picked
 
 

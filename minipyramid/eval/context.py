@@ -5,6 +5,7 @@ from functools import cached_property
 from torch import Tensor
 
 from minipyramid import LLM, Conversation, Policy, SamplingParams
+from minipyramid.policies.profile import Profile
 
 
 class HeldContext:
@@ -35,7 +36,9 @@ class HeldContext:
     @property
     def computed(self) -> int:
         """Tokens of the context that were computed, over all layers."""
-        return sum(self.policy.computed(len(self.ids), self.llm.config.num_hidden_layers))
+        sizes = len(self.ids), self.llm.config.num_hidden_layers
+        before = self.policy.looked_over(*sizes) if isinstance(self.policy, Profile) else 0
+        return before + sum(self.policy.computed(*sizes))
 
     def follow(self, ids: list[int], continuation: list[int]) -> Tensor:
         """Log-probabilities behind the context and `ids`, and then behind each token of a continuation.

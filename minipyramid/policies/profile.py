@@ -227,14 +227,14 @@ class Profile(Policy):
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """The newest and the sinks: tokens chosen by votes or keys cost perplexity (docs/settings.md)."""
-        return top_scored(torch.arange(len(seen.q), device=seen.q.device), count, self.sinks)
+        return top_scored(torch.arange(len(seen.q), device=seen.q.device), count, self.sinks, newest=1)
 
     def hold(self, seen: Seen, count: int) -> Tensor:
-        """By the layer's score, of each head by itself, beside the newest and the sinks.  [K, count]"""
+        """By the layer's score, beside the newest and the sinks.  [K, count], or [count] for all heads."""
         level = self.level(self.share)
         newest = max(1, int(level.newest[seen.layer] * count))
         by, *other = level.scores[seen.layer].split("+")
-        score = SCORES[by](seen, self.lines)  # [K, T]
+        score = SCORES[by](seen, self.lines)  # [K, T], or [T] for all heads alike
         if not other:
             return top_scored(score, count, self.sinks, newest)
         # Half of the room that is left is for what the first score puts first.

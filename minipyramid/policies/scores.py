@@ -29,8 +29,8 @@ Lines = Tensor | None  # [L, K, 2 * D + 4] of the score `fitted`
 
 
 def newest(seen: Seen, lines: Lines) -> Tensor:
-    """[1, T], all heads alike."""
-    return torch.arange(len(seen.q), device=seen.q.device)[None]
+    """All heads alike.  [T]"""
+    return torch.arange(len(seen.q), device=seen.q.device)
 
 
 def voted(seen: Seen, lines: Lines) -> Tensor:

@@ -1,0 +1,223 @@
+"""`python -m minipyramid.calibrate`: a checkpoint's profile, from plain text.
+
+The text's first three quarters are fitted to, its last quarter is what the profile is checked on before it is
+written. What is measured: `contexts.py`. How levels are found: `find.py` and `search.py`. The score `fitted`:
+`fit.py`.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from minipyramid import LLM, RequestError
+from minipyramid.calibrate.check import checked
+from minipyramid.calibrate.contexts import Contexts, Window, cut_windows
+from minipyramid.calibrate.find import Search
+from minipyramid.calibrate.fit import FIRST, NEWEST, LineFit
+from minipyramid.calibrate.picture import plot
+from minipyramid.calibrate.search import cut_level
+from minipyramid.calibrate.settings import write_profile
+from minipyramid.cli.plotting import load_matplotlib
+from minipyramid.cli.terminal import (
+    DEFAULT_MODEL,
+    Parser,
+    ProgressLine,
+    check_writable,
+    exit_status,
+    listed,
+    set_threads,
+)
+from minipyramid.cli.texts import read_text, read_tokens
+from minipyramid.policies import SETTINGS
+from minipyramid.policies.profile import Profile
+from minipyramid.policy import check_share
+
+# By share of the cache, the share of a prompt's token-layers that is computed, if that does for the model.
+COMPUTED = ((0.0, 0.4), (0.08, 0.4), (0.15, 0.45), (0.25, 0.5), (0.5, 0.75), (1.0, 1.0))
+FITTED_TO = 0.75  # of the text
+SHORTEST = 4 * (FIRST + NEWEST)  # tokens of a context
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(prog="minipyramid.calibrate", allow_abbrev=False, description="Find a model's profile.")
+    add = parser.add_argument
+    add("--model", default=str(DEFAULT_MODEL), metavar="PATH_OR_REPO")
+    add("--revision", help="branch, tag or commit of a hub repository")
+    add("--text", required=True, metavar="FILE", help="any UTF-8 text of a book's size, or its .xz")
+    add("--out", metavar="FILE.json", help=f"where to write ({SETTINGS} in the model's directory)")
+    add(
+        "--budget",
+        type=listed(float),
+        default=[0.5, 0.25, 0.15, 0.08, 0.05],
+        metavar="SHARE,SHARE",
+        help="shares of the full cache to find levels for",
+    )
+    add(
+        "--computed",
+        type=listed(float),
+        metavar="SHARE,SHARE",
+        help="token-layers to compute at each of them (0.75 at 0.5, 0.4 at 0.05); more where it costs much",
+    )
+    add("--context", type=listed(int), default=[512, 1024], metavar="N,N", help="tokens (512,1024)")
+    add("--following", type=int, default=96, metavar="N", help="tokens read after each context (96)")
+    add("--samples", type=int, default=8, metavar="N", help="windows of each context (8)")
+    add("--repeat", action="store_true", help="let layers choose by a second pass over the prompt")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    add("--seed", type=int, default=0)
+    add("--plot", metavar="FILE.png", help="draw the curves and both lists (needs the extra plot)")
+    add("--json", action="store_true", help="what was measured as one JSON object on stdout")
+    add("--quiet", action="store_true", help="no progress on stderr")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return exit_status(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Find, check, write, and tell."""
+    budgets = check(args)
+    set_threads(args.threads)
+    llm = LLM(args.model, policy="full", dtype=args.dtype, device=args.device, revision=args.revision)
+    out = out_file(args, llm)
+    layers = llm.config.num_hidden_layers
+    tokens = read_tokens(llm, read_text(args.text), args.text, 2 * (max(args.context) + args.following))
+    end = int(FITTED_TO * len(tokens))
+    to_fit, to_check = (
+        windows(llm, part, args, which) for which, part in enumerate((tokens[:end], tokens[end:]))
+    )
+    with CalibrationLine(measurements(layers, len(budgets), args.repeat), quiet=args.quiet) as line:
+        search = Search(llm, to_fit, fitted_lines(llm, to_fit, line), args.repeat, line.update)
+        found = search.find(budgets)
+        rows = checked(llm, found.levels, to_check, search.lines, args.repeat)
+    measured = {"text": Path(args.text).name, "context": args.context, "following": args.following}
+    measured |= {"samples": args.samples, "seed": args.seed, "levels": rows}
+    levels = [level for level, row in zip(found.levels, rows, strict=True) if row["better"]]
+    if not levels:
+        raise RequestError(
+            "no level does better than an even split on the windows that it was not fitted to; "
+            "give a longer --text or more --samples"
+        )
+    write_profile(out, levels, search.lines, measured)
+    if args.plot is not None:
+        plot(found, Path(args.plot))
+    print(json.dumps(measured | {"out": str(out)}) if args.json else table(rows, out))
+
+
+def check(args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Budgets with what is computed at each, if the flags are what they must be."""
+    for share in [*args.budget, *(args.computed or [])]:
+        check_share(share)
+    for name, least in (("following", 2), ("samples", 1)):
+        if vars(args)[name] < least:
+            raise RequestError(f"--{name} is {vars(args)[name]}, expected {least} or more")
+    if min(args.context) < SHORTEST:
+        raise RequestError(f"--context is {min(args.context)}, expected {SHORTEST} tokens or more")
+    if 2 * args.following >= min(args.context):
+        raise RequestError(
+            f"--following is {args.following}, expected less than half of the shortest context"
+        )
+    if min(args.budget) * min(args.context) < 1:
+        raise RequestError(
+            f"--budget has {min(args.budget)}, less than a token of {min(args.context)}; give more"
+        )
+    if args.plot is not None:
+        load_matplotlib()
+        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+            raise RequestError(f"--plot is {args.plot}, expected a name that ends with .png, .svg or .pdf")
+        check_writable("--plot", Path(args.plot))
+    budgets = list(dict.fromkeys(args.budget))
+    computed = args.computed or [computed_at(share) for share in budgets]
+    if len(computed) != len(budgets):
+        raise RequestError(f"--computed has {len(computed)} shares for {len(budgets)} budgets; give as many")
+    return list(zip(budgets, computed, strict=True))
+
+
+def computed_at(share: float) -> float:
+    """On the line between two of `COMPUTED`."""
+    for (low, a), (high, b) in pairwise(COMPUTED):
+        if share <= high:
+            return a + (b - a) * (share - low) / (high - low)
+    return 1.0
+
+
+def out_file(args: argparse.Namespace, llm: LLM) -> Path:
+    """Where the profile goes, if it can be written there."""
+    if args.out is None and not Path(args.model).is_dir():
+        raise RequestError(f"--model {args.model} is no directory of yours to write to; give --out FILE.json")
+    out = llm.directory / SETTINGS if args.out is None else Path(args.out)
+    if out.suffix != ".json":
+        raise RequestError(f"--out is {out}, expected a name that ends with .json")
+    for path in (out, out.with_suffix(".safetensors")):
+        check_writable("--out", path)
+    if out.with_suffix(".safetensors").name == "model.safetensors":
+        raise RequestError(f"--out {out} would write its lines over the weights; give another name")
+    return out
+
+
+def windows(llm: LLM, tokens: list[int], args: argparse.Namespace, which: int) -> list[Window]:
+    """So many of each context."""
+    rng = random.Random(f"{args.seed} {which}")
+    begin = llm.engine.need_tokenizer().encode("")
+    found = []
+    for context in args.context:
+        llm.config.check_length(context, args.following, "--context with --following")
+        found += cut_windows(tokens, begin, (context, args.following), args.samples, rng)
+    return found
+
+
+def fitted_lines(llm: LLM, to_fit: list[Window], line: "CalibrationLine") -> Any:
+    """The lines of the score `fitted`, from all windows, said again as far as the model's positions reach."""
+    layers, fit = llm.config.num_hidden_layers, LineFit()
+    whole = cut_level(layers, layers, 1.0)
+    longest = llm.config.max_position_embeddings // 2
+    for window in to_fit:
+        part = Window(window.context[:longest], window.following, window.again)
+        (seen,) = Contexts(llm, [part], Profile((whole,), share=1.0, fewest=0), repeats=True).seen
+        fit.add(seen)
+        line.update("fits lines to the prompt said again")
+    return fit.lines()
+
+
+def measurements(layers: int, budgets: int, repeats: bool) -> int:
+    """About how many there will be: half of a curve's points need all choices."""
+    choices = 9 if repeats else 7
+    return 7 * layers * (1 + choices) // 2 + budgets * layers * (6 + choices)
+
+
+class CalibrationLine(ProgressLine):
+    """What is being measured, and how long it may take yet."""
+
+    def __init__(self, expected: int, quiet: bool) -> None:
+        super().__init__(quiet)
+        self.done, self.expected = 0, expected
+
+    def update(self, what: str) -> None:
+        """Called after each measurement."""
+        self.done += 1
+        left = (time.monotonic() - self.began) / self.done * max(0, self.expected - self.done)
+        self.write(f"{self.done} measurements, about {left:.0f} s left; {what}")
+
+
+def table(rows: list[dict[str, Any]], out: Path) -> str:
+    """For people: what every level costs on windows that it was not fitted to."""
+    lines = [f"{'held':>6} {'computed':>9} {'KL':>8} {'said again':>11} {'of full':>8} {'even split':>11}"]
+    for row in rows:
+        line = f"{row['held']:6.1%} {row['computed']:9.1%} {row['kl']:8.4f} {row['kl_again']:11.4f}"
+        line += f" {row['perplexity_ratio']:8.4f} {row['even_perplexity_ratio']:11.4f}"
+        lines.append(line + ("" if row["better"] else "  (left out: no better)"))
+    return "\n".join([*lines, f"written to {out}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Levels on windows that they were not fitted to, beside an even split that holds and computes no less."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipyramid import LLM
+from minipyramid.calibrate.contexts import Contexts, Window, loss
+from minipyramid.calibrate.search import cut_level
+from minipyramid.policies.profile import Level, Profile
+
+EVEN_CHOICE = ("keydiff", 0.25)  # of the even split, whatever the calibration has found
+
+
+def checked(
+    llm: LLM, levels: list[Level], windows: list[Window], lines: Tensor, repeats: bool
+) -> list[dict[str, Any]]:
+    """What each level costs: KL divergence and perplexity, of the full cache's, and of an even split's.
+
+    A level is `better` where its KL divergence is below that of the even split, which computes everything.
+    """
+    layers = llm.config.num_hidden_layers
+    whole = cut_level(layers, layers, 1.0)
+
+    def computing(level: Level) -> Contexts:
+        profile = Profile((level,), share=level.share, fewest=0, lines=lines)
+        return Contexts(llm, windows, profile, repeats)
+
+    full = computing(whole)
+    expected = full.logprobs(whole)
+    rows = []
+    for level in levels:
+        score, newest = EVEN_CHOICE
+        even = Level(whole.computed, (level.share,) * layers, (score,) * layers, (newest,) * layers)
+        logprobs, of_even = computing(level).logprobs(level), full.logprobs(even)
+        measured, beside = loss(expected, logprobs, windows), loss(expected, of_even, windows)
+        rows.append(
+            {
+                "held": round(level.share, 4),
+                "computed": round(sum(level.computed) / layers, 4),
+                "kl": measured.following,
+                "kl_again": measured.again,
+                "perplexity_ratio": perplexity_ratio(expected, logprobs, windows),
+                "even_perplexity_ratio": perplexity_ratio(expected, of_even, windows),
+                "better": measured.total < beside.total,
+            }
+        )
+    return rows
+
+
+def perplexity_ratio(full: Tensor, pruned: Tensor, windows: list[Window]) -> float:
+    """Of what follows the contexts, its first token left out, which is read and not scored."""
+    following = len(windows[0].following)
+    targets = torch.tensor([window.following[1:] for window in windows], device=full.device)[..., None]
+    losses = []
+    for logprobs in (pruned, full):
+        after = logprobs.view(len(windows), 2, following, -1)[
+            :, 0, :-1
+        ]  # [windows, following - 1, vocab_size]
+        losses.append(-float(after.gather(-1, targets).mean()))
+    return math.exp(losses[0] - losses[1])

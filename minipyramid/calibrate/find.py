@@ -1,0 +1,114 @@
+"""The levels of a checkpoint: for every budget the depth of the cut, the layers' shares and their choices."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+
+from torch import Tensor
+
+from minipyramid import LLM
+from minipyramid.calibrate.contexts import Contexts, Loss, Window, loss
+from minipyramid.calibrate.search import (
+    CHOICES,
+    REPEAT,
+    Choice,
+    Point,
+    allot,
+    choose_anew,
+    curve,
+    cut_level,
+    cuts,
+    exchange,
+    hull_below,
+)
+from minipyramid.policies.profile import Level, Profile
+
+# A budget's share of token-layers that are computed rises by a step at a time while the cut costs more than
+# so many times what holding less does, and more than so many nats: looking back is then not over.
+STEP, DEAREST, CHEAP = 0.05, 4.0, 0.01
+Notice = Callable[[str], None]  # called after each measurement with what is being looked for
+
+
+@dataclass
+class Found:
+    """A checkpoint's levels, and what they were found by."""
+
+    curves: list[list[Point]] = field(default_factory=list)  # [layer]
+    depths: dict[float, list[tuple[int, float]]] = field(default_factory=dict)  # computed: (depth, its loss)
+    levels: list[Level] = field(default_factory=list)  # by ascending share
+
+
+class Search:
+    """Measures levels over some windows.
+
+    Args:
+        llm: under the policy `full`.
+        windows: what levels are measured on.
+        lines: of the score `fitted`.
+        repeats: whether layers may choose by the score `repeat`.
+        notice: called after each measurement.
+    """
+
+    def __init__(self, llm: LLM, windows: list[Window], lines: Tensor, repeats: bool, notice: Notice) -> None:
+        self.llm, self.windows, self.lines, self.repeats, self.notice = llm, windows, lines, repeats, notice
+        self.choices: tuple[Choice, ...] = CHOICES + (REPEAT if repeats else ())
+        self.layers = llm.config.num_hidden_layers
+        self.full = self.computing(cut_level(self.layers, self.layers, 1.0))
+        self.expected = self.full.logprobs(self.full.profile.levels[0])
+
+    def computing(self, level: Level) -> Contexts:
+        """The windows' contexts as a level computes them."""
+        profile = Profile((level,), share=level.share, fewest=0, lines=self.lines)
+        return Contexts(self.llm, self.windows, profile, self.repeats)
+
+    def loss(self, contexts: Contexts, level: Level) -> Loss:
+        """Of a level on contexts that are computed as it computes them."""
+        measured = loss(self.expected, contexts.logprobs(level), self.windows)
+        self.notice(f"computes {sum(level.computed) / self.layers:.0%}, holds {level.share:.0%}")
+        return measured
+
+    def cost(self, contexts: Contexts, level: Level) -> float:
+        """What the search makes small."""
+        return self.loss(contexts, level).total
+
+    def find(self, budgets: list[tuple[float, float]]) -> Found:
+        """Levels that hold these shares and compute these, or more where that would cost too much."""
+        found = Found()
+        whole = self.full.profile.levels[0]
+        for layer in range(self.layers):
+            found.curves.append(curve(whole, layer, self.choices, partial(self.cost, self.full)))
+        for share, computed in sorted(budgets):
+            cut = self.cut(found, share, max(share, computed))
+            contexts = self.computing(cut)
+            level = allot(cut, found.curves, share)
+            cost = partial(self.cost, contexts)
+            found.levels.append(exchange(choose_anew(level, self.choices, cost), cost))
+        return found
+
+    def cut(self, found: Found, share: float, computed: float) -> Level:
+        """The best depth for a share of token-layers to compute; the share rises where all are too dear."""
+        whole = allot(self.full.profile.levels[0], found.curves, share)
+        held = sum(
+            cost_at(hull_below(points, 1.0), size)
+            for points, size in zip(found.curves, whole.held, strict=True)
+        )
+        while computed < 1 - STEP / 2:
+            if computed not in found.depths:
+                found.depths[computed] = []
+                for level in cuts(self.layers, computed):
+                    cost = self.loss(self.computing(level), level).total
+                    found.depths[computed].append((level.computed.count(1.0), cost))
+            depth, cost = min(found.depths[computed], key=lambda measured: measured[1])
+            if cost < max(DEAREST * held, CHEAP):
+                return next(x for x in cuts(self.layers, computed) if x.computed.count(1.0) == depth)
+            computed += STEP
+        return self.full.profile.levels[0]
+
+
+def cost_at(hull: list[Point], share: float) -> float:
+    """What a size costs on a hull."""
+    for a, b in pairwise(hull):
+        if share <= b.share:
+            return a.cost + (b.cost - a.cost) * max(0.0, share - a.share) / (b.share - a.share)
+    return 0.0

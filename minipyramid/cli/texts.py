@@ -1,0 +1,25 @@
+"""A text to measure by, and its tokens."""
+
+import lzma
+from pathlib import Path
+
+from minipyramid import LLM, RequestError
+
+
+def read_text(file: str) -> str:
+    """A UTF-8 text, or its .xz."""
+    try:
+        raw = Path(file).read_bytes()
+        return (lzma.decompress(raw) if file.endswith(".xz") else raw).decode("utf-8")
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise RequestError(f"--text {file} cannot be read as UTF-8 text: {error}") from error
+
+
+def read_tokens(llm: LLM, text: str, file: str, least: int) -> list[int]:
+    """The text's tokens; `RequestError` where they are fewer than `least`, or cannot be told."""
+    if llm.tokenizer is None:
+        raise RequestError(f"{llm.directory} has no tokenizer.model, which --text needs; add it")
+    tokens = llm.tokenizer.encode(text, continues=True)
+    if len(tokens) < least:
+        raise RequestError(f"--text {file} has {len(tokens)} tokens, expected {least} or more")
+    return tokens

@@ -1,0 +1,165 @@
+"""A profile, one sequence, as its definition reads: every layer's probabilities stand in one matrix.
+
+Written from the specification, not from the engine: what a layer computes and holds are lists of positions,
+scores are worked out token by token, and what is read afterwards attends to the lists that are held.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from oracle import Oracle
+from torch import Tensor
+
+from minipyramid.policies.profile import Profile
+
+VOTERS = 64
+
+
+class SlowProfile(Oracle):
+    def __init__(self, directory: Path, profile: Profile) -> None:
+        super().__init__(directory)
+        c = self.config
+        self.profile, self.layers = profile, c["num_hidden_layers"]
+        self.heads, self.kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+        self.D = c["hidden_size"] // self.heads
+        self.held: list[list[list[int]]] = []  # [layer][key/value head] positions
+        self.cache: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = []  # [layer] keys, values by position
+
+    def logits_after(self, prompt: list[int], continuation: list[int]) -> Tensor:
+        """Scores after the prompt and after each token of the continuation.  [1 + T, vocab_size]"""
+        computed = self.profile.computed(len(prompt), self.layers)
+        counts = self.profile.held(len(prompt), self.layers)
+        repeated = self.say_again(prompt)
+        positions, x = list(range(len(prompt))), self.tensors["model.embed_tokens.weight"][prompt]
+        for i in range(self.layers):
+            if computed[i] < len(positions):  # what the layer before has passed on
+                first = min(self.profile.sinks, computed[i] - 1)
+                newest = len(positions) - (computed[i] - first)
+                stay = [*range(first), *range(newest, len(positions))]
+                positions, x = [positions[j] for j in stay], x[stay]
+            q, k, v = self.project(i, x, positions)
+            out, probs = self.attend(q, k, v, positions, positions)
+            scores = []
+            for g in range(self.kv_heads):
+                of_head = self.score(i, g, probs, k[:, g], v[:, g])
+                scores.append(of_head | {"repeat": repeated[i][g, positions].tolist()})
+            self.held.append([sorted(positions[j] for j in self.choose(i, s, counts[i])) for s in scores])
+            self.cache.append((dict(zip(positions, k, strict=True)), dict(zip(positions, v, strict=True))))
+            x = self.after_attention(i, x, out)
+        rows = [self.head(x[-1])]
+        for t, token in enumerate(continuation):
+            rows.append(self.read(token, len(prompt) + t, len(prompt)))
+        return torch.stack(rows)
+
+    def read(self, token: int, position: int, prompt_tokens: int) -> Tensor:
+        """One token after the prompt: every head attends to what it holds and to all that was read since."""
+        x = self.tensors["model.embed_tokens.weight"][[token]]
+        for i in range(self.layers):
+            q, k, v = self.project(i, x, [position])
+            keys, values = self.cache[i]
+            keys[position], values[position] = k[0], v[0]
+            out = []
+            for h in range(self.heads):
+                g = h * self.kv_heads // self.heads
+                seen = self.held[i][g] + list(range(prompt_tokens, position + 1))
+                scores = torch.stack([keys[s][g] for s in seen]) @ q[0, h] / math.sqrt(self.D)
+                out.append(scores.softmax(0) @ torch.stack([values[s][g] for s in seen]))
+            x = self.after_attention(i, x, torch.cat(out)[None])
+        return self.head(x[-1])
+
+    def say_again(self, prompt: list[int]) -> list[Tensor]:
+        """Per layer, how much each prompt token is looked at by the prompt said again.  [K, N]"""
+        N, ids = len(prompt), prompt + prompt
+        x, found = self.tensors["model.embed_tokens.weight"][ids], []
+        for i in range(self.layers):
+            q, k, v = self.project(i, x, list(range(2 * N)))
+            out, probs = self.attend(q, k, v, list(range(2 * N)), list(range(2 * N)))
+            group = self.heads // self.kv_heads
+            most = [
+                probs[g * group : (g + 1) * group, N:, :N].amax((0, 1)) * v[:N, g].norm(dim=-1)
+                for g in range(self.kv_heads)
+            ]
+            found.append(torch.stack(most))
+            x = self.after_attention(i, x, out)
+        return found
+
+    def score(self, i: int, g: int, probs: Tensor, k: Tensor, v: Tensor) -> dict[str, list[float]]:
+        """Every score of a head's tokens that needs no second pass, by name."""
+        group, T = self.heads // self.kv_heads, len(k)
+        looked = probs[g * group : (g + 1) * group, max(0, T - VOTERS) :].sum((0, 1))
+        directions = [key / key.norm() for key in k]
+        mean = sum(directions) / T
+        usual = [float(d @ mean / mean.norm()) for d in directions]
+        line = self.profile.lines[i, g] if self.profile.lines is not None else torch.zeros(2 * self.D + 4)
+        fitted = []
+        for j in range(T):
+            known = torch.cat((k[j], v[j], torch.tensor([k[j].norm(), v[j].norm(), usual[j], 1.0])))
+            fitted.append(float(known @ line))
+        return {
+            "newest": [float(j) for j in range(T)],
+            "votes": looked.tolist(),
+            "keydiff": [-u for u in usual],
+            "fitted": fitted,
+        }
+
+    def choose(self, i: int, scores: dict[str, list[float]], count: int) -> list[int]:
+        """Places of the tokens that are held: the newest, the sinks, then by the layer's score or scores."""
+        level = self.profile.level(self.profile.share)
+        T = len(scores["newest"])
+        chosen = list(range(T))[::-1][: min(count, max(1, int(level.newest[i] * count)))]
+        chosen += [j for j in range(min(self.profile.sinks, T)) if j not in chosen]
+        chosen = chosen[:count]
+        by, *other = level.scores[i].split("+")
+        half = (
+            count
+            if not other
+            else (count + min(count, max(1, int(level.newest[i] * count)) + self.profile.sinks)) // 2
+        )
+        for name, most in ((by, half), *((o, count) for o in other)):
+            ranked = sorted(range(T), key=lambda j: (-scores[name][j], j))
+            chosen += [j for j in ranked if j not in chosen][: max(0, most - len(chosen))]
+        return chosen
+
+    # --- the layers ---
+
+    def project(self, i: int, x: Tensor, positions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        w, p = self.tensors, f"model.layers.{i}."
+        h = self.norm(x, w[p + "input_layernorm.weight"])
+        q, k, v = ((h @ w[f"{p}self_attn.{n}_proj.weight"].T).view(len(x), -1, self.D) for n in "qkv")
+        return self.turn(q, positions), self.turn(k, positions), v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, asking: list[int], asked: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = (x.repeat_interleave(self.heads // self.kv_heads, 1).transpose(0, 1) for x in (k, v))
+        scores = q.transpose(0, 1) @ keys.mT / math.sqrt(self.D)  # [H, T, n]
+        unseen = torch.tensor(asked)[None] > torch.tensor(asking)[:, None]
+        probs = scores.masked_fill(unseen, -math.inf).softmax(-1)
+        return (probs @ values).transpose(0, 1).flatten(1), probs
+
+    def after_attention(self, i: int, x: Tensor, out: Tensor) -> Tensor:
+        w, p = self.tensors, f"model.layers.{i}."
+        x = x + out @ w[p + "self_attn.o_proj.weight"].T
+        h = self.norm(x, w[p + "post_attention_layernorm.weight"])
+        gate = h @ w[p + "mlp.gate_proj.weight"].T
+        return (
+            x
+            + (gate * gate.sigmoid() * (h @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
+        )
+
+    def head(self, x: Tensor) -> Tensor:
+        w = self.tensors
+        return (
+            self.norm(x, w["model.norm.weight"]) @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
+        )
+
+    def turn(self, x: Tensor, positions: list[int]) -> Tensor:
+        D = x.shape[-1]
+        theta = self.config["rope_theta"] ** (-torch.arange(0, D, 2).double() / D)
+        angles = torch.outer(torch.tensor(positions).double(), theta)
+        pairs = torch.complex(x[..., : D // 2].double(), x[..., D // 2 :].double())
+        pairs = pairs * torch.polar(torch.ones(()).double(), angles)[:, None]
+        return torch.cat((pairs.real, pairs.imag), -1).float()

@@ -1,0 +1,282 @@
+"""The calibration: its measurements against the engine, its search against brute force, and the command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import PROFILE, PROFILES, WEIGHTS, ids_of_text, lines_of, prompts_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pass_through import insert_layers
+
+from minipyramid import LLM
+from minipyramid.calibrate.__main__ import computed_at, main
+from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, loss
+from minipyramid.calibrate.find import Search
+from minipyramid.calibrate.fit import LineFit
+from minipyramid.calibrate.search import NEWEST, Point, allot, cut_level, cuts, hull_below, lower_hull
+from minipyramid.policies import load_policy
+from minipyramid.policies.profile import Profile
+from minipyramid.policies.scores import features
+from minipyramid.policy import Seen
+
+needs_weights = pytest.mark.skipif(
+    not (WEIGHTS / "model.safetensors").exists(), reason="needs the embedded checkpoint"
+)
+FIT = WEIGHTS.parent / "books-fit.txt"
+
+
+def windows_of(lengths: list[int], following: int = 7) -> list[Window]:
+    """Contexts of random tokens, and random tokens after them."""
+    rng = random.Random(str(lengths))
+    return [
+        Window(prompt, rng.choices(range(3, 320), k=following), prompt[4 : 4 + following])
+        for prompt in prompts_of(lengths)
+    ]
+
+
+# --- what is measured ---
+
+
+@given(profile=PROFILES)
+@settings(max_examples=25, deadline=None)
+def test_what_a_level_costs_is_what_the_engine_does_under_it(tiny: LLM, profile: Profile) -> None:
+    """Recorded contexts, of which one level after another holds a part, answer as the engine itself does."""
+    windows, level = windows_of([60, 41]), profile.levels[-1]
+    held = Profile((level,), share=level.share, fewest=0, lines=lines_of(3))
+    contexts = Contexts(tiny, windows, held, repeats=True)
+    contexts.logprobs(PROFILE.level(0.9))  # what stood in the rows before leaves nothing behind
+    got = contexts.logprobs(level).view(2, 2, 7, -1)
+    for window, rows in zip(windows, got, strict=True):
+        for continuation, logprobs in zip((window.following, window.again), rows, strict=True):
+            expected = tiny.under(held).logits(window.context, continuation).log_softmax(-1)
+            torch.testing.assert_close(logprobs, expected[1:], rtol=1e-3, atol=1e-4)
+
+
+def test_the_full_cache_loses_nothing(tiny: LLM) -> None:
+    windows, whole = windows_of([50, 30]), cut_level(3, 3, 1.0)
+    contexts = Contexts(tiny, windows, Profile((whole,), share=1.0, fewest=0))
+    full = contexts.logprobs(whole)
+    measured = loss(full, contexts.logprobs(whole), windows)
+    assert (measured.following, measured.again) == (0, 0)
+    half = loss(full, contexts.logprobs(replace(whole, held=(0.5, 0.2, 0.5))), windows)
+    assert min(half.following, half.again) > 0.01
+
+
+def test_windows_are_stretches_of_the_text_and_what_is_said_again_is_of_the_context() -> None:
+    tokens = list(range(1000, 2000))
+    for window in cut_windows(tokens, [1], (100, 20), 30, random.Random(0)):
+        both = window.context[1:] + window.following
+        assert window.context[0] == 1
+        assert both == list(range(both[0], both[0] + 119))
+        start = window.context.index(window.again[0])
+        assert window.context[start : start + 20] == window.again
+        assert start + 20 <= 80  # nothing that the newest tokens hold anyway
+
+
+# --- the score `fitted` ---
+
+
+def test_the_lines_are_those_that_foretell_a_score_that_lies_on_one(tiny: LLM) -> None:
+    recorded = []
+    for window in windows_of([120, 110, 125]):
+        whole = cut_level(3, 3, 1.0)
+        (seen,) = Contexts(tiny, [window], Profile((whole,), share=1.0, fewest=0), repeats=True).seen
+        known = [features(x.keys, x.values) for x in seen]
+        of_lines = [
+            (f @ line[..., None])[..., 0].exp() for f, line in zip(known, 0.1 * lines_of(3), strict=True)
+        ]
+        recorded.append([replace(x, repeated=y) for x, y in zip(seen, of_lines, strict=True)])
+    fit = LineFit()
+    for seen in recorded:
+        fit.add(seen)
+    lines = fit.lines()
+    for seen in recorded:
+        for x, line in zip(seen, lines, strict=True):
+            foretold = (features(x.keys, x.values) @ line[..., None])[..., 0]
+            assert x.repeated is not None
+            torch.testing.assert_close(foretold, x.repeated.log(), rtol=0, atol=0.05)
+
+
+def test_a_line_is_fitted_to_scores_only() -> None:
+    seen = Seen(torch.zeros(90, 4, 8), *torch.zeros(2, 2, 90, 8), None, layer=0, prompt_tokens=90)
+    with pytest.raises(ValueError, match="without its repeated scores"):
+        LineFit().add([seen])
+
+
+# --- the search ---
+
+
+@given(costs=st.lists(st.floats(0, 10), min_size=2, max_size=8))
+def test_a_lower_hull_is_convex_and_below_every_point(costs: list[float]) -> None:
+    points = [Point(i / 10, cost, NEWEST) for i, cost in enumerate(costs)]
+    hull = lower_hull(points)
+    slopes = [(b.cost - a.cost) / (b.share - a.share) for a, b in itertools.pairwise(hull)]
+    assert slopes == sorted(slopes)
+    for point in points:
+        a, b = next((a, b) for a, b in itertools.pairwise(hull) if a.share <= point.share <= b.share)
+        line = a.cost + (b.cost - a.cost) * (point.share - a.share) / (b.share - a.share)
+        assert line <= point.cost + 1e-9
+
+
+@given(
+    steps=st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=3, max_size=3),
+    tokens=st.integers(3, 12),
+)
+def test_an_allotment_is_the_cheapest_of_all(steps: list[list[int]], tokens: int) -> None:
+    """Against every other way to spread so many quarters over three layers, where curves are convex."""
+    curves = []
+    for falls in steps:
+        costs = [sum(sorted(falls)[: 3 - i]) for i in range(4)]  # the steepest piece first
+        curves.append([Point((i + 1) / 4, float(cost), NEWEST) for i, cost in enumerate(costs)])
+    whole = cut_level(3, 3, 1.0)
+    level = allot(whole, curves, tokens / 12)
+
+    def cost(quarters: tuple[int, ...]) -> float:
+        return sum(points[n - 1].cost for points, n in zip(curves, quarters, strict=True))
+
+    ways = [way for way in itertools.product(range(1, 5), repeat=3) if sum(way) == tokens]
+    given_out = tuple(round(4 * share) for share in level.held)
+    assert sum(level.held) == pytest.approx(tokens / 4)
+    assert cost(given_out) == min(map(cost, ways))
+
+
+def test_an_allotment_below_the_smallest_sizes_scales_them_down() -> None:
+    curves = [[Point(0.1, 3.0, NEWEST), Point(1.0, 0.0, NEWEST)]] * 2 + [[Point(0.2, 1.0, NEWEST)]]
+    level = allot(cut_level(3, 3, 1.0), curves, 0.05)
+    assert level.held == pytest.approx((0.0375, 0.0375, 0.075))
+
+
+def test_a_cut_computes_the_share_that_is_asked_for() -> None:
+    for computed in (0.4, 0.55, 0.9):
+        for level in cuts(12, computed):
+            assert sum(level.computed) / 12 == pytest.approx(computed)
+            assert level.computed == tuple(sorted(level.computed, reverse=True))
+    assert [level.computed.count(1.0) for level in cuts(12, 0.4)] == [1, 2, 3, 4]
+
+
+def test_nothing_is_left_to_hold_where_a_layer_computes_little() -> None:
+    curve = [Point(0.1, 5.0, NEWEST), Point(0.5, 2.0, NEWEST), Point(1.0, 0.0, NEWEST)]
+    assert hull_below(curve, 0.3) == [Point(0.1, 5.0, NEWEST), Point(0.3, 0.0, NEWEST)]
+
+
+@needs_weights
+@pytest.mark.parametrize("after", [[0], [1, 2, 5, 11], [3, 3, 8]])
+def test_the_depth_at_which_a_model_looks_back_is_found(after: list[int], tmp_path: Path) -> None:
+    """Layer 3 of the embedded checkpoint looks back; layers that change nothing move it, and have no need."""
+    llm = LLM(insert_layers(WEIGHTS, after, tmp_path), policy="full", dtype="float32")
+    layers, looks_back = 12 + len(after), 3 + sum(layer < 3 for layer in after)
+    tokens = ids_of_text(llm, FIT)[:20000]
+    windows = cut_windows(tokens, [1], (300, 24), 2, random.Random(0))
+    search = Search(llm, windows, torch.zeros(layers, 1, 132), repeats=False, notice=lambda what: None)
+    search.choices = (("keydiff", 0.25),)
+    found = search.find([(0.15, 0.5)])
+    (level,) = found.levels
+    # Behind the layer that looks back, and behind as many of those after it that change nothing.
+    assert looks_back + 1 <= level.computed.count(1.0) <= looks_back + 1 + after.count(3)
+    assert max(level.held) == level.held[looks_back]
+    assert level.held[looks_back] > 3 * level.share
+    passing = [place for place, passes in enumerate(_places(after)) if passes]
+    assert all(level.held[place] <= 0.05 for place in passing)
+    assert level.share == pytest.approx(0.15, abs=0.001)
+
+
+def _places(after: list[int]) -> list[bool]:
+    """Whether the layer at each place of a variant changes nothing."""
+    return [passes for layer in range(12) for passes in [False, *[True] * after.count(layer)]]
+
+
+@needs_weights
+def test_layers_that_change_nothing_change_nothing(tmp_path: Path) -> None:
+    prompt = ids_of_text(LLM(WEIGHTS), FIT)[:50]
+    one, other = (
+        LLM(model, policy="full", dtype="float32").logits(prompt, [])
+        for model in (WEIGHTS, insert_layers(WEIGHTS, [0, 3, 3], tmp_path))
+    )
+    assert torch.equal(one, other)
+
+
+# --- the command ---
+
+
+QUICK = "--samples 2 --context 160 --following 12 --budget 0.5,0.2 --seed 3 --quiet".split()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    rng = random.Random(0)
+    words = "the fox said who is there and went home again little upon a time once was".split()
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(rng.choices(words, k=3000)))
+    return path
+
+
+def test_the_command_writes_a_profile_that_the_engine_runs(
+    tiny_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "found.json"
+    command = ["--model", str(tiny_dir), "--text", str(text), "--out", str(out), *QUICK]
+    assert main([*command, "--plot", str(tmp_path / "found.png"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    profile = load_policy(out)
+    assert isinstance(profile, Profile)
+    kept = [row for row in told["levels"] if row["better"]]
+    assert [level.share for level in profile.levels] == pytest.approx([row["held"] for row in kept], abs=1e-3)
+    assert (tmp_path / "found.png").stat().st_size > 1000
+    llm = LLM(tiny_dir, policy=out, kv_budget=0.5)
+    (completion,) = llm.generate("the fox said who is there and went home again " * 4)
+    assert completion.kv_bytes <= 0.5 * completion.kv_bytes_full
+    first = out.read_text()
+    assert main(command) == 0
+    assert out.read_text() == first  # the same seed finds the same
+    assert "written to" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--budget", "0"], "kv_budget"),
+        (["--budget", "0.5,0.004"], "less than a token"),
+        (["--computed", "0.5"], "1 shares for 2 budgets"),
+        (["--context", "60"], "--context is 60"),
+        (["--following", "1"], "--following"),
+        (["--following", "90"], "less than half"),
+        (["--context", "250"], "context of 256"),
+        (["--samples", "0"], "--samples"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--out", "found.txt"], ".json"),
+        (["--out", "nowhere/found.json"], "--out"),
+        (["--out", "model.json"], "over the weights"),
+        (["--plot", "found.txt"], ".png"),
+    ],
+)
+def test_nonsense_is_one_line(
+    changes: list[str], told: str, tiny_dir: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given_out = str(text.with_suffix(".json"))
+    command = ["--model", str(tiny_dir), "--text", str(text), "--out", given_out, *QUICK, *changes]
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert told in err
+
+
+def test_a_short_text_is_refused(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text("the fox")
+    out = str(tmp_path / "found.json")
+    assert main(["--model", str(tiny_dir), "--text", str(tmp_path / "short.txt"), "--out", out, *QUICK]) == 2
+    assert "expected 344 or more" in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
+def test_what_is_computed_lies_on_a_line_between_the_shares_that_were_chosen() -> None:
+    assert [computed_at(share) for share in (0.05, 0.15, 0.2, 0.5, 1.0)] == pytest.approx(
+        [0.4, 0.45, 0.475, 0.75, 1.0]
+    )

@@ -1,0 +1,247 @@
+"""Profiles: two lists per layer, against a slow version, in the engine, and under budgets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import PROFILE, PROFILES, lines_of, prompts_of, say, write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from slow_profile import SlowProfile
+
+from minipyramid import (
+    LLM,
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    Conversation,
+    RequestError,
+    SamplingParams,
+)
+from minipyramid.policies import load_policy
+from minipyramid.policies.profile import Level, Profile
+
+LEVEL = {"computed": [1, 0.5, 0.5], "held": [0.2, 0.3, 0.1]}
+
+
+def heads_of(kept: list[Any]) -> list[list[int]]:
+    """A layer's positions by head, where all heads alike are given once."""
+    return kept if kept and isinstance(kept[0], list) else [kept, kept]
+
+
+# --- the two lists ---
+
+
+@given(profile=PROFILES, prompt=st.integers(1, 300))
+def test_a_layer_holds_no_more_than_it_computes_and_computes_no_more_than_the_one_before(
+    profile: Profile, prompt: int
+) -> None:
+    computed, held = profile.computed(prompt, 3), profile.held(prompt, 3)
+    assert computed[0] == prompt
+    assert computed == sorted(computed, reverse=True)
+    assert all(1 <= h <= c for h, c in zip(held, computed, strict=True))
+
+
+@given(profile=PROFILES, prompt=st.integers(20, 300), share=st.floats(0.05, 1.0))
+def test_the_share_that_is_asked_for_is_held(profile: Profile, prompt: int, share: float) -> None:
+    """To the token, but where a layer's share is less than the one token that every layer holds."""
+    asked = replace(profile, share=share, fewest=0)
+    held = asked.held(prompt, 3)
+    assert abs(sum(held) - 3 * share * prompt) <= 1 + held.count(1)
+
+
+def test_levels_are_interpolated_and_scaled_down_and_go_up_to_the_whole() -> None:
+    low, high = PROFILE.levels
+    assert PROFILE.level(low.share) == low
+    assert PROFILE.level(high.share) == high
+    middle = PROFILE.level((low.share + high.share) / 2)
+    assert middle.held == pytest.approx([(a + b) / 2 for a, b in zip(low.held, high.held, strict=True)])
+    assert middle.computed == pytest.approx((1, 0.9, 0.6))
+    assert middle.scores == low.scores
+    assert PROFILE.level(low.share / 2).held == pytest.approx([share / 2 for share in low.held])
+    assert PROFILE.level(low.share / 2).computed == low.computed
+    assert PROFILE.level(1.0).held == PROFILE.level(1.0).computed == (1.0, 1.0, 1.0)
+
+
+@given(
+    profile=PROFILES,
+    prompt=st.integers(2, 200),
+    new=st.integers(0, 100),
+    share=st.sampled_from([0.03, 0.1, 0.3, 0.5, 0.9, 1.0]),
+)
+def test_a_budget_is_met_or_refused_with_the_smallest(
+    profile: Profile, prompt: int, new: int, share: float
+) -> None:
+    def held(budget: float) -> float:
+        return sum(profile.within(budget, prompt, new, 3).kv_lengths(prompt, new, 3)) / (3 * (prompt + new))
+
+    try:
+        assert held(share) <= share
+    except BudgetError as refusal:
+        assert share < refusal.smallest
+        assert held(refusal.smallest) <= refusal.smallest
+
+
+def test_a_prompt_has_what_its_generated_tokens_leave() -> None:
+    """A budget is used up: a token more would exceed it, where nothing but the prompt's share gives way."""
+    for prompt, new, share in ((1000, 0, 0.05), (1000, 100, 0.1), (400, 300, 0.25), (100, 20, 0.8)):
+        lengths = PROFILE.within(share, prompt, new, 3).kv_lengths(prompt, new, 3)
+        assert 0 <= share * 3 * (prompt + new) - sum(lengths) < 4
+
+
+# --- in the engine ---
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize("tokens", [70, 90])
+def test_what_is_held_and_said_is_the_slow_version_s(
+    share: float, tokens: int, tiny: LLM, tiny_dir: Path
+) -> None:
+    """Every score, mixed or not; 70 tokens have hardly more than the voters, 90 have more."""
+    said_again = tuple(replace(x, scores=("repeat", "votes+repeat", "repeat")) for x in PROFILE.levels)
+    for turn in range(3):  # every layer chooses by every pair of scores once
+        levels = tuple(
+            replace(x, scores=x.scores[turn:] + x.scores[:turn], newest=x.newest[turn:] + x.newest[:turn])
+            for x in (said_again if turn == 2 else PROFILE.levels)
+        )
+        profile = replace(PROFILE, levels=levels, share=share)
+        (prompt,), continuation = prompts_of([tokens]), [5, 9, 200, 31]
+        slow = SlowProfile(tiny_dir, profile)
+        expected = slow.logits_after(prompt, continuation)
+        llm = tiny.under(profile)
+        (prefill,) = llm.prefill([prompt])
+        assert [heads_of(kept) for kept in prefill.kept_positions] == slow.held
+        torch.testing.assert_close(llm.logits(prompt, continuation), expected, rtol=2e-4, atol=2e-4)
+
+
+@given(profile=PROFILES, lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), new=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_what_was_planned_is_what_is_held(tiny: LLM, profile: Profile, lengths: list[int], new: int) -> None:
+    """Lengths, bytes and order; and each sequence keeps in a batch what it keeps alone."""
+    llm, prompts = tiny.under(profile), prompts_of(lengths)
+    plan = llm.plan(lengths, new)
+    params = SamplingParams(max_new_tokens=new, ignore_eos=True)
+    completions = llm.generate(prompts, params)
+    assert [c.kv_lengths for c in completions] == plan.kv_lengths
+    assert sum(c.kv_bytes for c in completions) == plan.kv_bytes <= plan.kv_bytes_full
+    for prompt, completion in zip(prompts, completions, strict=True):
+        (alone,) = llm.generate([prompt], params)
+        assert (alone.token_ids, alone.kept_positions) == (completion.token_ids, completion.kept_positions)
+        (prefill,) = llm.prefill([prompt])
+        assert prefill.kv_lengths == profile.held(len(prompt), 3)
+        for kept, before in zip(completion.kept_positions, prefill.kept_positions, strict=True):
+            for head, former in zip(heads_of(kept), heads_of(before), strict=True):
+                assert head == sorted(set(head))
+                assert head[: len(former)] == former  # a prompt's keys never shrink in generation
+
+
+@given(profile=PROFILES, lengths=st.lists(st.integers(20, 60), min_size=2, max_size=4))
+@settings(max_examples=20, deadline=None)
+def test_a_budget_holds_in_a_batch_too(tiny: LLM, profile: Profile, lengths: list[int]) -> None:
+    llm = tiny.under(profile, kv_budget=0.5)
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    for completion in llm.generate(prompts_of(lengths), params):
+        assert completion.kv_bytes <= 0.5 * completion.kv_bytes_full
+
+
+def test_a_turn_that_is_looked_over_hears_the_turns_before(tiny: LLM) -> None:
+    """The second turn is said again behind the first, and the row is left as if nothing had been said."""
+    level = Level((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), ("repeat",) * 3, (0.2,) * 3)
+    llm, conversation = tiny.under(Profile((level,), share=0.5, fewest=0)), Conversation()
+    first, second = prompts_of([40, 30])
+    say(llm, first, SamplingParams(max_new_tokens=5, ignore_eos=True), conversation)
+    assert conversation.held
+    before = conversation.held.lengths
+    (prefill,) = llm.prefill(second, conversation)
+    assert prefill.kv_lengths == [n + 15 for n in before]
+
+
+def test_what_says_a_prompt_again_is_refused_beyond_the_model_s_positions(tiny: LLM) -> None:
+    level = Level((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), ("repeat",) * 3, (0.2,) * 3)
+    with pytest.raises(RequestError, match="looked over"):
+        tiny.under(Profile((level,), share=0.5)).prefill(prompts_of([200]))
+
+
+# --- settings ---
+
+
+def write_settings(directory: Path, **changes: Any) -> Path:
+    path = directory / "pyramid.json"
+    path.write_text(json.dumps({"policy": "profile", "levels": [LEVEL]} | changes))
+    return path
+
+
+def test_a_checkpoint_s_own_profile_is_its_policy(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path)
+    save_file({"lines": lines_of(3)}, directory / "lines.safetensors")
+    write_settings(directory, fitted="lines.safetensors", levels=[LEVEL | {"scores": "fitted"}])
+    for name in ("auto", "profile"):
+        policy = LLM(directory, policy=name).engine.planner.policy
+        assert isinstance(policy, Profile)
+        assert policy.levels[0].scores == ("fitted",) * 3
+        assert policy.lines is not None
+        assert torch.equal(policy.lines, lines_of(3))
+    assert LLM(directory, policy="auto").prefill([prompts_of([200])[0]])[0].kv_lengths == [64, 69, 64]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"levels": 3}, "expected levels, a list"),
+        ({"levels": []}, "one or more"),
+        ({"levels": [LEVEL, LEVEL]}, "ascending"),
+        ({"levels": [LEVEL | {"deeper": 1}]}, "a level is"),
+        ({"levels": [{"computed": [1, 1, 1]}]}, "a level is"),
+        ({"levels": [LEVEL | {"computed": [1, 0.5]}]}, "2 computed"),
+        ({"levels": [LEVEL | {"computed": [0.9, 0.5, 0.5]}]}, "1.0 first"),
+        ({"levels": [LEVEL | {"computed": [1, 0.4, 0.5]}]}, "never a rise"),
+        ({"levels": [LEVEL | {"held": [0.2, 0.6, 0.1]}]}, "layer 1 holds 0.6"),
+        ({"levels": [LEVEL | {"held": [0.2, "x", 0.1]}]}, "held is 'x'"),
+        ({"levels": [LEVEL | {"scores": "vote"}]}, "did you mean 'votes'"),
+        ({"levels": [LEVEL | {"scores": "votes+keydiff+newest"}]}, "joins more than two"),
+        ({"levels": [LEVEL | {"scores": [1, 2, 3]}]}, "no score '1'"),
+        ({"share": 1.5}, "share is 1.5"),
+        ({"lines": [1]}, "no setting"),
+        ({"fitted": 3}, "expected levels, a list, and fitted"),
+        ({"recent_ratio": 0.2}, "'recent_ratio' is no setting"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = write_settings(tmp_path, **changes)
+    with pytest.raises(ConfigError) as error:
+        load_policy(path)
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_lines_that_are_missing_or_of_another_model_are_told(tmp_path: Path, tiny: LLM) -> None:
+    path = write_settings(tmp_path, fitted="lines.safetensors", levels=[LEVEL | {"scores": "fitted"}])
+    with pytest.raises(CheckpointError, match="calibrate again"):
+        load_policy(path)
+    save_file({"lines": torch.zeros(3, 7)}, tmp_path / "lines.safetensors")
+    with pytest.raises(CheckpointError, match="expected finite numbers"):
+        load_policy(path)
+    save_file({"lines": torch.zeros(3, 2, 99)}, tmp_path / "lines.safetensors")
+    with pytest.raises(ConfigError, match="another model"):
+        tiny.under(path).prefill(prompts_of([200]))
+    with pytest.raises(ConfigError, match="has no lines"):
+        tiny.under(write_settings(tmp_path, levels=[LEVEL | {"scores": "fitted"}])).prefill(prompts_of([200]))
+
+
+def test_a_profile_of_other_layers_is_refused(tmp_path: Path, tiny: LLM) -> None:
+    path = write_settings(tmp_path, levels=[{"computed": [1, 1], "held": [1, 0.5]}])
+    with pytest.raises(ConfigError, match="2 layers, and the model has 3"):
+        tiny.under(path).generate(prompts_of([100]))
+
+
+def test_a_checkpoint_without_a_profile_says_how_to_get_one(tiny_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"minipyramid\.calibrate"):
+        LLM(tiny_dir, policy="profile")
