@@ -137,7 +137,7 @@ class MiniPyramidLM(TemplateLM):
     # --- what it asks ---
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts; a first window has nothing before it, so nothing is pruned there."""
+        """Log-likelihoods of whole texts; nothing stands before a first window, so it prunes nothing."""
         windows: list[Pair] = []
         counts = []
         for (text,) in (request.args for request in requests):
