@@ -192,3 +192,19 @@ def test_the_harness_runs_tasks_of_a_file_and_tells_the_bytes(tmp_path: Path) ->
     assert perplexity == pytest.approx(math.exp(loss / words), rel=0.05)
     assert results["config"]["minipyramid_kv_share"] == 1
     assert results["config"]["minipyramid_requests"] == 2 * len(docs)
+
+
+@needs_weights
+def test_a_generated_task_of_ruler_runs_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A needle in a haystack of 512 tokens, at half of the bytes."""
+    pytest.importorskip("wonderwords", reason="RULER's tasks need it")
+    pytest.importorskip("nltk", reason="RULER's tasks need it")
+    from lm_eval import simple_evaluate
+
+    monkeypatch.setattr("nltk.download", lambda *args, **how: True)  # it would wait for a network
+    model = MiniPyramidLM(str(WEIGHTS), policy="streaming", kv_budget=0.5)
+    size = {"pretrained": str(WEIGHTS), "max_seq_lengths": [512]}
+    results = simple_evaluate(model=model, tasks=["niah_single_1"], limit=2, metadata=size, bootstrap_iters=0)
+    assert 0 <= results["results"]["niah_single_1"]["512,none"] <= 1
+    assert results["config"]["minipyramid_kv_share"] == pytest.approx(0.5, abs=0.01)
+    assert results["config"]["minipyramid_requests"] == 2

@@ -13,6 +13,7 @@ from pathlib import Path
 from minipyramid import LLM, RequestError
 from minipyramid.cli.terminal import DEFAULT_MODEL, LoadingLine, Parser, Signals, exit_status, set_threads
 
+BACKLOG = 2048  # connections that wait to be taken
 KEY_VARIABLE = "MINIPYRAMID_API_KEY"
 
 
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
             access_log=False,
             timeout_graceful_shutdown=args.grace,
         )
+        listening.listen(BACKLOG)  # from here on a client is not refused, so the address can be told
         if not args.quiet:
             host = f"[{args.host}]" if ":" in args.host else args.host
             address = f"http://{host}:{listening.getsockname()[1]}"
