@@ -87,7 +87,7 @@ class Engine:
         Returns what is new of all that was added by `add` since `step` was last called, whichever thread has
         computed it. Where another thread is in a step, this call waits for its end.
         """
-        self._advance()
+        self.advance()
         with self._step_over:  # so that `cancel` does not take pieces away meanwhile
             return [self._news.popleft() for _ in range(len(self._news))]
 
@@ -111,7 +111,7 @@ class Engine:
                 self.submit(sequence, news)
             while left:
                 before = self.scheduler.generated
-                self._advance()
+                self.advance()
                 while news:
                     sequence, piece = news.popleft()
                     if sequence.error:
@@ -193,8 +193,8 @@ class Engine:
 
     # --- one step ---
 
-    def _advance(self) -> None:
-        """One step, by this thread or, where another is in one, by that."""
+    def advance(self) -> None:
+        """One step, by this thread or, where another is in one, by that; news goes where `submit` says."""
         with self._step_over:
             if self._stepping == threading.get_ident():
                 raise RequestError("a policy cannot ask the engine that is running it; give it another LLM")

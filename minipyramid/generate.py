@@ -1,6 +1,7 @@
 """`python -m minipyramid.generate`: text to stdout, everything else to stderr, one line for what is wrong.
 
-Exit status 0; 2 for bad input; 130 after Ctrl-C, with what was finished kept; 1 for a defect of ours.
+Exit status 0; 2 for bad input; 130 after Ctrl-C (a batch: 143 after SIGTERM), with what was finished kept; 1
+for a defect of ours.
 """
 
 import argparse
@@ -44,6 +45,14 @@ def build_parser() -> Parser:
         metavar="NAME",
         help="with --chat: llama2, llama3, zephyr, chatml, vicuna, or one of the checkpoint's named "
         "templates (default: its own)",
+    )
+    parser.add_argument(
+        "--batch", metavar="FILE", help="a JSON object on each line: id, prompt, and any sampling fields"
+    )
+    parser.add_argument("--output", metavar="FILE", help="with --batch: where a record goes for each line")
+    parser.add_argument("--resume", action="store_true", help="with --batch: go on with what --output holds")
+    parser.add_argument(
+        "--strict", action="store_true", help="with --batch: refuse a file with a bad line before it starts"
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
@@ -123,20 +132,17 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.prompt_tokens is not None:
         raise RequestError("--prompt-tokens is for --plan; give a prompt to generate from")
+    if args.batch is not None:
+        from minipyramid.batch.command import check_flags, run_batch
+
+        check_flags(args)
+        run_batch(load(args), params, args)
+        return
+    for flag in ("output", "resume", "strict"):
+        if vars(args)[flag]:
+            raise RequestError(f"--{flag} is for --batch; give a file of prompts, or leave it out")
     prompts = [] if args.chat else read_prompts(args)
-    set_threads(args.threads)
-    with LoadingLine(quiet=args.quiet) as line:
-        llm = LLM(
-            args.model,
-            policy=args.policy,
-            kv_budget=args.kv_budget,
-            kv_memory=args.kv_memory,
-            dtype=args.dtype,
-            device=args.device,
-            compile=args.compile,
-            revision=args.revision,
-            progress=None if args.quiet else line.update,
-        )
+    llm = load(args)
     if args.chat:
         llm.chat_format(args.chat_format)  # what is wrong with it is told before the first turn
         chat = TerminalChat(llm, params, args.chat_format, args.system)
@@ -160,12 +166,29 @@ def check_chat(args: argparse.Namespace) -> None:
     """Refuse flags that mean nothing with --chat, or without it."""
     if args.chat:
         others = {"a prompt": args.prompt is not None or args.prompts, "--prompt-file": args.prompt_file}
-        others |= {"--plan": args.plan, "--json": args.json}
+        others |= {"--plan": args.plan, "--json": args.json, "--batch": args.batch}
         for name, given in others.items():
             if given:
                 raise RequestError(f"--chat takes turns from stdin; leave {name} out")
     elif args.system is not None or args.chat_format is not None:
         raise RequestError("--system and --chat-format are for --chat; give it, or leave them out")
+
+
+def load(args: argparse.Namespace) -> LLM:
+    """The checkpoint that the flags name."""
+    set_threads(args.threads)
+    with LoadingLine(quiet=args.quiet) as line:
+        return LLM(
+            args.model,
+            policy=args.policy,
+            kv_budget=args.kv_budget,
+            kv_memory=args.kv_memory,
+            dtype=args.dtype,
+            device=args.device,
+            compile=args.compile,
+            revision=args.revision,
+            progress=None if args.quiet else line.update,
+        )
 
 
 def print_all(completions: list[Completion], args: argparse.Namespace, single: bool) -> None:

@@ -1,4 +1,4 @@
-"""The demo's page in a real Chromium, by a real pointer and real keys.
+"""The demo's page and the server's in a real Chromium, by a real pointer and real keys.
 
 Driven through the W3C WebDriver protocol, which is JSON over HTTP, so nothing but `chromedriver` is needed.
 The page's script is run by nothing else in these tests: what Python wrote is covered by `test_demo.py`.
@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -364,3 +365,73 @@ def test_the_page_follows_the_colour_scheme(opened: Browser, scheme: str, dark: 
     opened.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": feature})
     colour = opened.run("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, colour[4:-1].split(","))) < 200) == dark
+
+
+@pytest.fixture
+def served(tiny_dir: Path) -> Iterator[str]:
+    """The address of a running server."""
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    argv = ["-m", "minipyramid.serve", "--port", "0", "--model", str(tiny_dir), "--kv-memory", "8MiB"]
+    with subprocess.Popen([sys.executable, *argv], stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            yield server.stderr.readline().rpartition(" ")[2].strip()
+        finally:
+            server.kill()
+
+
+def until(browser: Browser, script: str) -> Any:
+    """What a script returns as soon as that is true."""
+    deadline = time.monotonic() + ANSWERS_S
+    while not (found := browser.run(script)):
+        assert time.monotonic() < deadline, script
+        time.sleep(0.02)
+    return found
+
+
+def test_a_prompt_typed_into_the_server_s_page_is_answered_with_its_picture(
+    browser: Browser, served: str
+) -> None:
+    browser.errors()
+    browser.call("POST", "/url", {"url": served})
+    assert browser.run("return document.getElementById('max_tokens').value") == "128"
+    browser.run(
+        "document.getElementById('prompt').value = ''; document.getElementById('max_tokens').value = 200;"
+    )
+    element = browser.find("#prompt")[ELEMENT]
+    browser.call("POST", f"/element/{element}/value", {"text": f"the fox and {SCRIPT} the little fox"})
+    element = browser.find("#go")[ELEMENT]
+    browser.call("POST", f"/element/{element}/click", {})
+    said = "(document.querySelector('#text .said') || {}).textContent"
+    first = until(browser, f"return {said}")
+    early = until(browser, "return document.querySelector('#map path').getAttribute('d')")
+    until(browser, "return document.getElementById('stop').disabled")
+    whole = browser.run(f"return {said}")
+    assert len(first) < len(whole)
+    assert whole.startswith(first)
+    assert browser.run("return document.querySelector('#text .prompt').textContent").count(SCRIPT) == 1
+    assert browser.dialog() is None
+    picture = browser.run("return document.querySelector('#map path').getAttribute('d')")
+    assert (
+        picture.count("M")
+        >= 3
+        == int(browser.run("return document.getElementById('map').viewBox.baseVal.height"))
+    )
+    assert early != picture
+    assert "Of " in browser.run("return document.getElementById('figures').textContent")
+    assert "full cache" in browser.run("return document.getElementById('figures').textContent")
+    hosts = browser.run("return performance.getEntriesByType('resource').map(e => new URL(e.name).origin)")
+    assert set(hosts) <= {served}
+    assert browser.errors() == []
+
+
+def test_the_server_s_page_tells_what_is_wrong_and_stops_when_asked(browser: Browser, served: str) -> None:
+    browser.call("POST", "/url", {"url": served})
+    browser.run("document.getElementById('prompt').value = ''; document.getElementById('go').click();")
+    assert "is empty" in until(browser, "return (document.querySelector('#text .wrong') || {}).textContent")
+    browser.run(
+        "document.getElementById('prompt').value = 'fox'; document.getElementById('max_tokens').value = 240;"
+    )
+    browser.run("document.getElementById('go').click(); document.getElementById('stop').click();")
+    assert until(browser, "return document.getElementById('stop').disabled")
+    assert browser.run("return document.querySelector('#text .wrong')") is None

@@ -1,11 +1,13 @@
 """How a command speaks: results to stdout, everything else to stderr, one line for what is wrong.
 
-Exit status 0; 2 for bad input; 130 after Ctrl-C, with what was finished kept; 1 for a defect of ours.
+Exit status 0; 2 for bad input; 130 after Ctrl-C and 143 after SIGTERM, with what was finished kept; 1 for a
+defect of ours.
 """
 
 import argparse
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +29,44 @@ DEFAULT_TEXT = WEIGHTS / "books-sample.txt"  # to measure by
 SLOW_S, REFRESH_S = 1.0, 0.1  # what is quicker shows no progress, and how often it is written
 MOST_THREADS = 1024  # beyond, starting them fails
 Line = TypeVar("Line", bound="ProgressLine")
+
+
+class Terminated(BaseException):
+    """SIGTERM came, and the command has ended what it was at."""
+
+
+class Signals:
+    """Notes the first SIGINT or SIGTERM instead of breaking off; a second one does what it does elsewhere.
+
+    At its end the block raises what was noted: `KeyboardInterrupt`, or `Terminated`.
+    """
+
+    def __init__(self) -> None:
+        self.noted: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def came(self) -> bool:
+        """Whether one was noted."""
+        return self.noted is not None
+
+    def _note(self, number: int, frame: object) -> None:
+        self.noted = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __enter__(self) -> "Signals":
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._restore()
+        if kind is None and self.came():
+            raise KeyboardInterrupt if self.noted == signal.SIGINT else Terminated
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,6 +121,9 @@ def exit_status(command: Callable[[], None]) -> int:
         discard_output()
         print_error(f"the output cannot be written ({error})")
         return 2
+    except Terminated:
+        print("minipyramid: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("\nminipyramid: interrupted", file=sys.stderr)
         return 130

@@ -1,0 +1,125 @@
+"""`python -m minipyramid.serve`: binds, loads, and answers until it is told to stop.
+
+SIGINT and SIGTERM let what runs end within `--grace`, and then the exit status is 130 or 143.
+"""
+
+import argparse
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+
+from minipyramid import LLM, RequestError
+from minipyramid.cli.terminal import DEFAULT_MODEL, LoadingLine, Parser, Signals, exit_status, set_threads
+
+BACKLOG = 2048  # connections that wait to be taken
+KEY_VARIABLE = "MINIPYRAMID_API_KEY"
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(prog="minipyramid.serve", allow_abbrev=False, description="Serve a Llama checkpoint.")
+    add = parser.add_argument
+    add("--model", default=str(DEFAULT_MODEL), metavar="PATH_OR_REPO")
+    add("--revision", help="branch, tag or commit of a hub repository")
+    add("--host", default="127.0.0.1", help="another than the loopback address needs --api-key")
+    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--api-key", metavar="KEY", help=f"what clients must send (or in the variable {KEY_VARIABLE})")
+    add("--policy", default="auto", metavar="NAME_OR_FILE", help="what the layers hold")
+    add("--kv-budget", type=float, metavar="SHARE", help="share of the full cache, as 0.454")
+    add("--kv-memory", metavar="SIZE", help="for keys and values of all that runs, as 2GiB")
+    add("--max-waiting", type=int, default=256, metavar="N", help="sequences that may wait for room (256)")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="where a request names none (256)")
+    add("--grace", type=float, default=30.0, metavar="SECONDS", help="for what runs, at the end (30)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    add("--compile", action="store_true", help="compile decode steps; slow to start")
+    add("--quiet", action="store_true", help="no progress on stderr")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return exit_status(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, bind, load, serve."""
+    api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    check(args, api_key)
+    try:
+        import uvicorn
+
+        from minipyramid.serve.app import Limits, build_app
+    except ImportError as error:
+        raise RequestError(
+            'the server needs starlette and uvicorn; pip install "minipyramid[serve]"'
+        ) from error
+    with bind(args.host, args.port) as listening:
+        set_threads(args.threads)
+        with LoadingLine(quiet=args.quiet) as line:
+            llm = LLM(
+                args.model,
+                policy=args.policy,
+                kv_budget=args.kv_budget,
+                kv_memory=args.kv_memory,
+                dtype=args.dtype,
+                device=args.device,
+                compile=args.compile,
+                revision=args.revision,
+                progress=None if args.quiet else line.update,
+            )
+        name = Path(args.model).name or args.model
+        limits = Limits(api_key, args.max_waiting, args.max_new_tokens)
+        config = uvicorn.Config(
+            build_app(llm, name, limits),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=args.grace,
+        )
+        listening.listen(BACKLOG)  # from here on a client is not refused, so the address can be told
+        if not args.quiet:
+            host = f"[{args.host}]" if ":" in args.host else args.host
+            address = f"http://{host}:{listening.getsockname()[1]}"
+            print(f"minipyramid: {name} at {address}", file=sys.stderr, flush=True)
+        with Signals():
+            uvicorn.Server(config).run(sockets=[listening])
+
+
+def check(args: argparse.Namespace, api_key: str | None) -> None:
+    """Refuse what cannot be, before weights are loaded."""
+    if not is_loopback(args.host) and api_key is None:
+        raise RequestError(f"--host {args.host} can be reached by others; give --api-key, or use 127.0.0.1")
+    if not 0 <= args.port <= 65535:
+        raise RequestError(f"--port is {args.port}, expected 0 to 65535")
+    if args.max_waiting < 0 or args.max_new_tokens < 1:
+        raise RequestError("--max-waiting is expected to be 0 or more, and --max-new-tokens 1 or more")
+    if not 0 <= args.grace <= 1e6:
+        raise RequestError(f"--grace is {args.grace}, expected seconds, 0 or more")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the port, before the weights are loaded in vain."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise RequestError(f"--host {host} --port {port} cannot be served ({error}); name another") from error
+    return listening
+
+
+if __name__ == "__main__":
+    sys.exit(main())

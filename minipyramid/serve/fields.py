@@ -1,0 +1,128 @@
+"""A request's body: what it asks for in the clients' words, as requests of the engine.
+
+What the engine does not do is refused by its name unless it is asked for in its neutral value, and so is a
+field that nobody knows: a client must not believe that something was heeded.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from minipyramid import LLM, Request, RequestError, SamplingParams
+from minipyramid.batch.lines import chat_request
+from minipyramid.errors import expect_type, nearest
+
+OWN = tuple(
+    field.name for field in fields(SamplingParams) if field.name not in ("logprobs", "max_new_tokens")
+)
+MAX_TOKENS = ("max_tokens", "max_completion_tokens")
+OTHERS = ("model", "stream", "stream_options", "n", "logprobs", "kept_positions")
+COMPLETION = ("prompt",)
+CHAT = ("messages", "top_logprobs")
+# Told by some clients, and without a meaning here.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+# Not done here: what may be given all the same, for it changes nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+MOST_CHOICES = 64  # of one request, prompts times n
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one body asks for."""
+
+    requests: list[Request]  # every prompt n times
+    prompt_tokens: int
+    chat: bool
+    stream: bool
+    usage: bool  # at the end of a stream
+    logprobs: bool
+    picture: bool  # of what the layers hold, while it streams
+
+
+def asked_of(llm: LLM, body: dict[str, Any], chat: bool, model: str, most_new: int) -> Asked:
+    """Read a body; raises `RequestError`, `TypeError`, or what preparing a prompt does."""
+    values = {name: value for name, value in body.items() if value is not None}  # null is the default
+    known = (*OWN, *MAX_TOKENS, *OTHERS, *(CHAT if chat else COMPLETION), *IGNORED, *NEUTRAL)
+    for name, value in values.items():
+        if name not in known:
+            raise RequestError(f"{name!r:.60} is no field of this endpoint; {nearest(name, known)}")
+        if name in NEUTRAL and value not in NEUTRAL[name]:
+            raise RequestError(f"{name} is {value!r:.60}, which this server does not do; leave it out")
+    if values.get("model", model) != model:
+        raise ModelNotFoundError(f"there is no model {values['model']!r:.60}; expected {model!r}")
+    n = values.get("n", 1)
+    expect_type("n", n, int, "a whole number")
+    options = values.get("stream_options", {})
+    expect_type("stream_options", options, dict, "an object")
+    for name in ("stream", "kept_positions"):
+        expect_type(name, values.get(name, False), bool, "true or false")
+    logprobs = wants_logprobs(values, chat)
+    given = {name: values[name] for name in OWN if name in values}
+    params = SamplingParams(logprobs=logprobs, **given)
+    prompts = prompts_of(llm, values, chat, params)
+    if not 1 <= n * len(prompts) <= MOST_CHOICES:
+        raise RequestError(f"{len(prompts)} prompts with n = {n}, expected 1 to {MOST_CHOICES} choices")
+    limits = [values[name] for name in MAX_TOKENS if name in values]
+    requests = []
+    for request in prompts:
+        left = llm.config.max_position_embeddings - len(request.prompt)
+        new = limits[0] if limits else max(1, min(most_new, left))
+        for i in range(n):
+            seed = None if params.seed is None else (params.seed + i) % 2**63  # a choice of its own for each
+            asked = replace(params, max_new_tokens=new, seed=seed)
+            requests.append(replace(request, params=asked))
+    return Asked(
+        requests,
+        sum(len(request.prompt) for request in prompts),
+        chat,
+        values.get("stream", False),
+        bool(options.get("include_usage", False)),
+        logprobs,
+        values.get("kept_positions", False),
+    )
+
+
+def wants_logprobs(values: dict[str, Any], chat: bool) -> bool:
+    """Those of the chosen tokens; the likeliest others are not told."""
+    wanted = values.get("logprobs", False)
+    if chat:
+        expect_type("logprobs", wanted, bool, "true or false")
+        if values.get("top_logprobs", 0) != 0:
+            raise RequestError("top_logprobs is above 0, but only the chosen tokens are told; leave it out")
+        return bool(wanted)
+    expect_type("logprobs", wanted, (int, bool), "0 or 1")
+    if wanted not in (0, 1):
+        raise RequestError(f"logprobs is {wanted}, but only the chosen tokens are told; give 0 or 1")
+    return "logprobs" in values and wanted is not False
+
+
+def prompts_of(llm: LLM, values: dict[str, Any], chat: bool, params: SamplingParams) -> list[Request]:
+    """The prompts as token ids."""
+    if chat:
+        if "messages" not in values:
+            raise RequestError("there are no messages; give a list of them")
+        return [chat_request(llm, values["messages"], params, "the request")]
+    given = values.get("prompt")
+    expect_type("prompt", given, (str, list), "a text, a list of texts, token ids, or lists of them")
+    several = isinstance(given, list) and bool(given) and all(isinstance(p, (str, list)) for p in given)
+    prompts = given if isinstance(given, list) and several else [given]
+    if len(prompts) > MOST_CHOICES:
+        raise RequestError(f"there are {len(prompts)} prompts, expected at most {MOST_CHOICES}")
+    names = ["the prompt"] if len(prompts) == 1 else [f"prompt {i}" for i in range(len(prompts))]
+    encode = llm.engine.encode
+    return [Request(encode(p, name), params, name=name) for p, name in zip(prompts, names, strict=True)]
+
+
+class ModelNotFoundError(RequestError):
+    """Another model is asked for than the one that is served."""

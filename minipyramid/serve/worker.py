@@ -1,0 +1,164 @@
+"""The thread that owns the engine: it submits, steps and cancels, and tells the event loop what is new.
+
+Everything that touches the engine's scheduler happens here, so the event loop never waits for a step, and
+what is read of the caches is read between two steps.
+"""
+
+import asyncio
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from minipyramid.cache import Positions
+from minipyramid.engine import Engine, News
+from minipyramid.request import Sequence
+from minipyramid.serve.metrics import Metrics
+
+PICTURE_S = 0.2  # between two pictures of what a sequence holds
+AFTER_ERROR_S = 0.1  # until a step is tried again
+
+Ranges = list[list[int]]  # first and last position of each run
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A sequence that a client waits for: one choice of its answer."""
+
+    sequence: Sequence
+    index: int
+    planned: int  # bytes of keys, values and votes at its longest
+    events: "asyncio.Queue[Event]"
+    wants_picture: bool = False
+    began: float = field(default_factory=time.monotonic)
+    pictured: float = 0.0  # when a picture was last made
+    told: int = 0  # tokens that events have told of
+
+
+@dataclass(frozen=True)
+class Event:
+    """What is new of a ticket."""
+
+    ticket: Ticket
+    text: str
+    tokens: int  # so far
+    ended: bool
+    kept: list[Ranges] | None = None  # [layer], what is held now
+
+
+class Worker(threading.Thread):
+    """Steps as long as anything waits or runs."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(name="engine", daemon=True)
+        self.engine, self.metrics, self.loop = engine, metrics, loop
+        self._tickets: dict[Sequence, Ticket] = {}
+        self._news: deque[News] = deque()
+        self._orders: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+
+    # --- what the event loop calls ---
+
+    def submit(self, ticket: Ticket) -> None:
+        """Let its sequence wait for room; what is new of it comes into its `events`."""
+        self._order(lambda: self._submit(ticket))
+
+    def leave(self, ticket: Ticket) -> None:
+        """Nobody waits for it any more: its row is free before the next step."""
+        self._order(lambda: self._leave(ticket))
+
+    def close(self) -> None:
+        """End after the step that is being computed."""
+        self._closing = True
+        self._wake.set()
+        self.join()
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.append(order)
+        self._wake.set()
+
+    # --- in its own thread ---
+
+    def run(self) -> None:
+        """Until it is closed."""
+        while not self._closing:
+            self._wake.wait()
+            self._wake.clear()
+            while self._work() and not self._closing:
+                pass
+
+    def _work(self) -> bool:
+        """Carry out orders, and take a step; returns whether anything is left to step."""
+        while self._orders:
+            self._orders.popleft()()
+        if self._tickets:
+            try:
+                self.engine.advance()
+            except Exception as error:  # those that ran are told by their sequence's error
+                print(f"minipyramid: a step failed: {error!r}", file=sys.stderr)
+                time.sleep(AFTER_ERROR_S)
+            self._tell()
+        self.metrics.look(self.engine.scheduler)
+        return bool(self._tickets)
+
+    def _submit(self, ticket: Ticket) -> None:
+        self._tickets[ticket.sequence] = ticket
+        self.engine.submit(ticket.sequence, self._news)
+
+    def _leave(self, ticket: Ticket) -> None:
+        if self._tickets.pop(ticket.sequence, None):
+            self.engine.cancel(ticket.sequence)
+
+    def _tell(self) -> None:
+        """Everything new of a step in one call of the event loop."""
+        events, now = [], time.monotonic()
+        while self._news:
+            sequence, piece = self._news.popleft()
+            ticket = self._tickets.get(sequence)
+            if ticket is None:
+                continue  # it has left
+            if piece is None:
+                del self._tickets[sequence]
+            events.append(self._event(ticket, piece, now))
+        if events and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(deliver, events)
+
+    def _event(self, ticket: Ticket, piece: str | None, now: float) -> Event:
+        done, ended = ticket.sequence.completion, piece is None
+        if not ticket.told:
+            self.metrics.first_token(now - ticket.began)
+        self.metrics.generated += len(done.token_ids) - ticket.told
+        ticket.told = len(done.token_ids)
+        kept = None
+        row = ticket.sequence.row
+        if ticket.wants_picture and ended:
+            kept = picture(done.kept_positions)
+        elif ticket.wants_picture and row and now - ticket.pictured > PICTURE_S:
+            ticket.pictured, kept = now, picture(row.kept_positions())
+        return Event(ticket, piece or "", ticket.told, ended, kept)
+
+
+def deliver(events: list[Event]) -> None:
+    """In the event loop: each to whoever waits for it."""
+    for event in events:
+        event.ticket.events.put_nowait(event)
+
+
+def picture(layers: list[Positions]) -> list[Ranges]:
+    """Which positions a layer holds, in any of its heads, as runs."""
+    shown = []
+    for layer in layers:
+        heads = [head for head in layer if isinstance(head, list)]
+        alike = [position for position in layer if isinstance(position, int)]
+        positions = sorted({position for head in heads for position in head}) if heads else alike
+        ranges = []
+        # Positions that follow each other are as far from their index.
+        for _, run in groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0]):
+            each = [position for _, position in run]
+            ranges.append([each[0], each[-1]])
+        shown.append(ranges)
+    return shown

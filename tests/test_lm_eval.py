@@ -1,0 +1,210 @@
+"""The harness's model: its scores are those of the evaluation here, and those of transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import STEEP, WEIGHTS
+
+from minipyramid import LLM, RequestError, SamplingParams
+from minipyramid.eval.context import HeldContext
+from minipyramid.eval.tasks import RecallInside, Text, planted, texts
+from minipyramid.policy import FULL
+
+model_of = pytest.importorskip("minipyramid.lm_eval.model", reason="needs the extra lm-eval")
+MiniPyramidLM, sampling_of = model_of.MiniPyramidLM, model_of.sampling_of
+
+needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="no embedded checkpoint in this tree")
+PROSE = "The fox said: who is there? and went home again. Once upon a time there was a little fox. " * 3
+
+
+def asked(*args: Any) -> Any:
+    return SimpleNamespace(args=args)
+
+
+@pytest.fixture(scope="module")
+def steep(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A settings file that prunes hard."""
+    file = tmp_path_factory.mktemp("settings") / "steep.json"
+    names = ("recent_ratio", "prefill_decay_ratio", "min_context_length")
+    file.write_text(json.dumps({name: getattr(STEEP, name) for name in names}))
+    return str(file)
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming", "steep"])
+def test_scores_and_the_greedy_flag_are_those_of_the_engine(tiny_dir: Path, steep: str, policy: str) -> None:
+    model = MiniPyramidLM(str(tiny_dir), policy=steep if policy == "steep" else policy)
+    context = model.tok_encode(PROSE)
+    pairs = [(None, context, [5, 9, 11]), (None, context[:2], [7])]
+    held = LLM(tiny_dir, policy=steep if policy == "steep" else policy)
+    expected = [
+        sum(held.score(context[:-1], [context[-1], *following])[1:])
+        if len(context) > 2 else held.score(context[:1], [context[1], *following])[1]
+        for _, context, following in pairs
+    ]  # fmt: skip
+    scored = model._loglikelihood_tokens(pairs)
+    assert [score for score, _ in scored] == pytest.approx(expected, abs=1e-4)
+    logits = held.logits(context[:-1], [context[-1]])[1]
+    best = int(logits.argmax())
+    worse = (best + 1) % 320
+    flags = [
+        flag for _, flag in model._loglikelihood_tokens([(None, context, [best]), (None, context, [worse])])
+    ]
+    assert flags == [True, False]
+    assert model.held.requests == 4
+    assert (model.held.kv_share == 1) == (policy == "full")
+
+
+def test_scores_equal_the_harness_s_transformers_model(tiny_dir: Path) -> None:
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    reference = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+    ours = MiniPyramidLM(str(tiny_dir), policy="full", dtype="float32")
+    ids = ours.tok_encode(PROSE)
+    stand_in = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(), eos_token="w2", bos_token="w1")
+    theirs = HFLM(pretrained=reference, tokenizer=stand_in, batch_size=2, device="cpu", max_length=256)
+    pairs = [(("a", "b"), ids[:n], ids[n : n + k]) for n, k in ((1, 5), (20, 1), (40, 30), (7, 12))]
+    left = ours._loglikelihood_tokens(pairs)
+    right = theirs._loglikelihood_tokens(pairs, disable_tqdm=True)
+    for (score, greedy), (score_theirs, greedy_theirs) in zip(left, right, strict=True):
+        assert score == pytest.approx(score_theirs, abs=1e-3)
+        assert greedy == greedy_theirs
+
+
+def word_tokenizer() -> Any:
+    """transformers wants one beside a model; the ids that are compared are given."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    return Tokenizer(WordLevel({f"w{i}": i for i in range(320)}, unk_token="w0"))
+
+
+def test_a_text_is_scored_whole_in_windows(tiny_dir: Path) -> None:
+    """Each token once: with everything held, the sum is that of one context per token."""
+    model = MiniPyramidLM(str(tiny_dir), policy="full", max_length=64)
+    ids = model.tok_encode(PROSE, add_special_tokens=False)
+    assert len(ids) > 120
+    (rolled,) = model.loglikelihood_rolling([asked(PROSE)])
+    expected, done = 0.0, 0
+    while done < len(ids):
+        count = min(63 if not done else 32, len(ids) - done)
+        start = max(0, done + count - 63)
+        before = ids[start - 1 : done] if start else [1, *ids[:done]]
+        expected += sum(model.llm.score(before, ids[done : done + count]))
+        done += count
+    assert rolled == pytest.approx(expected, abs=1e-2)
+
+
+def test_generation_ends_at_a_text_and_heeds_the_task(tiny_dir: Path, tiny: LLM) -> None:
+    model = MiniPyramidLM(str(tiny_dir), policy="full")
+    whole = tiny.generate("the fox", SamplingParams(max_new_tokens=30))[0].text
+    stop = whole[5:8]
+    answers = model.generate_until(
+        [asked("the fox", {"until": [stop, ""], "max_gen_toks": 30, "do_sample": False, "temperature": 0.7}),
+         asked("the fox", {"until": [], "max_gen_toks": 30})]
+    )  # fmt: skip
+    assert answers == [whole[: whole.index(stop)], whole]
+    with pytest.raises(RequestError, match="num_beams"):
+        sampling_of({"num_beams": 4}, 5)
+
+
+def test_what_is_too_short_for_a_budget_runs_without_and_is_counted(tiny_dir: Path) -> None:
+    model = MiniPyramidLM(str(tiny_dir), policy="streaming", kv_budget=0.5)
+    ids = model.tok_encode(PROSE)
+    model._loglikelihood_tokens([(None, ids, [5]), (None, ids[:2], [5])])
+    assert (model.held.requests, model.held.over_budget) == (2, 1)
+    assert model.held.kv_share < 0.6
+
+
+@needs_weights
+@pytest.mark.parametrize("policy", ["auto", "docs/settings/published.json"])
+def test_a_task_of_ours_gives_what_the_evaluation_gives(policy: str) -> None:
+    """Recall inside stories by the greedy flag, and a book's window by its log-likelihood."""
+    if policy.endswith(".json"):
+        policy = str(Path(__file__).parent.parent / policy)
+    model = MiniPyramidLM(str(WEIGHTS), policy=policy, dtype="float32")
+    full, rng = model.llm.under("full"), random.Random(1)
+    held, policy_of = HeldContext, model.llm.engine.planner.policy
+    inside = [task for task in next(planted(full, 256, rng)) if isinstance(task, RecallInside)]
+    book = full.engine.need_tokenizer().encode(PROSE * 4, continues=True)
+    (window,) = next(texts(full, book, 128, 32, rng))
+    assert isinstance(window, Text)
+    pairs = [(None, t.context + t.question.question[-1:], t.question.answer) for t in inside]
+    pairs.append((None, window.context + window.following[:1], window.following[1:]))
+    *recall, (score, _) = model._loglikelihood_tokens(pairs)
+    assert [float(greedy) for _, greedy in recall] == [
+        t.ask(held(full, policy_of, t.context)) for t in inside
+    ]
+    figures = window.figures(
+        window.ask(held(full, policy_of, window.context)), window.ask(held(full, FULL, window.context))
+    )
+    assert -score / len(window.following[1:]) == pytest.approx(figures["loss"], abs=1e-3)
+    assert math.isfinite(score)
+
+
+@needs_weights
+def test_the_harness_runs_tasks_of_a_file_and_tells_the_bytes(tmp_path: Path) -> None:
+    """Recall, and a text's rolling perplexity, over local data, by the harness's own evaluation."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    full = LLM(WEIGHTS, policy="full")
+    rng, decode = random.Random(2), full.engine.need_tokenizer().decode
+    inside = [task for task in next(planted(full, 200, rng)) if isinstance(task, RecallInside)]
+    docs = [
+        {
+            "text": decode(t.context + t.question.question[-1:]),
+            "answer": decode(t.question.answer, continues=True),
+        }
+        for t in inside
+    ]
+    (tmp_path / "docs.json").write_text("\n".join(map(json.dumps, docs)))
+    files = f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'docs.json'}"
+    common = f"dataset_path: json\n{files}\ntest_split: test\n"
+    (tmp_path / "recall.yaml").write_text(
+        f'task: recall\n{common}output_type: loglikelihood\ndoc_to_text: "{{{{text}}}}"\n'
+        'target_delimiter: ""\ndoc_to_target: "{{answer}}"\nmetric_list:\n  - metric: acc\n'
+    )
+    (tmp_path / "rolling.yaml").write_text(
+        f"task: rolling\n{common}output_type: loglikelihood_rolling\n"
+        'doc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        "metric_list:\n  - metric: word_perplexity\n"
+    )
+    model = MiniPyramidLM(str(WEIGHTS), policy="full")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = simple_evaluate(
+        model=model, tasks=["recall", "rolling"], task_manager=manager, bootstrap_iters=0
+    )
+    answers = [t.ask(HeldContext(full, FULL, t.context)) for t in inside]
+    assert results["results"]["recall"]["acc,none"] == pytest.approx(sum(answers) / len(answers))
+    loss = -sum(model.loglikelihood_rolling([asked(doc["text"])])[0] for doc in docs)
+    words = sum(len(doc["text"].split()) for doc in docs)
+    perplexity = results["results"]["rolling"]["word_perplexity,none"]
+    assert perplexity == pytest.approx(math.exp(loss / words), rel=0.05)
+    assert results["config"]["minipyramid_kv_share"] == 1
+    assert results["config"]["minipyramid_requests"] == 2 * len(docs)
+
+
+@needs_weights
+def test_a_generated_task_of_ruler_runs_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A needle in a haystack of 512 tokens, at half of the bytes."""
+    pytest.importorskip("wonderwords", reason="RULER's tasks need it")
+    pytest.importorskip("nltk", reason="RULER's tasks need it")
+    from lm_eval import simple_evaluate
+
+    monkeypatch.setattr("nltk.download", lambda *args, **how: True)  # it would wait for a network
+    model = MiniPyramidLM(str(WEIGHTS), policy="streaming", kv_budget=0.5)
+    size = {"pretrained": str(WEIGHTS), "max_seq_lengths": [512]}
+    results = simple_evaluate(model=model, tasks=["niah_single_1"], limit=2, metadata=size, bootstrap_iters=0)
+    assert 0 <= results["results"]["niah_single_1"]["512,none"] <= 1
+    assert results["config"]["minipyramid_kv_share"] == pytest.approx(0.5, abs=0.01)
+    assert results["config"]["minipyramid_requests"] == 2

@@ -1,0 +1,363 @@
+"""The server, as a process of its own, to which OpenAI's client and raw sockets talk over loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minipyramid import LLM, SamplingParams
+from minipyramid.serve.__main__ import main
+
+openai = pytest.importorskip("openai", reason="the server is tested with OpenAI's client")
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+# A template that is there only once `LLM.chat_request` is: until then, what it would make of messages.
+STAND_IN = """
+from minipyramid import LLM, Request
+if not hasattr(LLM, "chat_request"):
+    def chat_request(self, messages, params=None, conversation=None, *, name="the messages", **how):
+        text = "".join(f"{m['role']}: {m['content']} " for m in messages)
+        return Request(self.engine.encode(text, name), params, name=name)
+    LLM.chat_request = chat_request
+"""
+SLOW = """
+import time, minipyramid.engine as e
+choose = e.choose
+e.choose = lambda *a: (time.sleep(0.02), choose(*a))[1]
+"""
+MESSAGES = [{"role": "user", "content": "the fox"}]
+
+
+class Server:
+    """A running one."""
+
+    def __init__(self, model: Path, *flags: str, first: str = STAND_IN) -> None:
+        argv = ["--model", str(model), "--port", "0", "--policy", "full", *flags]
+        code = f"{first}\nimport sys; from minipyramid.serve.__main__ import main; sys.exit(main({argv!r}))"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MINIPYRAMID_API_KEY": ""},
+        )
+        assert self.process.stderr is not None
+        told = self.process.stderr.readline()
+        found = re.search(r"minipyramid: (.+) at (http://(.+):(\d+))$", told)
+        assert found, told
+        self.model, self.url, self.host, self.port = found[1], found[2], found[3], int(found[4])
+        self.client = self.openai()
+
+    def openai(self, key: str = "none", **options: Any) -> Any:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, **options})
+
+    def ask(self, method: str, path: str, body: bytes | str | None = None, **headers: str) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=30)
+        headers = {"Content-Type": "application/json", **headers}
+        connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        return answer.status, json.loads(data) if data[:1] == b"{" else data.decode()
+
+    def metric(self, name: str) -> float:
+        text = self.ask("GET", "/metrics")[1]
+        return float(re.findall(rf"^minipyramid_{name} (\S+)$", text, flags=re.MULTILINE)[0])
+
+    def wait_until_idle(self) -> None:
+        deadline = time.monotonic() + 20
+        while self.metric("requests_running") or self.metric("requests_waiting"):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def serving(model: Path, *flags: str, **how: Any) -> Iterator[Server]:
+    server = Server(model, *flags, **how)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_dir: Path) -> Iterator[Server]:
+    with serving(tiny_dir, "--kv-memory", "2MiB") as running:
+        yield running
+
+
+def alone(tiny: LLM, prompt: Any, **fields: Any) -> Any:
+    return tiny.generate(prompt, SamplingParams(**fields))[0]
+
+
+def test_a_completion_has_the_text_and_the_counts_of_the_engine(server: Server, tiny: LLM) -> None:
+    assert [model.id for model in server.client.models.list()] == [server.model]
+    expected = alone(tiny, "the fox", max_new_tokens=20, temperature=1.2, seed=7, top_p=0.9, logprobs=True)
+    answer = server.client.completions.create(
+        model=server.model, prompt="the fox", max_tokens=20, temperature=1.2, seed=7, top_p=0.9, logprobs=0
+    )
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason) == (expected.text, expected.finish_reason)
+    assert choice.logprobs.token_logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+    assert len(choice.logprobs.tokens) == len(choice.logprobs.text_offset) == len(expected.token_ids)
+    assert (answer.object, answer.model) == ("text_completion", server.model)
+    counts = (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens)
+    assert counts == (len(expected.prompt_token_ids), 20, len(expected.prompt_token_ids) + 20)
+
+
+def test_a_stream_joined_is_the_text(server: Server, tiny: LLM) -> None:
+    expected = alone(
+        tiny, "the fox", max_new_tokens=30, temperature=1.2, seed=3, ignore_eos=True, logprobs=True
+    )
+    stream = server.client.completions.create(
+        model=server.model, prompt="the fox", max_tokens=30, temperature=1.2, seed=3, logprobs=0, stream=True,
+        stream_options={"include_usage": True}, extra_body={"ignore_eos": True, "kept_positions": True},
+    )  # fmt: skip
+    chunks = list(stream)
+    assert len(chunks) > 5
+    *pieces, last = chunks
+    assert last.choices == []
+    assert last.usage.completion_tokens == 30
+    assert "".join(chunk.choices[0].text for chunk in pieces) == expected.text
+    told = [value for chunk in pieces for value in chunk.choices[0].logprobs.token_logprobs]
+    assert told == pytest.approx(expected.logprobs, abs=1e-4)
+    assert [chunk.choices[0].finish_reason for chunk in pieces][-2:] == [None, "length"]
+    n = len(expected.prompt_token_ids) + 30
+    assert pieces[-1].choices[0].kept_positions == [[[0, n - 1]]] * 3
+    assert pieces[-1].choices[0].kv_bytes == expected.kv_bytes
+
+
+def test_a_chat_is_answered_whole_and_streamed(server: Server) -> None:
+    fields = {"model": server.model, "messages": MESSAGES, "max_completion_tokens": 12, "logprobs": True}
+    answer = server.client.chat.completions.create(**fields)
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant"
+    assert answer.usage.completion_tokens == len(choice.logprobs.content) > 0
+    chunks = list(server.client.chat.completions.create(**fields, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content
+    assert chunks[-1].choices[0].finish_reason == choice.finish_reason
+
+
+def test_a_checkpoint_without_a_template_says_so(tiny_dir: Path) -> None:
+    with serving(tiny_dir, first="") as bare, pytest.raises(openai.BadRequestError):
+        bare.client.chat.completions.create(model=bare.model, messages=MESSAGES)
+
+
+def test_several_prompts_and_choices_come_in_order(server: Server, tiny: LLM) -> None:
+    prompts = ["the fox", "once upon a time"]
+    fields = {"max_tokens": 10, "temperature": 1.5, "seed": 5, "n": 2, "extra_body": {"ignore_eos": True}}
+    answer = server.client.completions.create(model=server.model, prompt=prompts, **fields)
+    expected = [
+        alone(tiny, p, max_new_tokens=10, temperature=1.5, seed=5 + i, ignore_eos=True).text
+        for p in prompts for i in (0, 1)
+    ]  # fmt: skip
+    assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(expected))
+    assert len(set(expected)) == 4
+    streamed = [""] * 4
+    for chunk in server.client.completions.create(model=server.model, prompt=prompts, stream=True, **fields):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == expected
+    ids = server.client.completions.create(model=server.model, prompt=[[1, 5], [1, 7, 9]], max_tokens=3)
+    assert ids.usage.prompt_tokens == 5
+
+
+def test_a_stop_text_ends_a_choice(server: Server, tiny: LLM) -> None:
+    whole = alone(tiny, "the fox", max_new_tokens=40, ignore_eos=True).text
+    stop = whole[8:11]
+    answer = server.client.completions.create(
+        model=server.model, prompt="the fox", max_tokens=40, stop=[stop], extra_body={"ignore_eos": True}
+    )
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (whole[: whole.index(stop)], "stop")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [({"temperature": -1}, "temperature is -1"), ({"max_tokens": 9999}, "more than the context"),
+     ({"prompt": ""}, "is empty"), ({"prompt": {}}, "prompt is {}"), ({"prompt": [[1], [999]]}, "999"),
+     ({"n": 0}, "n = 0"), ({"n": 10**9}, "n = 1000000000"), ({"n": "2"}, "n is '2'"),
+     ({"logprobs": 5}, "give 0 or 1"), ({"stop": [""]}, "stop"), ({"stop": 5}, "stop is 5"),
+     ({"echo": True}, "echo is True"), ({"temprature": 1}, "did you mean 'temperature'"),
+     ({"presence_penalty": 1}, "presence_penalty"), ({"stream": "yes"}, "stream is 'yes'"),
+     ({"seed": 1.5}, "seed is 1.5"), ({"top_p": float("nan")}, "top_p is nan"),
+     ({"prompt": "\ud800"}, "prompt")],
+    ids=str,
+)  # fmt: skip
+def test_what_is_wrong_is_named_in_the_clients_form(
+    server: Server, fields: dict[str, Any], problem: str
+) -> None:
+    status, answer = server.ask("POST", "/v1/completions", json.dumps({"prompt": "the fox", **fields}))
+    assert status == 400
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert problem in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_the_client_s_own_exceptions_come(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        server.client.completions.create(model=server.model, prompt="a", temperature=-1)
+    with pytest.raises(openai.NotFoundError, match="there is no model"):
+        server.client.completions.create(model="another", prompt="a")
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        server.client.embeddings.create(model=server.model, input="a")
+
+
+def test_what_can_never_fit_is_refused_with_its_need(tiny_dir: Path) -> None:
+    with serving(tiny_dir, "--kv-memory", "20KiB") as small:
+        with pytest.raises(openai.BadRequestError, match=r"needs \d+ bytes of cache, but kv_memory is 20480"):
+            small.client.completions.create(model=small.model, prompt="the fox", max_tokens=200)
+        assert small.client.completions.create(model=small.model, prompt="the fox", max_tokens=9).choices
+
+
+def test_garbage_oversized_and_slow_bodies_are_refused(tiny_dir: Path, server: Server) -> None:
+    for body in (b"", b"\xff\xfe", b"{", b"[]", b"[" * 100_000, b'"text"', b"5" * 5000):
+        status, answer = server.ask("POST", "/v1/completions", body)
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert server.ask("POST", "/v1/completions", b"{}", Content_Type="text/plain")[0] == 415
+    assert server.ask("POST", "/v1/completions", b" " * (9 << 20))[0] == 413
+    assert server.ask("GET", "/v1/completions")[0] == 405
+    assert server.ask("GET", "/nothing")[1]["error"]["type"] == "not_found_error"
+    with socket.create_connection((server.host, server.port), timeout=10) as raw:
+        raw.sendall(b"this is no HTTP\r\n\r\n")
+        assert b"400" in raw.recv(100)
+    with (
+        serving(tiny_dir, first="import minipyramid.serve.app as a; a.BODY_S = 0.3") as hasty,
+        socket.create_connection((hasty.host, hasty.port), timeout=10) as raw,
+    ):
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {hasty.host}\r\nContent-Type: application/json\r\n"
+        raw.sendall(head.encode() + b"Content-Length: 100\r\n\r\n{")
+        assert b"408" in raw.recv(100)
+
+
+def test_a_key_is_demanded_and_compared(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(tiny_dir, "--api-key", "s\u00e4cret") as locked:
+        for key in ("none", "s", "s\u00e4cre", "s\u00e4cret2"):
+            headers = {"Authorization": f"Bearer {key}".encode().decode("latin-1")}
+            assert locked.ask("GET", "/v1/models", **headers)[0] == 401
+        assert locked.ask("GET", "/v1/models")[1]["error"]["code"] == "invalid_api_key"
+        assert locked.ask("GET", "/metrics")[0] == 401
+        assert locked.ask("GET", "/health") == (200, {"status": "ok"})
+        right = {"Authorization": "Bearer s\u00e4cret".encode().decode("latin-1")}
+        assert locked.ask("GET", "/v1/models", **right)[0] == 200
+        with pytest.raises(openai.AuthenticationError):
+            locked.client.models.list()
+    for host in ("0.0.0.0", "::", "192.168.0.1", "example.com"):
+        assert main(["--host", host, "--model", str(tiny_dir)]) == 2
+        assert "give --api-key" in capsys.readouterr().err
+
+
+def test_another_page_s_host_name_is_not_let_in(server: Server) -> None:
+    """A page whose name leads to the loopback address could otherwise use the server."""
+    assert server.ask("GET", "/v1/models", Host="evil.example:80")[0] == 403
+    assert server.ask("GET", "/v1/models", Host=f"localhost:{server.port}")[0] == 200
+
+
+def test_64_clients_at_once_get_the_texts_of_single_runs(server: Server, tiny: LLM) -> None:
+    def ask(i: int) -> str:
+        fields = {"max_tokens": 5 + i % 20, "temperature": 1.3, "seed": i, "stream": i % 2 == 0}
+        prompt = "the fox " * (1 + i % 7)
+        answer = server.client.completions.create(model=server.model, prompt=prompt, **fields)
+        return "".join(c.choices[0].text for c in answer) if i % 2 == 0 else answer.choices[0].text
+
+    with ThreadPoolExecutor(64) as pool:
+        texts = list(pool.map(ask, range(64)))
+    for i, text in enumerate(texts):
+        fields = {"max_new_tokens": 5 + i % 20, "temperature": 1.3, "seed": i}
+        assert text == alone(tiny, "the fox " * (1 + i % 7), **fields).text
+    server.wait_until_idle()
+
+
+def leave_in_mid_stream(server: Server, i: int) -> None:
+    """Ask, read what has come after a while or nothing, and hang up."""
+    body = {"prompt": "the fox", "max_tokens": 200, "stream": i % 3 != 0, "ignore_eos": True, "n": 1 + i % 2}
+    data = json.dumps(body).encode()
+    with socket.create_connection((server.host, server.port), timeout=30) as raw:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        if i % 3 == 1:
+            raw.recv(400)
+        time.sleep(0.002 * (i % 10))
+
+
+def test_500_clients_that_leave_hold_no_bytes(tiny_dir: Path) -> None:
+    with serving(tiny_dir, "--kv-memory", "1MiB", "--max-waiting", "1000") as busy:
+        with ThreadPoolExecutor(50) as pool:
+            list(pool.map(lambda i: leave_in_mid_stream(busy, i), range(500)))
+        busy.wait_until_idle()
+        assert (busy.metric("kv_bytes_planned"), busy.metric("kv_bytes_held")) == (0, 0)
+        assert busy.metric("generated_tokens_total") < 500 * 200 / 2  # they were not run to their end
+        assert busy.client.completions.create(model=busy.model, prompt="the fox", max_tokens=3).choices
+
+
+def test_too_many_that_wait_are_told_to_come_again(tiny_dir: Path) -> None:
+    with serving(tiny_dir, "--kv-memory", "70KiB", "--max-waiting", "1", first=SLOW) as small:
+
+        def begin() -> Any:
+            return small.client.completions.create(
+                model=small.model,
+                prompt="the fox",
+                max_tokens=150,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+
+        first = begin()
+        next(iter(first))
+        assert small.metric("kv_bytes_planned") > 0
+        assert 0 < small.metric("kv_bytes_held") < small.metric("kv_bytes_planned") <= 70 * 1024
+        second = begin()  # its head comes at once, its text later
+        with pytest.raises(openai.RateLimitError) as refused:
+            begin()
+        assert refused.value.response.headers["retry-after"] == "1"
+        first.close()
+        assert "".join(chunk.choices[0].text for chunk in second)
+        small.wait_until_idle()
+        assert small.metric("time_to_first_token_seconds_count") == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_what_runs_ends_within_the_grace(tiny_dir: Path, number: int, status: int) -> None:
+    with serving(tiny_dir, "--grace", "20", first=SLOW) as server:
+        body = {"model": server.model, "prompt": "the fox", "max_tokens": 30, "stream": True}
+        stream = server.client.completions.create(**body, extra_body={"ignore_eos": True})
+        chunks = [next(iter(stream))]
+        server.process.send_signal(number)
+        chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert server.process.wait(timeout=30) == status
+        assert "Traceback" not in (server.process.stderr.read() if server.process.stderr else "")
+
+
+def test_what_runs_longer_than_the_grace_is_cut(tiny_dir: Path) -> None:
+    with serving(tiny_dir, "--grace", "0.2", first=SLOW) as server:
+        body = {"model": server.model, "prompt": "the fox", "max_tokens": 240, "stream": True}
+        stream = server.client.completions.create(**body, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        assert server.stop() == 143
+
+
+def test_what_cannot_be_served_is_one_line(
+    tiny_dir: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in (["--port", str(server.port)], ["--port", "70000"], ["--grace", "-1"], ["--host", "::1::"]):
+        assert main([*flags, "--model", str(tiny_dir)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
