@@ -223,6 +223,21 @@ def test_settings_that_cannot_be_are_refused_by_name(
     assert str(path) in str(error.value)
 
 
+def test_levels_of_a_program_are_checked_as_those_of_a_file() -> None:
+    """A text was an AttributeError, and a score that does not exist was found out in mid-prompt."""
+    wrong: Any = ("x",)
+    with pytest.raises(TypeError, match="a level is 'x'"):
+        Profile(wrong)
+    with pytest.raises(ConfigError, match="no score 'best'"):
+        Profile((Level((1.0,), (0.5,), ("best",), (0.5,)),))
+
+
+def test_a_profile_is_nothing_to_split(tiny_dir: Path) -> None:
+    """The answer was Python's own, about an argument that is missing."""
+    with pytest.raises(ConfigError, match="no policy 'profile' for 'profile-split'"):
+        LLM(tiny_dir, policy="profile-split")
+
+
 def test_lines_that_are_missing_or_of_another_model_are_told(tmp_path: Path, tiny: LLM) -> None:
     path = write_settings(tmp_path, fitted="lines.safetensors", levels=[LEVEL | {"scores": "fitted"}])
     with pytest.raises(CheckpointError, match="calibrate again"):

@@ -55,7 +55,7 @@ def pick_policy(policy: AnyPolicy, directory: Path, layers: int) -> Policy:
         from minipyramid.policies.split import Split
 
         choice = name.removesuffix(SPLIT)
-        if choice not in POLICIES and ":" not in choice:
+        if choice == "profile" or (choice not in POLICIES and ":" not in choice):
             those = [known for known in POLICIES if known not in ("full", "pyramid", "profile")]
             raise ConfigError(f"there is no policy {choice!r} for {name!r}; {nearest(choice, those)}")
         return Split(own_policy("auto", directory, layers), by_default(choice))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minipyramid.budget import most_tokens, refusal
-from minipyramid.errors import ConfigError, check_fields, check_number, nearest, number
+from minipyramid.errors import ConfigError, check_fields, check_number, expect_type, nearest, number
 from minipyramid.policies.repeat import say_again
 from minipyramid.policies.scores import SCORES, read_lines
 from minipyramid.policy import Compute, Generation, Policy, Seen, top_scored
@@ -135,6 +135,9 @@ class Profile(Policy):
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
+        for level in self.levels:
+            expect_type("a level", level, Level, "a Level")
+            level.check()
         shares = [level.share for level in self.levels]
         layers = {len(level.held) for level in self.levels}
         if not shares or sorted(set(shares)) != shares or len(layers) != 1:
