@@ -74,7 +74,7 @@ def locate(
     return _download(name, revision, wanted, progress, f"{name}{at}")
 
 
-def fetch_weights(model: str | Path, directory: Path, progress: bool = False) -> None:
+def fetch_weights(model: str | Path, revision: str | None, directory: Path, progress: bool = False) -> None:
     """Fetch the weights that belong to what `locate` has fetched; a local directory has them already.
 
     Raises `CheckpointError` if there is no room for them, and as `locate` does.
@@ -82,8 +82,11 @@ def fetch_weights(model: str | Path, directory: Path, progress: bool = False) ->
     if Path(model).expanduser().is_dir():
         return
     for wanted in WEIGHTS:
-        # The directory is called by its commit, and the repository may have got another one meanwhile.
-        _download(str(model), directory.name, wanted, progress, str(model))
+        # Not by the commit that the directory is called by: out of reach, huggingface_hub asks for each of a
+        # commit's missing files again and again, and tells so.
+        fetched = _download(str(model), revision, wanted, progress, str(model))
+        if fetched != directory:
+            raise CheckpointError(f"{model} has got another commit since it was asked for; ask again")
         if any(directory.glob(wanted)):
             return
 

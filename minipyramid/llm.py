@@ -79,7 +79,7 @@ class LLM:
         chosen = pick_policy(policy, directory, config.num_hidden_layers)
         on = pick_device(device)
         tokenizer = load_tokenizer(directory, config.vocab_size)
-        fetch_weights(model, directory, progress=progress is not None)  # now that the rest can be used
+        fetch_weights(model, revision, directory, progress is not None)  # now that the rest can be used
         weights = checkpoint.load(directory, config, pick_dtype(dtype, config.dtype, on), on, progress)
         if compile:
             from minipyramid.compiled import compile_step
