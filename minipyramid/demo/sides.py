@@ -43,7 +43,9 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
         pruned = LLM(args.model, policy=asked, kv_budget=budget, dtype=args.dtype, progress=line.update)
     tokenizer = pruned.tokenizer
     if tokenizer is None:
-        raise TokenizerError(f"{args.model} has no tokenizer, and the prompts here are texts; add it")
+        raise TokenizerError(
+            f"{args.model} has no tokenizer.model or tokenizer.json, and the prompts here are texts; add it"
+        )
     full = pruned.under("full")
     cases = [Case(prompt) for prompt in given] or tell(args, pruned, tokenizer)
     called = names(len(cases))
