@@ -253,7 +253,7 @@ def test_messages_are_rendered_or_refused(tiny: LLM, tmp_path: Path, monkeypatch
         return lines.Request(f"user: {messages[0]['content']}", params, name=name)
 
     llm = tiny.under("full")
-    monkeypatch.setattr(llm, "chat_request", render, raising=False)
+    monkeypatch.setattr(llm, "chat_request", render)
     batch.run(llm, file, tmp_path / "out", SHORT)
     assert read(tmp_path / "out")[0]["text"] == tiny.generate("user: Hello", SHORT)[0].text
 

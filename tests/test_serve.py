@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,15 +26,7 @@ from minipyramid.serve.__main__ import main
 openai = pytest.importorskip("openai", reason="the server is tested with OpenAI's client")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-# A template that is there only once `LLM.chat_request` is: until then, what it would make of messages.
-STAND_IN = """
-from minipyramid import LLM, Request
-if not hasattr(LLM, "chat_request"):
-    def chat_request(self, messages, params=None, conversation=None, *, name="the messages", **how):
-        text = "".join(f"{m['role']}: {m['content']} " for m in messages)
-        return Request(self.engine.encode(text, name), params, name=name)
-    LLM.chat_request = chat_request
-"""
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
 SLOW = """
 import time, minipyramid.engine as e
 choose = e.choose
@@ -45,7 +38,7 @@ MESSAGES = [{"role": "user", "content": "the fox"}]
 class Server:
     """A running one."""
 
-    def __init__(self, model: Path, *flags: str, first: str = STAND_IN) -> None:
+    def __init__(self, model: Path, *flags: str, first: str = "") -> None:
         argv = ["--model", str(model), "--port", "0", "--policy", "full", *flags]
         code = f"{first}\nimport sys; from minipyramid.serve.__main__ import main; sys.exit(main({argv!r}))"
         self.process = subprocess.Popen(
@@ -100,8 +93,16 @@ def serving(model: Path, *flags: str, **how: Any) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_dir: Path) -> Iterator[Server]:
-    with serving(tiny_dir, "--kv-memory", "2MiB") as running:
+def with_template(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint with a template for chats."""
+    model = shutil.copytree(tiny_dir, tmp_path_factory.mktemp("served") / tiny_dir.name)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    return model
+
+
+@pytest.fixture(scope="module")
+def server(with_template: Path) -> Iterator[Server]:
+    with serving(with_template, "--kv-memory", "2MiB") as running:
         yield running
 
 
@@ -146,7 +147,7 @@ def test_a_stream_joined_is_the_text(server: Server, tiny: LLM) -> None:
     assert pieces[-1].choices[0].kv_bytes == expected.kv_bytes
 
 
-def test_a_chat_is_answered_whole_and_streamed(server: Server) -> None:
+def test_a_chat_is_answered_whole_and_streamed(server: Server, with_template: Path) -> None:
     fields = {"model": server.model, "messages": MESSAGES, "max_completion_tokens": 12, "logprobs": True}
     answer = server.client.chat.completions.create(**fields)
     (choice,) = answer.choices
@@ -155,11 +156,13 @@ def test_a_chat_is_answered_whole_and_streamed(server: Server) -> None:
     chunks = list(server.client.chat.completions.create(**fields, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content
+    expected = LLM(with_template, policy="full").chat(MESSAGES, SamplingParams(max_new_tokens=12))
+    assert choice.message.content == expected.text
     assert chunks[-1].choices[0].finish_reason == choice.finish_reason
 
 
 def test_a_checkpoint_without_a_template_says_so(tiny_dir: Path) -> None:
-    with serving(tiny_dir, first="") as bare, pytest.raises(openai.BadRequestError):
+    with serving(tiny_dir) as bare, pytest.raises(openai.BadRequestError):
         bare.client.chat.completions.create(model=bare.model, messages=MESSAGES)
 
 

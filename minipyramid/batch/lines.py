@@ -4,12 +4,12 @@ A line is a JSON object with an `id`, one of `prompt`, `messages` and `token_ids
 `SamplingParams`. A field of another name is an error, for a misspelt one would be left out without a word.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from minipyramid import LLM, ConfigError, Request, RequestError, SamplingParams
+from minipyramid import LLM, Request, RequestError, SamplingParams
 from minipyramid.cli.json_input import json_object
 from minipyramid.errors import expect_type, nearest
 
@@ -58,7 +58,7 @@ class Line:
             raise RequestError(f"{name} has {found}; give one of {', '.join(PROMPTS)}")
         params = replace(defaults, **{field: values[field] for field in SAMPLING if field in values})
         if given == ["messages"]:
-            return chat_request(llm, values["messages"], params, name)
+            return llm.chat_request(values["messages"], params, name=name)
         kind = str if given == ["prompt"] else list
         expect_type(
             f"{given[0]} of {name}", values[given[0]], kind, "a text" if kind is str else "a list of ids"
@@ -97,11 +97,3 @@ def read_line(number: int, data: bytes) -> Line:
     if len(str(name)) > LONGEST_ID:
         return line.without_id(f"has an id of more than {LONGEST_ID} characters; give a shorter one")
     return line
-
-
-def chat_request(llm: LLM, messages: Any, params: SamplingParams, name: str) -> Request:
-    """Messages as the checkpoint's own template renders them."""
-    render: Callable[..., Request] | None = getattr(llm, "chat_request", None)
-    if render is None:
-        raise ConfigError(f"{name} has messages, which this version does not render; give a prompt")
-    return render(messages, params, name=name)

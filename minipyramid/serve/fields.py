@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from minipyramid import LLM, Request, RequestError, SamplingParams
-from minipyramid.batch.lines import chat_request
 from minipyramid.errors import expect_type, nearest
 
 OWN = tuple(
@@ -112,7 +111,7 @@ def prompts_of(llm: LLM, values: dict[str, Any], chat: bool, params: SamplingPar
     if chat:
         if "messages" not in values:
             raise RequestError("there are no messages; give a list of them")
-        return [chat_request(llm, values["messages"], params, "the request")]
+        return [llm.chat_request(values["messages"], params, name="the request")]
     given = values.get("prompt")
     expect_type("prompt", given, (str, list), "a text, a list of texts, token ids, or lists of them")
     several = isinstance(given, list) and bool(given) and all(isinstance(p, (str, list)) for p in given)
