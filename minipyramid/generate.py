@@ -13,9 +13,10 @@ from typing import Any
 
 from minipyramid import LLM, Completion, RequestError, SamplingParams, __version__
 from minipyramid.cli.chat import TerminalChat
+from minipyramid.cli.loading import load
 from minipyramid.cli.plan_table import as_dict, plan_of, table
 from minipyramid.cli.prompts import read_prompts
-from minipyramid.cli.terminal import DEFAULT_MODEL, LoadingLine, Parser, RunningLine, exit_status, set_threads
+from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, RunningLine, exit_status
 from minipyramid.policies import POLICIES
 
 
@@ -172,23 +173,6 @@ def check_chat(args: argparse.Namespace) -> None:
                 raise RequestError(f"--chat takes turns from stdin; leave {name} out")
     elif args.system is not None or args.chat_format is not None:
         raise RequestError("--system and --chat-format are for --chat; give it, or leave them out")
-
-
-def load(args: argparse.Namespace) -> LLM:
-    """The checkpoint that the flags name."""
-    set_threads(args.threads)
-    with LoadingLine(quiet=args.quiet) as line:
-        return LLM(
-            args.model,
-            policy=args.policy,
-            kv_budget=args.kv_budget,
-            kv_memory=args.kv_memory,
-            dtype=args.dtype,
-            device=args.device,
-            compile=args.compile,
-            revision=args.revision,
-            progress=None if args.quiet else line.update,
-        )
 
 
 def print_all(completions: list[Completion], args: argparse.Namespace, single: bool) -> None:

@@ -16,7 +16,8 @@ import pytest
 from helpers import WEIGHTS
 
 from minipyramid import LLM, PyramidConfig, SamplingParams, __version__
-from minipyramid.generate import LoadingLine, build_parser, main
+from minipyramid.cli.terminal import LoadingLine
+from minipyramid.generate import build_parser, main
 
 FIELDS = [
     "text", "token_ids", "finish_reason", "prompt_tokens", "new_tokens", "kv_lengths", "kv_bytes",

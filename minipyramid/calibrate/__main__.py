@@ -16,13 +16,13 @@ from typing import Any
 
 from minipyramid import LLM, RequestError
 from minipyramid.calibrate.check import checked
-from minipyramid.calibrate.contexts import Contexts, Window, cut_windows
+from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, profile_of
 from minipyramid.calibrate.find import Search
 from minipyramid.calibrate.fit import FIRST, NEWEST, LineFit
 from minipyramid.calibrate.picture import plot
 from minipyramid.calibrate.search import cut_level
 from minipyramid.calibrate.settings import check_replaced, write_profile
-from minipyramid.cli.plotting import load_matplotlib
+from minipyramid.cli.plotting import check_plot
 from minipyramid.cli.terminal import (
     DEFAULT_MODEL,
     Parser,
@@ -35,7 +35,6 @@ from minipyramid.cli.terminal import (
 from minipyramid.cli.texts import read_text, read_tokens
 from minipyramid.errors import check_number
 from minipyramid.policies import SETTINGS
-from minipyramid.policies.profile import Profile
 
 # By share of the cache, the share of a prompt's token-layers that is computed, if that does for the model.
 COMPUTED = ((0.0, 0.4), (0.08, 0.4), (0.15, 0.45), (0.25, 0.5), (0.5, 0.75), (1.0, 1.0))
@@ -108,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     with CalibrationLine(measurements(layers, len(budgets), args.repeat), quiet=args.quiet) as line:
         search = Search(llm, to_fit, fitted_lines(llm, to_fit, line), args.repeat, line.update)
         found = search.find(budgets)
-        rows = checked(llm, found.levels, to_check, search.lines, args.repeat)
+        rows = checked(Search(llm, to_check, search.lines, args.repeat, line.update), found.levels)
     measured = {"text": Path(args.text).name, "context": args.context, "following": args.following}
     measured |= {"samples": args.samples, "seed": args.seed, "levels": rows}
     levels = [level for level, row in zip(found.levels, rows, strict=True) if row["better"]]
@@ -140,11 +139,7 @@ def check(args: argparse.Namespace) -> list[tuple[float, float]]:
         raise RequestError(
             f"--budget has {min(args.budget)}, less than a token of {min(args.context)}; give more"
         )
-    if args.plot is not None:
-        load_matplotlib()
-        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
-            raise RequestError(f"--plot is {args.plot}, expected a name that ends with .png, .svg or .pdf")
-        check_writable("--plot", Path(args.plot))
+    check_plot(args.plot)
     budgets = list(dict.fromkeys(args.budget))
     computed = args.computed or [computed_at(share) for share in budgets]
     if len(computed) != len(budgets):
@@ -202,11 +197,11 @@ def windows(llm: LLM, tokens: list[int], args: argparse.Namespace, which: int) -
 def fitted_lines(llm: LLM, to_fit: list[Window], line: "CalibrationLine") -> Any:
     """The lines of the score `fitted`, from all windows, said again as far as the model's positions reach."""
     layers, fit = llm.config.num_hidden_layers, LineFit()
-    whole = cut_level(layers, layers, 1.0)
+    whole = profile_of(cut_level(layers, layers, 1.0))
     longest = llm.config.max_position_embeddings // 2
     for window in to_fit:
         part = Window(window.context[:longest], window.following, window.again)
-        (seen,) = Contexts(llm, [part], Profile((whole,), share=1.0, fewest=0), repeats=True).seen
+        (seen,) = Contexts(llm, [part], whole, repeats=True).seen
         fit.add(seen)
         line.update("fits lines to the prompt said again")
     return fit.lines()

@@ -6,35 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipyramid import LLM
-from minipyramid.calibrate.contexts import Contexts, Window, loss
-from minipyramid.calibrate.search import cut_level
-from minipyramid.policies.profile import Level, Profile
+from minipyramid.calibrate.contexts import Window, loss
+from minipyramid.calibrate.find import Search
+from minipyramid.policies.profile import Level
 
 EVEN_CHOICE = ("keydiff", 0.25)  # of the even split, whatever the calibration has found
 
 
-def checked(
-    llm: LLM, levels: list[Level], windows: list[Window], lines: Tensor, repeats: bool
-) -> list[dict[str, Any]]:
+def checked(search: Search, levels: list[Level]) -> list[dict[str, Any]]:
     """What each level costs: KL divergence and perplexity, of the full cache's, and of an even split's.
 
-    A level is `better` where its KL divergence is below that of the even split, which computes everything.
+    `search` is over the windows to check on. A level is `better` where its KL divergence is below that of the
+    even split, which computes everything.
     """
-    layers = llm.config.num_hidden_layers
-    whole = cut_level(layers, layers, 1.0)
-
-    def computing(level: Level) -> Contexts:
-        profile = Profile((level,), share=level.share, fewest=0, lines=lines)
-        return Contexts(llm, windows, profile, repeats)
-
-    full = computing(whole)
-    expected = full.logprobs(whole)
+    layers, windows, expected = search.layers, search.windows, search.expected
     rows = []
     for level in levels:
         score, newest = EVEN_CHOICE
-        even = Level(whole.computed, (level.share,) * layers, (score,) * layers, (newest,) * layers)
-        logprobs, of_even = computing(level).logprobs(level), full.logprobs(even)
+        even = Level((1.0,) * layers, (level.share,) * layers, (score,) * layers, (newest,) * layers)
+        logprobs, of_even = search.computing(level).logprobs(level), search.full.logprobs(even)
         measured, beside = loss(expected, logprobs, windows), loss(expected, of_even, windows)
         rows.append(
             {

@@ -87,6 +87,11 @@ def cut_windows(
     return windows
 
 
+def profile_of(level: Level, lines: Tensor | None = None) -> Profile:
+    """The profile that computes and holds just what a level says."""
+    return Profile((level,), share=level.share, fewest=0, lines=lines)
+
+
 class Contexts:
     """Windows whose contexts are computed as `profile` computes them, and held as any level says."""
 
@@ -112,7 +117,7 @@ class Contexts:
     @torch.inference_mode()
     def logprobs(self, level: Level) -> Tensor:
         """Log-probabilities behind what is held by a level.  [2 * windows * following, vocab_size]"""
-        held = Profile((level,), share=level.share, fewest=0, lines=self.profile.lines)
+        held = profile_of(level, self.profile.lines)
         ids: list[int] = []
         spans = []
         for window, rows, seen in zip(self.windows, self.rows, self.seen, strict=True):

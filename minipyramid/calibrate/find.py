@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from minipyramid import LLM
-from minipyramid.calibrate.contexts import Contexts, Loss, Window, loss
+from minipyramid.calibrate.contexts import Contexts, Loss, Window, loss, profile_of
 from minipyramid.calibrate.search import (
     CHOICES,
     REPEAT,
@@ -23,7 +23,7 @@ from minipyramid.calibrate.search import (
     exchange,
     hull_below,
 )
-from minipyramid.policies.profile import Level, Profile
+from minipyramid.policies.profile import Level
 
 # A budget's share of token-layers that are computed rises by a step at a time while the cut costs more than
 # so many times what holding less does, and more than so many nats: looking back is then not over.
@@ -73,8 +73,7 @@ class Search:
 
     def computing(self, level: Level) -> Contexts:
         """The windows' contexts as a level computes them."""
-        profile = Profile((level,), share=level.share, fewest=0, lines=self.lines)
-        return Contexts(self.llm, self.windows, profile, self.repeats)
+        return Contexts(self.llm, self.windows, profile_of(level, self.lines), self.repeats)
 
     def loss(self, contexts: Contexts, level: Level) -> Loss:
         """Of a level on contexts that are computed as it computes them."""

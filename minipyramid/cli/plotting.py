@@ -1,8 +1,10 @@
 """Drawing needs matplotlib, which is an optional extra."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
+from minipyramid.cli.terminal import check_writable
 from minipyramid.errors import RequestError
 
 
@@ -14,3 +16,12 @@ def load_matplotlib() -> Any:
         raise RequestError(
             '--plot needs matplotlib; install it with pip install "minipyramid[plot]"'
         ) from error
+
+
+def check_plot(file: str | None) -> None:
+    """Refuse what `--plot` cannot write, before anything is measured; None is no plot."""
+    if file is not None:
+        load_matplotlib()
+        if Path(file).suffix not in (".png", ".svg", ".pdf"):
+            raise RequestError(f"--plot is {file}, expected a name that ends with .png, .svg or .pdf")
+        check_writable("--plot", Path(file))

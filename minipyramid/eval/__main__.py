@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from minipyramid import LLM, RequestError
-from minipyramid.cli.plotting import load_matplotlib
+from minipyramid.cli.plotting import check_plot
 from minipyramid.cli.terminal import (
     DEFAULT_MODEL,
     DEFAULT_TEXT,
     Parser,
     ProgressLine,
-    check_writable,
     exit_status,
     listed,
     set_threads,
@@ -139,11 +138,7 @@ def check(args: argparse.Namespace) -> None:
             raise RequestError(f"--recall has {among!r}, expected stories, prose or both")
     for budget in args.budgets:
         check_share(budget)
-    if args.plot is not None:
-        load_matplotlib()
-        if Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
-            raise RequestError(f"--plot is {args.plot}, expected a name that ends with .png, .svg or .pdf")
-        check_writable("--plot", Path(args.plot))
+    check_plot(args.plot)
 
 
 def what_to_compare(args: argparse.Namespace) -> Comparison:

@@ -10,8 +10,9 @@ import socket
 import sys
 from pathlib import Path
 
-from minipyramid import LLM, RequestError
-from minipyramid.cli.terminal import DEFAULT_MODEL, LoadingLine, Parser, Signals, exit_status, set_threads
+from minipyramid import RequestError
+from minipyramid.cli.loading import load
+from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, Signals, exit_status
 
 BACKLOG = 2048  # connections that wait to be taken
 KEY_VARIABLE = "MINIPYRAMID_API_KEY"
@@ -59,19 +60,7 @@ def run(args: argparse.Namespace) -> None:
             'the server needs starlette and uvicorn; pip install "minipyramid[serve]"'
         ) from error
     with bind(args.host, args.port) as listening:
-        set_threads(args.threads)
-        with LoadingLine(quiet=args.quiet) as line:
-            llm = LLM(
-                args.model,
-                policy=args.policy,
-                kv_budget=args.kv_budget,
-                kv_memory=args.kv_memory,
-                dtype=args.dtype,
-                device=args.device,
-                compile=args.compile,
-                revision=args.revision,
-                progress=None if args.quiet else line.update,
-            )
+        llm = load(args)
         name = Path(args.model).name or args.model
         limits = Limits(api_key, args.max_waiting, args.max_new_tokens)
         config = uvicorn.Config(

@@ -1,0 +1,23 @@
+"""The checkpoint that a command's flags name."""
+
+import argparse
+
+from minipyramid import LLM
+from minipyramid.cli.terminal import LoadingLine, set_threads
+
+
+def load(args: argparse.Namespace) -> LLM:
+    """Load it as the flags say, which are named as the arguments of `LLM`, with a line of progress."""
+    set_threads(args.threads)
+    with LoadingLine(quiet=args.quiet) as line:
+        return LLM(
+            args.model,
+            policy=args.policy,
+            kv_budget=args.kv_budget,
+            kv_memory=args.kv_memory,
+            dtype=args.dtype,
+            device=args.device,
+            compile=args.compile,
+            revision=args.revision,
+            progress=None if args.quiet else line.update,
+        )
