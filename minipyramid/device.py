@@ -24,23 +24,24 @@ def pick_device(device: str | torch.device) -> torch.device:
 def pick_dtype(dtype: str | torch.dtype, stored: str, device: torch.device) -> torch.dtype:
     """`auto` is the checkpoint's dtype, except for half precision on a CPU.
 
-    That is bfloat16 if the CPU has instructions for it, else float32: bfloat16 products were 400 times slower
-    than float32 on a processor with AVX2 only, and float16 eight times slower than bfloat16 on one with
-    AVX512-BF16. Raises `ConfigError` for a dtype that the engine does not run.
+    That is bfloat16 if the CPU multiplies it faster than float32, else float32 (float16 was eight times
+    slower than bfloat16 with AVX512-BF16). Raises `ConfigError` for a dtype that the engine does not run.
     """
     expect_type("dtype", dtype, (str, torch.dtype), "a name or a torch.dtype")
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
         name = stored
         if device.type == "cpu" and stored != "float32":
-            name = "bfloat16" if quick_bf16() else "float32"
+            from minipyramid.quicker import bf16_is_quicker
+
+            name = "bfloat16" if has_bf16() and bf16_is_quicker() else "float32"
     if name not in DTYPES:
         raise ConfigError(f"dtype is {name!r}, expected auto, {', '.join(DTYPES)}")
     chosen: torch.dtype = getattr(torch, name)
     return chosen
 
 
-def quick_bf16() -> bool:
+def has_bf16() -> bool:
     """Whether the CPU has instructions that multiply bfloat16."""
     # The operator that knows is private, so a build of torch may lack it.
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipyramid.device import quick_bf16
+from minipyramid.device import has_bf16
 
 # oneDNN's product as our own operator, opaque to `torch.compile`. The compiler refuses weights that it has
 # not packed itself, and its own products took 68 ms where these took 26 (8 rows through all linear layers of
@@ -46,7 +46,7 @@ def pack(module: nn.Module) -> None:
     can_pack = hasattr(mkldnn, "_reorder_linear_weight") and hasattr(mkldnn, "_linear_pointwise")
     if can_pack and isinstance(module, Linear) and module.weight.device.type == "cpu":
         weight = module.weight.detach()
-        if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and quick_bf16()):
+        if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_bf16()):
             del module.weight
             # Tuned for the 8 rows of a decode step; for a prompt it hardly matters (8 or 512: within 10 %).
             module.weight = mkldnn._reorder_linear_weight(weight, 8)

@@ -43,7 +43,7 @@ class LLM:
         kv_memory: bytes for the keys, values and votes of everything in flight, a number or as in "2GiB".
             None for half of what is free.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as
-            bf16, and both as float32 where the processor has no bf16 instructions.
+            bf16, and both as float32 where the processor multiplies float32 faster.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
         compile: run decode steps through `torch.compile`. Worth it where steps are many and their layers
             small: the first step compiles some ten seconds long, as do those of other kinds (README, Limits).

@@ -1,0 +1,32 @@
+"""Which number format a model runs in, where nobody has said it."""
+
+import pytest
+import torch
+
+from minipyramid import device, quicker
+
+
+@pytest.mark.parametrize("faster", ["bfloat16", "float32"])
+def test_auto_takes_the_format_whose_products_are_quicker(
+    faster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor that has the instructions may run them at half of float32's rate, and `auto` took them."""
+    cpu = torch.device("cpu")
+    seconds = {torch.bfloat16: 2.0, torch.float32: 2.0} | {getattr(torch, faster): 1.0}
+    monkeypatch.setattr(device, "has_bf16", lambda: True)
+    monkeypatch.setattr(quicker, "product_seconds", seconds.__getitem__)
+    for stored in ("bfloat16", "float16"):
+        assert device.pick_dtype("auto", stored, cpu) == getattr(torch, faster)
+    assert device.pick_dtype("auto", "float32", cpu) == torch.float32  # as it is stored, whatever is quicker
+    assert device.pick_dtype("bfloat16", "float32", cpu) == torch.bfloat16  # asked for by name
+
+
+def test_without_instructions_for_bf16_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product of it takes seconds there."""
+    monkeypatch.setattr(device, "has_bf16", lambda: False)
+    monkeypatch.setattr(quicker, "product_seconds", lambda _: pytest.fail("a product was timed"))
+    assert device.pick_dtype("auto", "float16", torch.device("cpu")) == torch.float32
+
+
+def test_a_product_is_timed() -> None:
+    assert quicker.product_seconds(torch.float32) > 0
