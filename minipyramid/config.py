@@ -44,6 +44,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     qkv_bias: bool = False  # queries, keys and values have one (Qwen2)
     head_norms: bool = False  # each head of queries and keys is normed (Qwen3)
+    quantization: Any = None  # a layout of `formats/` in which weights lie, or what plain ones become: "int8"
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of one token's key and value in one layer, with `itemsize` bytes a number."""

@@ -45,6 +45,8 @@ class LLM:
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as
             bf16, and both as float32 where the processor multiplies float32 faster.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
+        quantize: "int8" keeps the weights of linear layers in 8 bits, with a scale for each output: a quarter
+            of float32's bytes. Their products round to bfloat16, whatever `dtype` is.
         compile: run decode steps through `torch.compile`. Worth it where steps are many and their layers
             small: the first step compiles some ten seconds long, as do those of other kinds (README, Limits).
         revision: branch, tag or commit of a hub repository.
@@ -64,6 +66,7 @@ class LLM:
         kv_memory: Memory = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        quantize: str | None = None,
         compile: bool = False,
         revision: str | None = None,
         progress: checkpoint.Progress | None = None,
@@ -75,7 +78,7 @@ class LLM:
 
         expect_type("compile", compile, bool, "bool")
         directory = locate(model, revision, progress=progress is not None)
-        config = read_config(directory)
+        config = read_config(directory, quantize)
         chosen = pick_policy(policy, directory, config.num_hidden_layers)
         on = pick_device(device)
         tokenizer = load_tokenizer(directory, config.vocab_size)
