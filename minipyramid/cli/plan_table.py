@@ -27,10 +27,10 @@ def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -
     Raises what loading would, and `RequestError` where neither texts nor `--prompt-tokens` are given.
     """
     if args.model.startswith(PREFIX):
-        directory, config = Path(args.model), shape_config(args.model.removeprefix(PREFIX))
+        directory, config = Path(args.model), shape_config(args.model.removeprefix(PREFIX), args.quantize)
     else:
         directory = locate(args.model, args.revision)
-        config = read_config(directory)
+        config = read_config(directory, args.quantize)
     lengths = [args.prompt_tokens] if args.prompt_tokens is not None else []
     if prompts:
         lengths += count_tokens(args, directory, config, prompts)

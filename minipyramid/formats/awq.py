@@ -21,6 +21,7 @@ class Awq:
     """In groups of so many inputs (-1: all)."""
 
     group: int
+    bits: int = BITS
     method: str = "awq"
     mark: str = "qweight"
     ignored: tuple[str, ...] = ()

@@ -55,16 +55,22 @@ def config_of(
     raw: Fields, source: str = "config.json", more_eos: Any = None, quantize: str | None = None
 ) -> ModelConfig:
     """The same from the fields themselves; messages begin with `source`."""
+    settings = raw.get("quantization_config")
+    if quantize is not None:
+        from minipyramid.formats.quantisation import check_quantize
+
+        check_quantize(quantize, settings)
     try:
         config = _model(raw, more_eos)
-        settings = raw.get("quantization_config")
-        if settings is None and quantize is None:
-            return config
-        from minipyramid.formats.quantisation import layout_of
-
-        return replace(config, quantization=layout_of(settings, quantize))
+        return replace(config, quantization=quantize if settings is None else _layout(settings))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _layout(settings: Any) -> Any:
+    from minipyramid.formats.quantisation import layout_of
+
+    return layout_of(settings)
 
 
 def _model(raw: Fields, more_eos: Any) -> ModelConfig:

@@ -30,6 +30,10 @@ class Layout(Protocol):
         """As it is called in `config.json`, with what tells it from others of the name."""
 
     @property
+    def bits(self) -> int:
+        """Of each weight."""
+
+    @property
     def mark(self) -> str:
         """The part that every quantised linear layer has, and no plain one."""
 

@@ -20,24 +20,21 @@ METHODS = {
 }
 
 
-def layout_of(settings: Any, quantize: str | None = None) -> Layout | str | None:
-    """What `quantization_config` says, or what plain weights are to be made of; None for plain weights.
-
-    Raises `ConfigError` for what is not implemented.
-    """
+def check_quantize(quantize: str, settings: Any) -> None:
+    """Refuse what plain weights cannot become, and what is done already. Raises `ConfigError`."""
     expect_type("quantize", quantize, (str, type(None)), "a name")
-    if quantize not in (None, AT_LOAD):
+    if quantize != AT_LOAD:
         raise ConfigError(f"quantize is {quantize!r}, expected {AT_LOAD!r}")
-    if settings is None:
-        return quantize
+    if settings is not None:
+        raise ConfigError(f"quantize is {quantize!r}, but the weights are quantised already; leave it out")
+
+
+def layout_of(settings: Any) -> Layout:
+    """What `quantization_config` says. Raises `ConfigError` for what is not implemented."""
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if not isinstance(method, str) or method not in METHODS:
         problem = f"the weights are quantised by {method or 'an unnamed method'}, which is not implemented"
         raise ConfigError(f"quantization_config: {problem}; take the model's plain weights")
-    if quantize is not None:
-        raise ConfigError(
-            f"quantize is {quantize!r}, but the weights are quantised by {method}; leave it out"
-        )
     try:
         return METHODS[method](settings)
     except ConfigError as error:

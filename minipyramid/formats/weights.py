@@ -61,12 +61,12 @@ def read_parameters(
             if name == HEAD and config.tie_word_embeddings and _are_equal(read[0], state[EMBEDDING]):
                 is_tied = True
                 continue
-            state[name] = _parameter(name, read, config, dtype, device)
+            state[name] = parameter_of(name, read, config, dtype, device)
             unpacked += isinstance(state[name], Tensor) and not all(isinstance(t, Tensor) for t in read)
             if progress:
                 progress(len(state), len(sources))
         if is_tied:
-            state[HEAD] = _parameter(HEAD, [state[EMBEDDING]], config, dtype, device)
+            state[HEAD] = parameter_of(HEAD, [state[EMBEDDING]], config, dtype, device)
     if unpacked:
         told = (
             f"{unpacked} weights ({config.quantization.method}) are multiplied in {dtype} and take its bytes"
@@ -75,8 +75,8 @@ def read_parameters(
     return state
 
 
-def _parameter(
-    name: str, parts: "list[Any]", config: ModelConfig, dtype: torch.dtype, device: torch.device
+def parameter_of(
+    name: str, parts: list[Any], config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> "Tensor | Packed":
     """A parameter of the tensors that it joins."""
     # Of all parameters only linear layers' have such names.
