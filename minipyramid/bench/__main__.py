@@ -53,6 +53,7 @@ def build_parser() -> Parser:
     add("--growth", action="store_true", help="only a decode step's time by the number of tokens held")
     add("--versus", choices=["transformers"], help="compare with this library, if it is installed")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--kv-dtype", default="auto", metavar="NAME", help="int8 holds keys and values in 8 bits")
     add("--quantize", metavar="int8", help="keep the weights of linear layers in 8 bits")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")

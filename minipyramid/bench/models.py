@@ -11,6 +11,7 @@ from minipyramid import LLM, Engine
 from minipyramid.cli.shapes import PREFIX, shape_config
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
+from minipyramid.eight_bits import holding
 from minipyramid.formats.huggingface import read_config
 from minipyramid.formats.names import parameter_sources
 from minipyramid.formats.weights import parameter_of
@@ -25,8 +26,10 @@ SPREAD = 0.02  # standard deviation of random weights
 def config_of(args: argparse.Namespace) -> ModelConfig:
     """The model's configuration; no weights are read."""
     if args.model.startswith(PREFIX):
-        return shape_config(args.model.removeprefix(PREFIX), args.quantize)
-    return read_config(Path(args.model), args.quantize)
+        config = shape_config(args.model.removeprefix(PREFIX), args.quantize)
+    else:
+        config = read_config(Path(args.model), args.quantize)
+    return holding(config, args.kv_dtype)
 
 
 def device_and_dtype(args: argparse.Namespace, config: ModelConfig) -> tuple[torch.device, torch.dtype]:
@@ -44,6 +47,7 @@ def load_llm(args: argparse.Namespace, policy: str, kv_budget: float | None) -> 
             kv_budget=kv_budget,
             kv_memory=args.kv_memory,
             dtype=args.dtype,
+            kv_dtype=args.kv_dtype,
             quantize=args.quantize,
             device=args.device,
         )

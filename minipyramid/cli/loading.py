@@ -17,6 +17,7 @@ def load(args: argparse.Namespace) -> LLM:
             kv_budget=args.kv_budget,
             kv_memory=args.kv_memory,
             dtype=args.dtype,
+            kv_dtype=args.kv_dtype,
             quantize=args.quantize,
             device=args.device,
             compile=args.compile,
