@@ -1,11 +1,11 @@
 """Weights in 8 and 4 bits: what they mean, the forms that torch multiplies as they are, the products.
 
 torch's operators for a CPU are private, and quick in bfloat16 alone: one row times 2,048 x 5,632 in 8 bits
-took 3 ms on two AVX-512 cores, and 22 ms in float32 or float16. So every product here rounds what it reads and
+took 1.4 ms with AVX-512, and 17 ms in float32 and in float16. So every product here rounds what it reads and
 what it gives to bfloat16, however many rows there are; else a row's result would depend on the others.
 
-That row took, with one thread, 1.5 ms in 8 bits and 1.0 in 4, both with the rounding from and to float32; with
-plain weights 4.8 in float32 and 3.2 in bfloat16 (2.3 in oneDNN's packed form).
+With that rounding from float32 and back the row took 1.5 ms in 8 bits and 1.0 in 4; with plain weights 4.8 in
+float32 and 3.2 in bfloat16 (2.3 in oneDNN's packed form). One thread each.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,9 @@ MOST_ROWS = 128
 PIECE = 1024  # rows of the weight that are undone at a time
 INT8_STEP = 32  # the operator reads its columns in steps, and past the end where they do not fit
 INT4_GROUPS = (256, 128, 64, 32)  # columns of a group that the operator takes
-INT4_ROWS = 64  # rows that lie interleaved in its packed form
+# Rows that lie interleaved in its packed form, by what torch's kernels are for. Without such vectors they are
+# slower than a plain product.
+INT4_ROWS = {"AVX512": 64, "AVX2": 32}
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,16 @@ class Int4(NamedTuple):
     values: Tensor  # [out, in / 2] uint8, in torch's order
     scales: Tensor  # [G, out, 2] bfloat16, scales and zeros
     group: int
+    interleaved: int  # rows, as in `INT4_ROWS`
 
     def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weight itself, `PIECE` rows at a time.  each [in, rows]"""
         of_rows = torch.split(self.values, PIECE), torch.split(self.scales, PIECE, dim=1)
         for packed, scales in zip(*of_rows, strict=True):
             scale, zero = scales.to(dtype).unbind(-1)  # [G, rows]
-            values = unpack_int4(packed).to(dtype).view(len(scales), self.group, -1)  # [G, group, rows]
+            values = (
+                unpack_int4(packed, self.interleaved).to(dtype).view(len(scales), self.group, -1)
+            )  # [G, group, rows]
             yield values.mul_(scale[:, None]).add_((zero - 8 * scale)[:, None]).flatten(0, 1)
 
     def times(self, x: Tensor) -> Tensor:
@@ -92,12 +97,12 @@ class Int4(NamedTuple):
         return y
 
 
-def unpack_int4(packed: Tensor) -> Tensor:
+def unpack_int4(packed: Tensor, rows: int) -> Tensor:
     """The values 0 to 15 of rows in torch's order.  [out, in / 2] -> [in, out]
 
-    Of each 64 rows, those of the first half lie in the lower four bits and those of the second in the upper.
+    Of so many rows, those of the first half lie in the lower four bits and those of the second in the upper.
     """
-    blocks = packed.view(len(packed) // INT4_ROWS, -1, INT4_ROWS // 2).transpose(0, 1)  # [in, blocks, 32]
+    blocks = packed.view(len(packed) // rows, -1, rows // 2).transpose(0, 1)  # [in, blocks, rows / 2]
     return torch.stack([blocks & 15, blocks >> 4], 2).flatten(1)
 
 
@@ -113,7 +118,8 @@ def packed_product(x: Tensor, weight: Packed) -> Tensor:
     """The product by torch's operator where the rows are few.  [T, in] -> [T, out]"""
     rounded = x.bfloat16()
     if x.shape[0] > MOST_ROWS:
-        return by_pieces(rounded.to(x.dtype), weight).bfloat16().to(x.dtype)
+        # In float32 even of a model in bfloat16, for the operator rounds neither weights nor sums.
+        return by_pieces(rounded.float(), weight).bfloat16().to(x.dtype)
     return weight.times(rounded).to(x.dtype)
 
 
@@ -161,25 +167,32 @@ def packed(weight: Quantised, device: torch.device) -> Packed | None:
         return None
     if weight.bits == 8 and weight.scales.shape[1] == 1 and not weight.zeros.any():
         return Int8(weight.values.to(device), weight.scales[:, 0].bfloat16().to(device))
-    if weight.bits == 4 and device.type == "cpu" and HAS_INT4:
-        return _packed_int4(weight)
+    rows, columns = weight.values.shape
+    interleaved = INT4_ROWS.get(torch.backends.cpu.get_cpu_capability(), 0)
+    if weight.bits == 4 and device.type == "cpu" and HAS_INT4 and interleaved and rows % interleaved == 0:
+        weight = in_groups(weight)
+        if weight.group in INT4_GROUPS and columns % weight.group == 0:
+            return packed_int4(weight, interleaved)
     return None
 
 
-def _packed_int4(weight: Quantised) -> Int4 | None:
-    rows, columns = weight.values.shape
-    if weight.scales.shape[1] == 1:  # one group is as good as several with the same scale
-        group = next((group for group in INT4_GROUPS if columns % group == 0), 0)
-        times = columns // group if group else 1
-        scales, zeros = (t.repeat_interleave(times, 1) for t in (weight.scales, weight.zeros))
-        weight = replace(weight, scales=scales, zeros=zeros, group=group)
-    if weight.group not in INT4_GROUPS or columns % weight.group or rows % INT4_ROWS:
-        return None
+def in_groups(weight: Quantised) -> Quantised:
+    """A single group of columns as several with the same scale, of a size that torch takes."""
+    columns = weight.values.shape[1]
+    group = next((group for group in INT4_GROUPS if columns % group == 0), columns)
+    if weight.scales.shape[1] > 1 or group == columns:
+        return weight
+    scales, zeros = (t.expand(-1, columns // group) for t in (weight.scales, weight.zeros))
+    return replace(weight, scales=scales, zeros=zeros, group=group)
+
+
+def packed_int4(weight: Quantised, interleaved: int) -> Int4 | None:
+    """Its form for torch's operator; None where that turns out to pack in an order of its own."""
     values = aten._convert_weight_to_int4pack_for_cpu(weight.values.int() + 8, 1)
-    if not torch.equal(unpack_int4(values).T, (weight.values + 8).view(torch.uint8)):
-        return None  # this processor's order is another
+    if not torch.equal(unpack_int4(values, interleaved).T, (weight.values + 8).view(torch.uint8)):
+        return None
     scales = torch.stack([weight.scales, -weight.zeros * weight.scales], -1)  # [out, G, 2]
-    return Int4(values, scales.transpose(0, 1).bfloat16().contiguous(), weight.group)
+    return Int4(values, scales.transpose(0, 1).bfloat16().contiguous(), weight.group, interleaved)
 
 
 def take_packed(model: nn.Module, state: dict[str, Tensor | Packed]) -> None:

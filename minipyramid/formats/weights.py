@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None] | None
 log = logging.getLogger("minipyramid")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens"
+UNPACKED = "minipyramid: %s weights (%s) become %s and take its bytes: torch has no product for them here"
 AT_LOAD = "int8"  # what `quantize` makes of plain weights
 
 
@@ -68,10 +69,7 @@ def read_parameters(
         if is_tied:
             state[HEAD] = parameter_of(HEAD, [state[EMBEDDING]], config, dtype, device)
     if unpacked:
-        told = (
-            f"{unpacked} weights ({config.quantization.method}) are multiplied in {dtype} and take its bytes"
-        )
-        log.warning("minipyramid: %s; this torch has no product that reads them as they are here", told)
+        log.warning(UNPACKED, unpacked, config.quantization.method, str(dtype).removeprefix("torch."))
     return state
 
 
