@@ -112,8 +112,8 @@ def test_a_worker_that_is_killed_loses_and_repeats_nothing(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    long = replace(SHORT, max_new_tokens=150)
-    fleet.run(source, tmp_path / "out", tiny_dir, workers=2, params=long, policy="full", lines_at_once=5)
+    long = replace(SHORT, max_new_tokens=60)
+    fleet.run(source, tmp_path / "out", tiny_dir, workers=2, params=long, policy="full", lines_at_once=10)
     killer.join()
     assert killed
     assert records(tmp_path / "out") == of_one_engine(tiny, source, long)
@@ -122,8 +122,8 @@ def test_a_worker_that_is_killed_loses_and_repeats_nothing(
 def test_a_run_that_is_killed_is_resumed_and_a_finished_one_repeats_nothing(
     cluster: None, tiny: LLM, tiny_dir: Path, source: Path, tmp_path: Path
 ) -> None:
-    target, long = tmp_path / "out", replace(SHORT, max_new_tokens=150)
-    options: dict[str, Any] = {"workers": 2, "params": long, "policy": "full", "lines_at_once": 5}
+    target, long = tmp_path / "out", replace(SHORT, max_new_tokens=60)
+    options: dict[str, Any] = {"workers": 2, "params": long, "policy": "full", "lines_at_once": 10}
     program = (
         "import ray\nfrom minipyramid import SamplingParams, fleet\n"
         f"ray.init(address={ray.get_runtime_context().gcs_address!r}, runtime_env={ENVIRONMENT!r})\n"
