@@ -307,8 +307,7 @@ class Engine:
 
     def _choose(self, logits: Tensor, sequences: list[Sequence]) -> None:
         """The next token of every sequence, in one transfer from the device; logits [B, vocab_size]."""
-        rows = zip(logits, sequences, strict=True)
-        chosen = torch.stack([choose(row, s.request.params, s.generator, s.seen_ids) for row, s in rows])
+        chosen = choose(logits, [(s.request.params, s.generator, s.seen_ids) for s in sequences])
         logprobs: list[float | None] = [None] * len(sequences)
         if any(sequence.request.params.logprobs for sequence in sequences):
             logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()

@@ -1,7 +1,7 @@
 """What a caller may ask of a continuation, and the way from logits to the next token.
 
-Each sequence has its own parameters and its own random generator and is treated by itself. So a text depends
-on its seed and never on what else is in the batch.
+Sequences of equal parameters are treated together, but each has its own random generator, and nothing is
+computed across rows. So a text depends on its seed and never on what else is in the batch.
 """
 
 import math
@@ -57,38 +57,41 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(stop))
 
 
-def choose(logits: Tensor, params: SamplingParams, generator: torch.Generator, seen: Tensor | None) -> Tensor:
-    """The next token of one sequence.  [vocab_size] float32 -> [] int64, left on its device
+# A sequence's parameters, its generator, and the ids that the penalty makes less likely, [vocab_size] bool.
+Choice = tuple[SamplingParams, torch.Generator, Tensor | None]
 
-    Args:
-        seen: marks the ids that the repetition penalty makes less likely, [vocab_size] bool.
-    """
-    if seen is not None:
+
+def choose(logits: Tensor, choices: list[Choice]) -> Tensor:
+    """The next token of every sequence.  [B, vocab_size] float32 -> [B] int64, left on the device"""
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for i, (p, _, _) in enumerate(choices):
+        filters = (p.temperature, p.top_k, p.top_p, p.min_p) if p.temperature else ()
+        groups.setdefault((p.repetition_penalty, *filters), []).append(i)
+    chosen = torch.empty(len(choices), dtype=torch.int64, device=logits.device)
+    for rows in groups.values():
+        alike = logits if len(groups) == 1 else logits[rows]
+        chosen[rows] = _choose_alike(alike, [choices[i] for i in rows])
+    return chosen
+
+
+def _choose_alike(logits: Tensor, choices: list[Choice]) -> Tensor:
+    """The same for sequences of equal parameters."""
+    params = choices[0][0]
+    if params.repetition_penalty != 1:
+        seen = torch.stack([ids for _, _, ids in choices if ids is not None])  # [B, vocab_size]
         penalty = params.repetition_penalty
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
     if params.temperature == 0:
-        return logits.argmax()
+        return logits.argmax(-1)
     # The largest logit becomes 0 and the temperature stays above 0, so that nothing overflows to a NaN.
-    shifted = logits - logits.max()
-    probs = (shifted / max(params.temperature, 1e-30)).softmax(-1)  # [vocab_size]
-    probs = _filter(probs, params)
+    shifted = logits - logits.amax(-1, keepdim=True)
+    probs = shifted.div_(max(params.temperature, 1e-30)).softmax(-1)  # [B, vocab_size]
+    if params.top_k or params.top_p < 1 or params.min_p:
+        from minipyramid.filters import keep_likely
+
+        probs = keep_likely(probs, params)
     # The largest of p / e, with e from an exponential, is a draw from p. Unlike multinomial it needs no sync.
-    e = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / e).argmax()
-
-
-def _filter(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Set the tokens that top_k, top_p and min_p leave out to 0.  [vocab_size]"""
-    if 0 < params.top_k < len(probs):
-        least = probs.topk(params.top_k).values[-1]
-        probs = torch.where(probs < least, 0.0, probs)
-        # top_p is a share of what top_k left.
-        probs = probs / probs.sum()
-    if params.top_p < 1:
-        ordered, ids = probs.sort(descending=True)
-        # The tokens before these suffice. The likeliest stays even if top_p rounds to 0.
-        beyond = ordered.cumsum(-1) - ordered >= params.top_p
-        beyond[0] = False
-        probs = torch.zeros_like(probs).scatter(0, ids, ordered.masked_fill(beyond, 0.0))
-    return torch.where(probs < params.min_p * probs.max(), 0.0, probs)
+    for row, (_, generator, _) in zip(probs, choices, strict=True):
+        row.div_(torch.empty_like(row).exponential_(generator=generator))
+    return probs.argmax(-1)

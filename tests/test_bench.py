@@ -256,6 +256,32 @@ def test_growth_counts_the_bytes_of_a_step(tiny_dir: Path, capsys: pytest.Captur
         assert row["step_s"] > 0
 
 
+def test_a_server_s_clients_generate_the_same_work(
+    tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--batch-size", "3", "--prompt-tokens", "20", "--max-new-tokens", "5", "--runs", "1"]
+    assert main(["--served", "--model", str(tiny_dir), *size, "--ragged", "--threads", "1", "--json"]) == 0
+    *lines, result = capsys.readouterr().out.splitlines()
+    rows = {row["way"]: row for row in json.loads(result)["rows"]}
+    assert list(rows) == ["generate", "served", "streamed"]
+    assert len(lines) == 1 + len(rows)
+    counts = {round(row["tokens_per_s"] * row["seconds"]) for row in rows.values()}
+    assert counts == {15}
+    assert rows["generate"]["of_generate"] == rows["generate"]["of_generate_by_cpu"] == 1
+    assert min(row["cpu_s"] for row in rows.values()) > 0
+
+
+def test_a_client_that_is_refused_ends_the_measurement(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An answer without tokens must not pass for a quick one."""
+    refused = [{"prompt": [5], "max_tokens": 5, "temperature": -1}]
+    monkeypatch.setattr("minipyramid.bench.served.bodies", lambda work, stream: refused)
+    flags = ["--batch-size", "1", "--prompt-tokens", "8", "--max-new-tokens", "5", "--threads", "1"]
+    assert main(["--served", "--model", str(tiny_dir), *flags]) == 2
+    assert "temperature is -1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -266,6 +292,9 @@ def test_growth_counts_the_bytes_of_a_step(tiny_dir: Path, capsys: pytest.Captur
         (["--growth", "--batch-size", "100000000"], "smaller --batch-size"),
         (["--growth", "--ragged"], "no use for --ragged"),
         (["--growth", "--compile"], "no use for --compile"),
+        (["--served", "--growth"], "no use for --growth"),
+        (["--served", "--fixed", "2"], "no use for --fixed"),
+        (["--served", "--prompt-tokens", "400"], "context"),
         (["--policy", "auto,compiled auto"], "'compiled auto'"),
         (["--policy", "budget"], "'budget'"),
         (["--policy", "llama2-7", "--prompt-tokens", "9"], "'llama2-7b'"),

@@ -6,27 +6,30 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minipyramid import LLM, SamplingParams, batch
+from minipyramid import LLM, RequestError, SamplingParams, batch
 
 ray = pytest.importorskip("ray", reason="needs the extra fleet")
 fleet = pytest.importorskip("minipyramid.fleet", reason="needs the extra fleet")
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
 SHORT = SamplingParams(max_new_tokens=20, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    environment = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=4, include_dashboard=False, runtime_env=environment, logging_level="ERROR")
+    ray.init(num_cpus=4, include_dashboard=False, runtime_env=ENVIRONMENT, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
@@ -47,9 +50,11 @@ def records(target: Path) -> list[str]:
     return sorted(line for file in target.glob("*.jsonl") for line in file.read_text().splitlines())
 
 
-def of_one_engine(tiny: LLM, source: Path) -> list[str]:
-    batch.run(tiny, source, source.with_suffix(".out"), SHORT)
-    return sorted(source.with_suffix(".out").read_text().splitlines())
+def of_one_engine(tiny: LLM, source: Path, params: SamplingParams = SHORT) -> list[str]:
+    target = source.with_suffix(".out")
+    target.unlink(missing_ok=True)
+    batch.run(tiny, source, target, params)
+    return sorted(target.read_text().splitlines())
 
 
 def workers() -> list[int]:
@@ -65,48 +70,73 @@ def workers() -> list[int]:
     return found
 
 
-def test_two_workers_give_the_texts_of_one_engine(
+def wait_until_in_the_middle(target: Path) -> None:
+    """Some of 200 records are written, and not most."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if len(records(target)) >= 20:
+            break
+        time.sleep(0.02)
+    assert 20 <= len(records(target)) < 150
+
+
+def test_two_workers_give_the_records_of_one_engine(
     cluster: None, tiny: LLM, tiny_dir: Path, source: Path, tmp_path: Path
 ) -> None:
-    with source.open("a") as file:
-        file.write('{"id": "bad", "prompt": "a", "top_p": 3}\nno json\n')
+    """Bad lines, too. A byte that is no UTF-8 ended the job, and U+2028 in a text tore its line in two."""
+    with source.open("ab") as file:
+        file.write(b'{"id": "bad", "prompt": "a", "top_p": 3}\nno json\n\n{"id": "\xff", "prompt": "a"}\n')
+        file.write('{"id": "separated", "prompt": "the\u2028fox"}\n{"prompt": "a"}\n'.encode())
+        file.write(b'{"id": "n7", "prompt": "once more"}\n' * 2 + b'{"id": 7, "prompt": "last"}')
     fleet.run(source, tmp_path / "out", tiny_dir, workers=2, params=SHORT, policy="full", lines_at_once=25)
-    expected = of_one_engine(tiny, source)
-    found = records(tmp_path / "out")
-    told = [json.loads(line) for line in found]
-    wrong = {record.get("id", record.get("line")): record["error"] for record in told if "error" in record}
-    assert set(wrong) == {"bad", "no json"}
-    assert "top_p is 3" in wrong["bad"]
-    finished = [[line for line in lines if '"error"' not in line] for lines in (found, expected)]
-    assert finished[0] == finished[1]
-    assert len(finished[0]) == 200
+    expected = [json.loads(line) for line in of_one_engine(tiny, source)]
+    for record in expected:
+        if "line" in record:  # of several files the number alone would not tell
+            record["line"] = f"{source}:{record['line']}"
+    found = [json.loads(line) for line in records(tmp_path / "out")]
+    assert sorted(found, key=str) == sorted(expected, key=str)
+    assert sum("error" in record for record in found) == 6
+    assert len({record["id"] for record in found if "id" in record}) == 200 + 3
 
 
 def test_a_worker_that_is_killed_loses_and_repeats_nothing(
     cluster: None, tiny: LLM, tiny_dir: Path, source: Path, tmp_path: Path
 ) -> None:
+    """It is killed when it has given some of its records, and has lines at work."""
     killed: list[int] = []
 
     def kill_one() -> None:
-        deadline = time.monotonic() + 60
-        while not killed and time.monotonic() < deadline:
-            for pid in workers()[:1]:
-                time.sleep(2)  # into its work
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-            time.sleep(0.05)
+        wait_until_in_the_middle(tmp_path / "out")
+        killed.append(workers()[0])
+        os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    fleet.run(source, tmp_path / "out", tiny_dir, workers=2, params=SHORT, policy="full", lines_at_once=5)
+    long = replace(SHORT, max_new_tokens=60)
+    fleet.run(source, tmp_path / "out", tiny_dir, workers=2, params=long, policy="full", lines_at_once=10)
     killer.join()
     assert killed
-    assert records(tmp_path / "out") == of_one_engine(tiny, source)
+    assert records(tmp_path / "out") == of_one_engine(tiny, source, long)
 
 
-def test_a_resumed_run_leaves_out_what_is_finished(
+def test_a_run_that_is_killed_is_resumed_and_a_finished_one_repeats_nothing(
     cluster: None, tiny: LLM, tiny_dir: Path, source: Path, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"workers": 2, "params": SHORT, "policy": "full", "lines_at_once": 25}
-    fleet.run(source, tmp_path / "out", tiny_dir, resume=True, **options)
-    assert records(tmp_path / "out") == of_one_engine(tiny, source)
+    target, long = tmp_path / "out", replace(SHORT, max_new_tokens=60)
+    options: dict[str, Any] = {"workers": 2, "params": long, "policy": "full", "lines_at_once": 10}
+    program = (
+        "import ray\nfrom minipyramid import SamplingParams, fleet\n"
+        f"ray.init(address={ray.get_runtime_context().gcs_address!r}, runtime_env={ENVIRONMENT!r})\n"
+        f"fleet.run({str(source)!r}, {str(target)!r}, {str(tiny_dir)!r}, **{options!r})"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_until_in_the_middle(target)
+    driver.kill()
+    driver.wait()
+    with pytest.raises(RequestError, match="resume it"):
+        fleet.run(source, target, tiny_dir, **options)
+    for _ in range(2):
+        fleet.run(source, target, tiny_dir, resume=True, **options)
+        assert records(target) == of_one_engine(tiny, source, long)

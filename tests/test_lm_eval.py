@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,8 @@ model_of = pytest.importorskip("minipyramid.lm_eval.model", reason="needs the ex
 MiniPyramidLM, sampling_of = model_of.MiniPyramidLM, model_of.sampling_of
 
 needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="no embedded checkpoint in this tree")
+PUBLISHED = str(Path(__file__).parent.parent / "docs/settings/published.json")
+BOOK = WEIGHTS.parent / "books-sample.txt"
 PROSE = "The fox said: who is there? and went home again. Once upon a time there was a little fox. " * 3
 
 
@@ -126,11 +129,9 @@ def test_what_is_too_short_for_a_budget_runs_without_and_is_counted(tiny_dir: Pa
 
 
 @needs_weights
-@pytest.mark.parametrize("policy", ["auto", "docs/settings/published.json"])
+@pytest.mark.parametrize("policy", ["auto", PUBLISHED])
 def test_a_task_of_ours_gives_what_the_evaluation_gives(policy: str) -> None:
     """Recall inside stories by the greedy flag, and a book's window by its log-likelihood."""
-    if policy.endswith(".json"):
-        policy = str(Path(__file__).parent.parent / policy)
     model = MiniPyramidLM(str(WEIGHTS), policy=policy, dtype="float32")
     full, rng = model.llm.under("full"), random.Random(1)
     held, policy_of = HeldContext, model.llm.engine.planner.policy
@@ -151,14 +152,25 @@ def test_a_task_of_ours_gives_what_the_evaluation_gives(policy: str) -> None:
     assert math.isfinite(score)
 
 
-@needs_weights
-def test_the_harness_runs_tasks_of_a_file_and_tells_the_bytes(tmp_path: Path) -> None:
-    """Recall, and a text's rolling perplexity, over local data, by the harness's own evaluation."""
+def run_task(model: Any, directory: Path, docs: list[dict[str, str]], how: str) -> Any:
+    """Write local data and a task file, and let the harness run it; returns its results."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    full = LLM(WEIGHTS, policy="full")
-    rng, decode = random.Random(2), full.engine.need_tokenizer().decode
+    (directory / "docs.json").write_text("\n".join(map(json.dumps, docs)))
+    data = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {directory / 'docs.json'}\n"
+    (directory / "ours.yaml").write_text(f"task: ours\n{data}test_split: test\n{how}")
+    manager = TaskManager(include_path=str(directory), include_defaults=False)
+    return simple_evaluate(model=model, tasks=["ours"], task_manager=manager, bootstrap_iters=0)
+
+
+@needs_weights
+@pytest.mark.parametrize("policy", ["full", PUBLISHED])
+def test_recall_by_a_task_file_is_that_of_the_evaluation(tmp_path: Path, policy: str) -> None:
+    """Facts of stories, asked within them; and the harness's results tell the bytes."""
+    model = MiniPyramidLM(str(WEIGHTS), policy=policy, dtype="float32")
+    full, rng = model.llm.under("full"), random.Random(2)
+    decode = full.engine.need_tokenizer().decode
     inside = [task for task in next(planted(full, 200, rng)) if isinstance(task, RecallInside)]
     docs = [
         {
@@ -167,31 +179,62 @@ def test_the_harness_runs_tasks_of_a_file_and_tells_the_bytes(tmp_path: Path) ->
         }
         for t in inside
     ]
-    (tmp_path / "docs.json").write_text("\n".join(map(json.dumps, docs)))
-    files = f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'docs.json'}"
-    common = f"dataset_path: json\n{files}\ntest_split: test\n"
-    (tmp_path / "recall.yaml").write_text(
-        f'task: recall\n{common}output_type: loglikelihood\ndoc_to_text: "{{{{text}}}}"\n'
-        'target_delimiter: ""\ndoc_to_target: "{{answer}}"\nmetric_list:\n  - metric: acc\n'
+    how = (
+        'output_type: loglikelihood\ndoc_to_text: "{{text}}"\ntarget_delimiter: ""\n'
+        'doc_to_target: "{{answer}}"\nmetric_list:\n  - metric: acc\n'
     )
-    (tmp_path / "rolling.yaml").write_text(
-        f"task: rolling\n{common}output_type: loglikelihood_rolling\n"
-        'doc_to_text: ""\ndoc_to_target: "{{text}}"\n'
-        "metric_list:\n  - metric: word_perplexity\n"
+    results = run_task(model, tmp_path, docs, how)
+    answers = [t.ask(HeldContext(full, model.llm.engine.planner.policy, t.context)) for t in inside]
+    assert results["results"]["ours"]["acc,none"] == pytest.approx(sum(answers) / len(answers))
+    assert (results["config"]["minipyramid_kv_share"] == 1) == (policy == "full")
+    assert results["config"]["minipyramid_requests"] == len(docs)
+
+
+@needs_weights
+@pytest.mark.parametrize(
+    ("policy", "kv_budget"), [("full", None), ("auto", None), (PUBLISHED, None), ("snapkv", 0.6)]
+)
+def test_rolling_perplexity_of_a_book_is_that_of_the_evaluation(
+    tmp_path: Path, policy: str, kv_budget: float | None
+) -> None:
+    """Of a book in one document, each token counts once. What is compared, in windows of 160 tokens:
+
+    The first 159 tokens are scored behind the beginning-of-text token alone. From there on a window is 96
+    tokens of context and 64 that are scored (the last one fewer, of more context). Each is a `Text` of
+    `minipyramid.eval`: all of its context but the last token is pruned, and its loss is the mean over what is
+    scored. The harness adds them up and divides by the words and bytes of the document.
+    """
+    size, context = 160, 96
+    book = BOOK.read_text(encoding="utf-8")[2000:5000]
+    model = MiniPyramidLM(
+        str(WEIGHTS), policy=policy, kv_budget=kv_budget, dtype="float32",
+        max_length=size, rolling_context=context,
+    )  # fmt: skip
+    how = (
+        'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        "metric_list:\n  - metric: word_perplexity\n  - metric: bits_per_byte\n"
     )
-    model = MiniPyramidLM(str(WEIGHTS), policy="full")
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    results = simple_evaluate(
-        model=model, tasks=["recall", "rolling"], task_manager=manager, bootstrap_iters=0
-    )
-    answers = [t.ask(HeldContext(full, FULL, t.context)) for t in inside]
-    assert results["results"]["recall"]["acc,none"] == pytest.approx(sum(answers) / len(answers))
-    loss = -sum(model.loglikelihood_rolling([asked(doc["text"])])[0] for doc in docs)
-    words = sum(len(doc["text"].split()) for doc in docs)
-    perplexity = results["results"]["rolling"]["word_perplexity,none"]
-    assert perplexity == pytest.approx(math.exp(loss / words), rel=0.05)
-    assert results["config"]["minipyramid_kv_share"] == 1
-    assert results["config"]["minipyramid_requests"] == 2 * len(docs)
+    told = run_task(model, tmp_path, [{"text": book}], how)["results"]["ours"]
+
+    full, tokenizer = model.without_budget.under("full"), model.llm.engine.need_tokenizer()
+    ids, done = tokenizer.encode(book)[1:], size - 1
+    loss, windows = -sum(full.score([tokenizer.bos_id], ids[:done])), 1
+    while done < len(ids):
+        scored = ids[done : done + size - context]
+        before = ids[done - (size - len(scored)) : done]
+        window = Text(before[:-1], before[-1:] + scored)
+        # A budget is of all that a request holds at its end, so also of what is scored.
+        pruned_by = model.llm.engine.planner.policy_for(len(before) - 1, 1 + len(scored))
+        answer = window.ask(HeldContext(full, pruned_by, window.context))
+        loss += window.figures(answer, answer)["loss"] * len(scored)
+        done, windows = done + len(scored), windows + 1
+    assert windows > 5
+    words = len(re.split(r"\s+", book))
+    assert told["word_perplexity,none"] == pytest.approx(math.exp(loss / words), rel=1e-4)
+    assert told["bits_per_byte,none"] == pytest.approx(loss / len(book.encode()) / math.log(2), rel=1e-4)
+    assert model.held.requests == windows
+    assert model.held.over_budget == (0 if kv_budget is None else 1)  # the first is too short for one
+    assert (model.held.kv_share == 1) == (policy == "full")
 
 
 @needs_weights

@@ -11,7 +11,84 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipyramid import LLM, MiniPyramidError, RequestError, SamplingParams
-from minipyramid.sampling import _filter, choose
+from minipyramid.filters import keep_likely
+from minipyramid.sampling import choose
+
+
+def choose_one(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    return int(choose(logits[None], [(params, generator, None)]))
+
+
+def slow_choice(
+    logits: torch.Tensor, params: SamplingParams, generator: torch.Generator, seen: torch.Tensor | None
+) -> int:
+    """One sequence by itself, each step as `SamplingParams` says it, with the whole vocabulary sorted."""
+    if seen is not None:
+        divided, multiplied = logits / params.repetition_penalty, logits * params.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, divided, multiplied), logits)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    probs = ((logits - logits.max()) / params.temperature).softmax(-1)
+    if 0 < params.top_k < len(probs):
+        probs = torch.where(probs < probs.sort(descending=True).values[params.top_k - 1], 0.0, probs)
+        probs = probs / probs.sum()
+    if params.top_p < 1:
+        ordered, ids = probs.sort(descending=True, stable=True)
+        kept = ordered.cumsum(-1) - ordered < params.top_p
+        kept[0] = True
+        probs = torch.zeros_like(probs).scatter(0, ids, torch.where(kept, ordered, 0.0))
+    probs = torch.where(probs < params.min_p * probs.max(), 0.0, probs)
+    return int((probs / torch.empty_like(probs).exponential_(generator=generator)).argmax())
+
+
+VALUES = {
+    "temperature": [0.0, 0.7, 1.5],
+    "top_k": [0, 1, 7, 40],
+    "top_p": [0.05, 0.9, 0.999, 1.0],
+    "min_p": [0.0, 0.1, 1.0],
+    "repetition_penalty": [1.0, 1.3],
+}
+CHANGES = [{name: value} for name, values in VALUES.items() for value in values]
+
+
+@given(
+    base=st.fixed_dictionaries({name: st.sampled_from(values) for name, values in VALUES.items()}),
+    changes=st.lists(st.sampled_from([{}, *CHANGES]), min_size=1, max_size=9),
+    size=st.sampled_from([5, 60, 3000]),
+    spread=st.sampled_from([0.5, 3.0, 20.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=200)
+def test_rows_chosen_in_groups_are_those_chosen_one_by_one(
+    base: dict[str, Any], changes: list[dict[str, Any]], size: int, spread: float, seed: int
+) -> None:
+    """Three tokens of each row, bit for bit, among many that tie, as those of bf16 do."""
+    params = [SamplingParams(**{**base, **change}) for change in changes]
+    draw = torch.Generator().manual_seed(seed)
+    grouped, single = ([torch.Generator().manual_seed(seed + i) for i in range(9)] for _ in range(2))
+    for _ in range(3):
+        logits = (spread * torch.randn(len(params), size, generator=draw)).bfloat16().float()
+        marks = torch.rand(len(params), size, generator=draw) < 0.3
+        seen = [row if p.repetition_penalty != 1 else None for row, p in zip(marks, params, strict=True)]
+        before = logits.clone()
+        chosen = choose(logits, list(zip(params, grouped, seen, strict=False)))
+        rows = zip(logits, params, single, seen, strict=False)
+        assert chosen.tolist() == [slow_choice(*row) for row in rows]
+        assert torch.equal(logits, before)  # log-probabilities are still taken from them
+
+
+def test_a_sum_of_many_probabilities_is_that_of_one_row() -> None:
+    """A large vocabulary's row by itself is added up by several threads, and among others by one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        logits = torch.randn(3, 70_000, generator=torch.Generator().manual_seed(0))
+        params = SamplingParams(temperature=1.0, top_k=60_000)
+        together = keep_likely(logits.softmax(-1), params)
+        alone = [keep_likely(row[None].softmax(-1), params)[0] for row in logits]
+        assert torch.equal(together, torch.stack(alone))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def allowed(probs: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -39,7 +116,8 @@ def allowed(probs: list[float], top_k: int, top_p: float, min_p: float) -> set[i
 def test_filters_filter_what_their_definitions_say(seed: int, top_k: int, top_p: float, min_p: float) -> None:
     logits = 2 * torch.randn(20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     probs = logits.softmax(-1)
-    kept = _filter(probs, SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p))
+    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    (kept,) = keep_likely(probs[None], params)
     assert set(kept.nonzero()[:, 0].tolist()) == allowed(probs.tolist(), top_k, top_p, min_p)
 
 
@@ -47,10 +125,8 @@ def test_draws_follow_the_probabilities() -> None:
     """20,000 draws of five tokens at temperature 0.7, each share within four standard deviations."""
     logits, params = torch.tensor([2.0, 1.0, 0.0, -1.0, -20.0]), SamplingParams(temperature=0.7)
     generator, n = torch.Generator().manual_seed(0), 20_000
-    drawn = (
-        torch.bincount(torch.stack([choose(logits, params, generator, None) for _ in range(n)]), minlength=5)
-        / n
-    )
+    tokens = torch.tensor([choose_one(logits, params, generator) for _ in range(n)])
+    drawn = torch.bincount(tokens, minlength=5) / n
     expected = (logits / 0.7).softmax(-1)
     assert (drawn - expected).abs().max() < 4 * math.sqrt(0.25 / n)
 
@@ -58,20 +134,20 @@ def test_draws_follow_the_probabilities() -> None:
 def test_the_repetition_penalty_divides_positive_and_multiplies_negative_scores() -> None:
     params, generator = SamplingParams(repetition_penalty=2.0), torch.Generator()
     seen = torch.tensor([True, False, True])
-    assert choose(torch.tensor([3.0, 1.6, -1.0]), params, generator, seen) == 1  # 3 / 2 < 1.6
-    assert choose(torch.tensor([-1.0, -1.5, -1.0]), params, generator, seen) == 1  # -1 * 2 < -1.5
+    logits = torch.tensor([[3.0, 1.6, -1.0], [-1.0, -1.5, -1.0]])  # 3 / 2 < 1.6, and -1 * 2 < -1.5
+    assert choose(logits, [(params, generator, seen)] * 2).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("top_p", [1e-46, 5e-324])
 def test_a_tiny_top_p_leaves_the_likeliest(top_p: float) -> None:
     logits = torch.tensor([1.0, 4.0, 2.0])
-    assert choose(logits, SamplingParams(temperature=1, top_p=top_p), torch.Generator(), None) == 1
+    assert choose_one(logits, SamplingParams(temperature=1, top_p=top_p), torch.Generator()) == 1
 
 
 @pytest.mark.parametrize("temperature", [10**30, 1e-30, 1e-300, 5e-324])
 def test_a_tiny_temperature_is_greedy_and_not_nan(temperature: float) -> None:
     logits = torch.tensor([1.0, 4.0, 2.0])
-    drawn = choose(logits, SamplingParams(temperature=temperature), torch.Generator(), None)
+    drawn = choose_one(logits, SamplingParams(temperature=temperature), torch.Generator())
     assert drawn == 1 or temperature > 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -20,8 +21,10 @@ from typing import Any
 
 import pytest
 
-from minipyramid import LLM, SamplingParams
+from minipyramid import LLM, Engine, Request, SamplingParams
 from minipyramid.serve.__main__ import main
+from minipyramid.serve.metrics import Metrics
+from minipyramid.serve.worker import Event, Ticket, Worker
 
 openai = pytest.importorskip("openai", reason="the server is tested with OpenAI's client")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
@@ -287,6 +290,60 @@ def test_64_clients_at_once_get_the_texts_of_single_runs(server: Server, tiny: L
         fields = {"max_new_tokens": 5 + i % 20, "temperature": 1.3, "seed": i}
         assert text == alone(tiny, "the fox " * (1 + i % 7), **fields).text
     server.wait_until_idle()
+
+
+def test_requests_that_come_together_share_a_cache(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each had a cache of its own when it came while the one before was computed, and steps were slower."""
+    monkeypatch.setattr("minipyramid.serve.worker.GATHER_S", 60.0)
+    engine, caches = tiny.under("full").engine, set()
+    advance = engine.advance
+
+    def counted() -> None:
+        advance()
+        caches.add(len(engine.scheduler.caches))
+
+    engine.advance = counted  # type: ignore[method-assign]
+
+    async def ask() -> None:
+        worker = Worker(engine, Metrics(), asyncio.get_running_loop())
+        worker.coming = 1
+        worker.start()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        for i in range(6):
+            worker.submit(ticket_for(engine, [5, 6, 7 + i], events))
+            await asyncio.sleep(0.03)
+        assert not caches
+        worker.coming = 0
+        for _ in range(6):
+            await next_end(events)
+        worker.close()
+
+    asyncio.run(ask())
+    assert caches == {1, 0}
+
+
+def test_a_request_that_is_long_in_coming_holds_up_no_other(tiny: LLM) -> None:
+    async def ask() -> None:
+        engine = tiny.under("full").engine
+        worker = Worker(engine, Metrics(), asyncio.get_running_loop())
+        worker.coming = 1
+        worker.start()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        worker.submit(ticket_for(engine, [5, 6, 7], events))
+        await asyncio.wait_for(next_end(events), 60)
+        worker.close()
+
+    asyncio.run(ask())
+
+
+async def next_end(events: asyncio.Queue[Event]) -> None:
+    while not (await events.get()).ended:
+        pass
+
+
+def ticket_for(engine: Engine, prompt: list[int], events: asyncio.Queue[Event]) -> Ticket:
+    request = Request(prompt, SamplingParams(max_new_tokens=5, ignore_eos=True))
+    return Ticket(engine.prepare(request), 0, 0, events)
 
 
 def leave_in_mid_stream(server: Server, i: int) -> None:

@@ -71,7 +71,7 @@ def unique(lines: Iterator[Line], ids: Ids) -> Iterator[Line]:
     """The lines; one whose id an earlier one has is told by its number."""
     for line in lines:
         repeated = not line.problem and not ids.add("read", line.label)
-        yield line.without_id(f"has the id {line.values['id']!r} of an earlier line") if repeated else line
+        yield line.repeated() if repeated else line
 
 
 def check(llm: LLM, source: Path, params: SamplingParams, stop: Callable[[], bool]) -> None:

@@ -7,7 +7,7 @@ A line is a JSON object with an `id`, one of `prompt`, `messages` and `token_ids
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from minipyramid import LLM, Request, RequestError, SamplingParams
 from minipyramid.cli.json_input import json_object
@@ -44,6 +44,10 @@ class Line:
         """The same line, told by its number."""
         return replace(self, problem=f"line {self.number} {problem}")
 
+    def repeated(self) -> "Line":
+        """The same line, whose id an earlier one has."""
+        return self.without_id(f"has the id {self.values['id']!r} of an earlier line")
+
     def request(self, llm: LLM, defaults: SamplingParams) -> Request:
         """What it asks for; raises `RequestError`, or `TypeError` for a field of the wrong type."""
         name, values = f"line {self.number}", self.values
@@ -70,22 +74,28 @@ def read_lines(source: Path) -> Iterator[Line]:
     """Lines as they are needed, so that a file may be larger than memory; blank ones are left out."""
     try:
         with source.open("rb") as file:
-            number = 0
-            while data := file.readline(MOST_BYTES):
-                number += 1
-                too_long = len(data) == MOST_BYTES and not data.endswith(b"\n")
-                while too_long and (rest := file.readline(MOST_BYTES)) and not rest.endswith(b"\n"):
-                    pass  # the rest of it is skipped, whatever it is
-                if too_long:
-                    yield Line(number, {}).without_id(f"is longer than {MOST_BYTES >> 20} MiB; give less")
-                elif data.strip():
-                    yield read_line(number, data)
+            for number, data in numbered(file):
+                yield read_line(number, data)
     except OSError as error:
         raise RequestError(f"{source} cannot be read: {error}") from error
 
 
-def read_line(number: int, data: bytes) -> Line:
-    """A line as far as its id."""
+def numbered(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Number and bytes of each line that is not blank; None in place of the bytes of one that is too long."""
+    number = 0
+    while data := file.readline(MOST_BYTES):
+        number += 1
+        too_long = len(data) == MOST_BYTES and not data.endswith(b"\n")
+        while too_long and (rest := file.readline(MOST_BYTES)) and not rest.endswith(b"\n"):
+            pass  # the rest of it is skipped, whatever it is
+        if too_long or data.strip():
+            yield number, None if too_long else data
+
+
+def read_line(number: int, data: bytes | None) -> Line:
+    """A line as far as its id; without its bytes it is one that is too long."""
+    if data is None:
+        return Line(number, {}).without_id(f"is longer than {MOST_BYTES >> 20} MiB; give less")
     try:
         line = Line(number, json_object(data, f"line {number}"))
     except RequestError as error:

@@ -10,6 +10,7 @@ import sys
 
 from minipyramid import RequestError
 from minipyramid.bench.growth import growth, growth_table
+from minipyramid.bench.served import served, served_table
 from minipyramid.bench.table import measure, table
 from minipyramid.bench.workers import serve
 from minipyramid.cli.shapes import PREFIX
@@ -19,7 +20,11 @@ from minipyramid.policies import POLICIES
 from minipyramid.sizes import parse_bytes
 
 LEAST = {"batch_size": 1, "prompt_tokens": 1, "max_new_tokens": 1, "runs": 1, "fixed": 0}
-NOT_FOR_GROWTH = "prompt_tokens max_new_tokens ragged policy kv_budget kv_memory fixed compile versus".split()
+# Modes that measure something else, and the flags that they have no use for.
+NO_USE = {
+    "growth": "prompt_tokens max_new_tokens ragged policy kv_budget kv_memory fixed compile versus".split(),
+    "served": "fixed compile versus growth".split(),
+}
 
 
 def build_parser() -> Parser:
@@ -51,6 +56,7 @@ def build_parser() -> Parser:
     add("--fixed", type=int, default=0, metavar="N", help="also the last row's policy in fixed batches of N")
     add("--compile", action="store_true", help="also the last row's policy with compiled decode steps")
     add("--growth", action="store_true", help="only a decode step's time by the number of tokens held")
+    add("--served", action="store_true", help="only a server with --batch-size clients, against generate")
     add("--versus", choices=["transformers"], help="compare with this library, if it is installed")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--kv-dtype", default="auto", metavar="NAME", help="int8 holds keys and values in 8 bits")
@@ -83,6 +89,9 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.growth:
         result = growth(args)
         print(growth_table(result))
+    elif args.served:
+        result = served(args)
+        print(served_table(result))
     else:
         result = measure(args, argv)
         print(table(result))
@@ -99,9 +108,11 @@ def check(args: argparse.Namespace) -> None:
     if args.kv_memory is not None:
         parse_bytes(args.kv_memory)
     default = vars(build_parser().parse_args([]))
-    for name in NOT_FOR_GROWTH:
-        if args.growth and vars(args)[name] != default[name]:
-            raise RequestError(f"--growth has no use for --{name.replace('_', '-')}; leave one of them out")
+    for mode, unused in NO_USE.items():
+        for name in unused:
+            if vars(args)[mode] and vars(args)[name] != default[name]:
+                flag = name.replace("_", "-")
+                raise RequestError(f"--{mode} has no use for --{flag}; leave one of them out")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Ray Data reads lines, hands them to actors with an engine each, and writes files of records.
 
-What is ours are the two ends: a batch of lines becomes records as `minipyramid.batch` makes them, and a block
-of records becomes lines. Retries after a worker dies, and what a resumed run leaves out, are Ray's. Ray tells
-rows apart by one column, and that is the line itself, so two lines of one file must differ.
+What is ours are the ends: lines become rows (`lines.py`), a batch of rows becomes records as
+`minipyramid.batch` makes them, and a block of records becomes lines. Retries after a worker dies, and what a
+resumed run leaves out, are Ray's: it notes the labels of a file's records before it writes the file and
+confirms them afterwards, and what was not confirmed is taken away when a run is resumed.
 """
 
 import json
@@ -15,14 +16,15 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import BlockBasedFileDatasink
 
-from minipyramid import LLM, MiniPyramidError, SamplingParams
+from minipyramid import LLM, MiniPyramidError, RequestError, SamplingParams
 from minipyramid.batch.job import describe
-from minipyramid.batch.lines import read_line
+from minipyramid.batch.lines import Line
 from minipyramid.engine import News
+from minipyramid.fleet.lines import Lines, files_of, line_of
 from minipyramid.request import Sequence
 
-BEGINNING = 200  # characters of a line that has no id
 LINES_AT_ONCE = 64  # that a worker gets; more of them lose more when it dies
+NOTES = "_finished"  # Ray's, in the target
 
 
 def run(
@@ -42,23 +44,28 @@ def run(
 
     Args:
         source: a file with a JSON object on each line, a directory of them, or a list.
-        target: a directory.
+        target: a directory; notes of what is finished stand in it, too.
         model: a checkpoint's directory or a hub repository id, which every worker can reach.
         workers: engines.
         params: what lines do not say.
-        resume: leave out the lines that an earlier run with this `target` has finished. It keeps note of
-            them in `target`.checkpoint, which is gone when a run has finished all.
+        resume: go on with a `target` that an earlier run has left; what it holds is not repeated.
         lines_at_once: lines that a worker gets at once.
         cpus, gpus: of each worker.
         options: those of `LLM`.
+
+    Raises:
+        RequestError: a file cannot be read, or `target` holds records and is not to be resumed.
     """
+    target = Path(target).absolute()
+    if not resume and target.is_dir() and any(target.iterdir()):
+        raise RequestError(f"{target} holds something already; resume it, or name another directory")
     context = ray.data.DataContext.get_current()
     before = context.checkpoint_config
-    notes = f"{Path(target).absolute()}.checkpoint"
-    context.checkpoint_config = CheckpointConfig("text", notes) if resume else None
+    context.checkpoint_config = CheckpointConfig(
+        "label", str(target / NOTES), delete_checkpoint_on_success=False
+    )
     try:
-        lines = ray.data.read_text(sources(source))
-        records = lines.map_batches(
+        records = ray.data.read_datasource(Lines(files_of(source), lines_at_once)).map_batches(
             Worker,
             fn_constructor_args=(str(model), params or SamplingParams(), options),
             batch_size=lines_at_once,
@@ -66,14 +73,9 @@ def run(
             num_cpus=cpus,
             num_gpus=gpus or None,
         )
-        records.write_datasink(Records(str(Path(target).absolute()), file_format="jsonl"))
+        records.write_datasink(Records(str(target), file_format="jsonl"))
     finally:
         context.checkpoint_config = before
-
-
-def sources(source: str | Path | list[str]) -> list[str]:
-    """The files as Ray wants them, for its workers have other working directories."""
-    return [str(Path(name).absolute()) for name in (source if isinstance(source, list) else [source])]
 
 
 class Worker:
@@ -83,16 +85,17 @@ class Worker:
         self.llm, self.params = LLM(model, **options), params
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Lines under `text`, by which Ray tells them apart; what became of them under `record`."""
-        texts = [str(text) for text in batch["text"]]
-        return {"text": texts, "record": records_of(self.llm, texts, self.params)}
+        """Rows of lines; returns the label of each and what became of it."""
+        labels = [str(label) for label in batch["label"]]
+        rows = zip(labels, map(int, batch["number"]), batch["data"], strict=True)
+        records = records_of(self.llm, [line_of(*row) for row in rows], self.params)
+        told = [json.dumps(json.loads(label) | record) for label, record in zip(labels, records, strict=True)]
+        return {"label": labels, "record": told}
 
 
-def records_of(llm: LLM, texts: list[str], params: SamplingParams) -> list[str]:
-    """The record of each line; one without an id is told by its beginning, for its number is not known."""
+def records_of(llm: LLM, lines: list[Line], params: SamplingParams) -> list[dict[str, Any]]:
+    """What became of each line."""
     engine, news = llm.engine, deque[News]()
-    lines = [read_line(number, text.encode()) for number, text in enumerate(texts)]
-    labels = [{"line": texts[line.number][:BEGINNING]} if line.problem else line.label for line in lines]
     records: list[dict[str, Any]] = [{} for _ in lines]
     running: dict[Sequence, int] = {}
     for i, line in enumerate(lines):
@@ -111,7 +114,7 @@ def records_of(llm: LLM, texts: list[str], params: SamplingParams) -> list[str]:
                 i = running.pop(sequence)
                 failed = {"error": str(sequence.error)} if sequence.error else None
                 records[i] = failed or describe(sequence.completion, lines[i])
-    return [json.dumps(label | record) for label, record in zip(labels, records, strict=True)]
+    return records
 
 
 class Records(BlockBasedFileDatasink):

@@ -99,9 +99,13 @@ class Service:
         """From a body to a response, whatever is in it."""
         try:
             body = json_object(await read_body(request), "the body")
-            async with self.preparing:
-                asked, tickets = await run_in_threadpool(self.prepare, body, chat)
-            self.admit(tickets)
+            self.worker.coming += 1
+            try:
+                async with self.preparing:
+                    asked, tickets = await run_in_threadpool(self.prepare, body, chat)
+                self.admit(tickets)
+            finally:
+                self.worker.coming -= 1
         except RefusedError as refused:
             retry = {"Retry-After": "1"} if refused.status == 429 else None
             return JSONResponse(error_body(str(refused), refused.status, refused.code), refused.status, retry)

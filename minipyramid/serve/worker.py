@@ -19,6 +19,7 @@ from minipyramid.request import Sequence
 from minipyramid.serve.metrics import Metrics
 
 PICTURE_S = 0.2  # between two pictures of what a sequence holds
+NEXT_S, GATHER_S = 0.01, 0.1  # that an idle engine waits for a next request, and at most for all
 AFTER_ERROR_S = 0.1  # until a step is tried again
 
 Ranges = list[list[int]]  # first and last position of each run
@@ -55,6 +56,7 @@ class Worker(threading.Thread):
     def __init__(self, engine: Engine, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(name="engine", daemon=True)
         self.engine, self.metrics, self.loop = engine, metrics, loop
+        self.coming = 0  # requests that are being prepared
         self._tickets: dict[Sequence, Ticket] = {}
         self._news: deque[News] = deque()
         self._orders: deque[Callable[[], None]] = deque()
@@ -87,9 +89,17 @@ class Worker(threading.Thread):
         """Until it is closed."""
         while not self._closing:
             self._wake.wait()
-            self._wake.clear()
+            self._gather()
             while self._work() and not self._closing:
                 pass
+
+    def _gather(self) -> None:
+        """Let an idle engine wait while requests come in, for those that start together share a cache."""
+        deadline = time.monotonic() + GATHER_S
+        while not self._closing and time.monotonic() < deadline:
+            self._wake.clear()
+            if not self._wake.wait(NEXT_S) and not self.coming:
+                break
 
     def _work(self) -> bool:
         """Carry out orders, and take a step; returns whether anything is left to step."""
