@@ -13,6 +13,7 @@ keys of one sequence, `L` layers, `V` voters, `U` places for pending tokens.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,12 +58,16 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | No
     return out[0].transpose(0, 1).flatten(1), None  # [T, H * D]
 
 
-def attend_each(q: Tensor, keys: Tensor, values: Tensor, is_held: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend_each(q: Tensor, keys: Any, values: Any, is_held: Tensor | None) -> tuple[Tensor, Tensor]:
     """The newest token of every sequence looks at the slots that its row holds.
 
     q [B, H, D] dense and divided by sqrt(D) (once for all caches), keys and values [B, K, S, D], is_held [B,
     S] bool, None where all are  ->  [B, H * D], and the probabilities [B, H, S]
     """
+    if not isinstance(keys, Tensor):
+        from minipyramid import eight_bits
+
+        return eight_bits.attend_each(q, keys, values, is_held)
     (B, H, D), K = q.shape, keys.shape[1]
     # `@` on four axes reshapes by itself, which took 5 % of a step (12 caches of one sequence, float32).
     scores = torch.bmm(q.view(B * K, H // K, D), keys.flatten(0, 1).mT)  # [B * K, G, S]

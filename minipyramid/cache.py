@@ -8,6 +8,7 @@ the recent ones have voted on them.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from minipyramid.config import ModelConfig
 from minipyramid.need import Need
 from minipyramid.policy import FULL, PendingTokens, Policy, top_scored, votes_to_cast
 
+Slab = Any  # keys or values of a layer: a Tensor, or an `EightBits` in its place
 Positions = list[int] | list[list[int]]  # of a layer: of all its heads alike, or one list per key/value head
 
 
@@ -45,7 +47,8 @@ class Row:
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values that are held.  two of [K, n, D]"""
         n = self.lengths[layer]
-        return self.cache.keys[layer][self.index, :, :n], self.cache.values[layer][self.index, :, :n]
+        keys, values, dtype = self.cache.keys[layer], self.cache.values[layer], self.cache.dtype
+        return keys[self.index, :, :n].to(dtype), values[self.index, :, :n].to(dtype)
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Append tokens; k and v [K, T, D], positions [T], or [K, T] where heads hold different ones."""
@@ -86,11 +89,12 @@ class KVCache:
     of 9.4. What lies beyond a row's length is stale but finite, and masked.
     """
 
-    keys: list[Tensor]  # per layer [capacity, K, S, D]
-    values: list[Tensor]  # per layer [capacity, K, S, D]
+    keys: list[Slab]  # per layer [capacity, K, S, D]
+    values: list[Slab]  # per layer [capacity, K, S, D]
     votes: list[Tensor]  # per layer [capacity, U] float32, running sums for the pending tokens
     config: ModelConfig
     need: Need  # what a row has room for
+    dtype: torch.dtype  # that keys and values are read in
     bytes_per_token: int  # of one token in one layer
     capacity: int  # rows allotted
     slots_adjacent: bool
@@ -102,9 +106,13 @@ class KVCache:
     ) -> "KVCache":
         """Room for `rows` sequences; nothing ever grows."""
         K, D = config.num_key_value_heads, config.head_dim
-        slots_adjacent = device.type == "cpu" and dtype == torch.float32
+        slots_adjacent = device.type == "cpu" and dtype == torch.float32 and config.kv_dtype == "auto"
 
-        def slabs() -> list[Tensor]:
+        def slabs() -> list[Slab]:
+            if config.kv_dtype == "int8":
+                from minipyramid.eight_bits import EightBits  # most do without
+
+                return [EightBits.zeros((rows, K, S, D), device) for S in need.slots]
             # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
             if slots_adjacent:
                 return [torch.zeros(rows, K, D, S).mT for S in need.slots]
@@ -112,7 +120,7 @@ class KVCache:
 
         votes = [torch.zeros(rows, need.pending, device=device) for _ in need.slots]
         per_token = config.kv_bytes_per_token(dtype.itemsize)
-        return cls(slabs(), slabs(), votes, config, need, per_token, rows, slots_adjacent)
+        return cls(slabs(), slabs(), votes, config, need, dtype, per_token, rows, slots_adjacent)
 
     def takes(self, need: Need) -> bool:
         """Whether a row is free and has the room."""
@@ -199,8 +207,8 @@ class HeldTokens:
 class LayerCache:
     """One layer of a cache as a decode step finds it: the rows in use, and where their new tokens go."""
 
-    keys: Tensor  # [B, K, S, D]
-    values: Tensor  # [B, K, S, D]
+    keys: Slab  # [B, K, S, D]
+    values: Slab  # [B, K, S, D]
     votes: Tensor  # [B, U]
     lengths: tuple[int, ...]  # [B] tokens held
     ends: Tensor  # [B] the same on the device: the new token's slot
@@ -208,7 +216,7 @@ class LayerCache:
     to_cast: tuple[Tensor, Tensor] | None
     slots_adjacent: bool
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def append(self, k: Tensor, v: Tensor) -> tuple[Slab, Slab, Tensor | None]:
         """Write one token of every row, k and v [B, K, D], after what the row holds.
 
         Returns the slabs [B, K, S, D] and which slots are held [B, S]. Where all rows hold equally many and

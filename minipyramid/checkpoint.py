@@ -33,12 +33,12 @@ def load(
     from minipyramid.formats.weights import read_parameters
 
     state = read_parameters(directory, config, dtype, device, progress)
-    embedding = state["embed_tokens"]
-    head = state.get("lm_head.weight", embedding)
-    if config.tie_word_embeddings and torch.equal(head, embedding):
-        state["lm_head.weight"] = embedding
     with torch.device("meta"):
         model = Model(config)
+    if config.quantization:
+        from minipyramid.quantised import take_packed
+
+        take_packed(model, state)
     model.load_state_dict(state, strict=True, assign=True)
     model.inv_freq = model.inv_freq.to(device)
     return model.requires_grad_(False).apply(pack)

@@ -44,10 +44,15 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     qkv_bias: bool = False  # queries, keys and values have one (Qwen2)
     head_norms: bool = False  # each head of queries and keys is normed (Qwen3)
+    quantization: Any = None  # a layout of `formats/` in which weights lie, or what plain ones become: "int8"
+
+    kv_dtype: str = "auto"  # of the keys and values that are held: the model's, or "int8"
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of one token's key and value in one layer, with `itemsize` bytes a number."""
-        return 2 * self.num_key_value_heads * self.head_dim * itemsize
+        """Bytes of one token's key and value in one layer, with `itemsize` bytes a number of the model."""
+        # In 8 bits each head's part has a scale of two bytes (minipyramid/eight_bits.py).
+        of_head = self.head_dim + 2 if self.kv_dtype == "int8" else self.head_dim * itemsize
+        return 2 * self.num_key_value_heads * of_head
 
     def check_length(self, prompt: int, new: int, name: str) -> None:
         """Raise `RequestError` if the prompt has no tokens, or with `new` ones more than the context."""

@@ -88,6 +88,10 @@ def build_parser() -> Parser:
         "--prompt-tokens", type=int, metavar="N", help="with --plan: a prompt of so many tokens"
     )
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument(
+        "--kv-dtype", default="auto", metavar="NAME", help="int8 holds keys and values in 8 bits"
+    )
+    parser.add_argument("--quantize", metavar="int8", help="keep the weights of linear layers in 8 bits")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     default = SamplingParams()

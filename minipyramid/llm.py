@@ -45,6 +45,10 @@ class LLM:
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as
             bf16, and both as float32 where the processor multiplies float32 faster.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.
+        quantize: "int8" keeps the weights of linear layers in 8 bits, with a scale for each output: a quarter
+            of float32's bytes. Their products round to bfloat16, whatever `dtype` is.
+        kv_dtype: "int8" holds keys and values in 8 bits, with a scale for each token and key/value head;
+            "auto" in `dtype`. A budget is a share of tokens, so of the full cache in the same numbers.
         compile: run decode steps through `torch.compile`. Worth it where steps are many and their layers
             small: the first step compiles some ten seconds long, as do those of other kinds (README, Limits).
         revision: branch, tag or commit of a hub repository.
@@ -64,18 +68,21 @@ class LLM:
         kv_memory: Memory = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        kv_dtype: str = "auto",
+        quantize: str | None = None,
         compile: bool = False,
         revision: str | None = None,
         progress: checkpoint.Progress | None = None,
     ) -> None:
         # Imported where they are needed: the hub's library takes its time, and names of policies are many.
+        from minipyramid.eight_bits import holding
         from minipyramid.formats.huggingface import read_config
         from minipyramid.hub import fetch_weights, locate
         from minipyramid.policies import pick_policy
 
         expect_type("compile", compile, bool, "bool")
         directory = locate(model, revision, progress=progress is not None)
-        config = read_config(directory)
+        config = holding(read_config(directory, quantize), kv_dtype)
         chosen = pick_policy(policy, directory, config.num_hidden_layers)
         on = pick_device(device)
         tokenizer = load_tokenizer(directory, config.vocab_size)

@@ -7,7 +7,6 @@ row is free that is large enough for it, or when a cache whose rows have all end
 """
 
 from collections import deque
-from pathlib import Path
 
 import torch
 
@@ -35,27 +34,23 @@ class Scheduler:
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, memory: int | str | None
     ) -> None:
+        from minipyramid.sizes import memory_bound
+
         self.config, self.dtype, self.device = config, dtype, device
         self.per_token = config.kv_bytes_per_token(dtype.itemsize)
-        self.given_memory: int | None = None
-        if memory is not None:
-            from minipyramid.sizes import parse_bytes
-
-            self.given_memory = parse_bytes(memory)
+        self._bound = memory_bound(memory, device)
+        self._memory = 0  # the bound when last nothing was in flight
         self.waiting: deque[Sequence] = deque()
         self.caches: list[KVCache] = []
         self.running: dict[Row, Sequence] = {}  # who has which row of which cache
         self.finished = self.generated = 0  # sequences that have ended, and tokens of all
-        self._free = 0  # half of what was free when last nothing was in flight
 
     @property
     def memory(self) -> int:
         """The bound on what is in flight, in bytes."""
-        if self.given_memory is not None:
-            return self.given_memory
         if not self.caches:
-            self._free = default_memory(self.device)
-        return self._free
+            self._memory = self._bound()
+        return self._memory
 
     @property
     def bytes_in_flight(self) -> int:
@@ -148,15 +143,3 @@ class Scheduler:
             sequence.ended = True
         self.finished += len(dropped)
         return dropped
-
-
-def default_memory(device: torch.device) -> int:
-    """Half of the bytes that are free where the cache will be, for activations need some; else 4 GiB."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return 4 << 30
-    # What the kernel would give up for the asking, its cache of files, counts as free.
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return 1024 * int(fields["MemAvailable"].split()[0]) // 2

@@ -1,6 +1,10 @@
-"""A number of bytes as people write it."""
+"""Memory for the cache: a number of bytes as people write it, and what is free."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
 
 from minipyramid.errors import RequestError, expect_type
 
@@ -12,3 +16,26 @@ def parse_bytes(size: int | str) -> int:
     if not match or not (count := int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))):
         raise RequestError(f"the size is {size!r}, expected bytes or a text such as 2GiB")
     return count
+
+
+def memory_bound(given: int | str | None, device: torch.device) -> Callable[[], int]:
+    """What tells how many bytes may be in flight: those given, or half of what is free when it is asked.
+
+    Raises `RequestError` where the given size is none.
+    """
+    if given is None:
+        return lambda: default_memory(device)
+    size = parse_bytes(given)
+    return lambda: size
+
+
+def default_memory(device: torch.device) -> int:
+    """Half of the bytes that are free where the cache will be, for activations need some; else 4 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 4 << 30
+    # What the kernel would give up for the asking, its cache of files, counts as free.
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return 1024 * int(fields["MemAvailable"].split()[0]) // 2

@@ -185,13 +185,6 @@ def test_what_metas_files_do_not_say_is_refused(
         LLM(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "fp8", "bitsandbytes"])
-def test_quantised_weights_are_refused_by_name(tmp_path: Path, method: str) -> None:
-    write_checkpoint(tmp_path, quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(ConfigError, match=f"quantised by {method}, which is not implemented; take the model"):
-        LLM(tmp_path)
-
-
 def test_a_gguf_file_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "model.Q4_K_M.gguf"
     file.write_bytes(b"GGUF")

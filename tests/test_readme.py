@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
-from helpers import STEEP, WEIGHTS
+import torch
+from helpers import STEEP, WEIGHTS, random_tensors, train_pieces, write_checkpoint
+from quantised_files import AWQ, GPTQ, SHAPE, W8A8
 
-from minipyramid import LLM, SamplingParams
-from minipyramid.generate import stream
+from minipyramid import LLM, MiniPyramidError, SamplingParams
+from minipyramid.generate import build_parser, stream
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -72,3 +78,85 @@ def test_the_first_two_commands_are_the_main_job_and_the_tests() -> None:
         ["python", "-m", "minipyramid.generate"],
         ["python", "-m", "pytest"],
     ]
+
+
+class Runs:
+    """What a pickle can do to those who read it carelessly."""
+
+    def __reduce__(self) -> Any:
+        return (print, ("it ran",))
+
+
+def with_fields(**changes: Any) -> Callable[[Path], object]:
+    return lambda directory: LLM(write_checkpoint(directory, **changes))
+
+
+def with_quantization(settings: dict[str, Any]) -> Callable[[Path], object]:
+    return with_fields(quantization_config=settings)
+
+
+def write_gguf(directory: Path) -> object:
+    (directory / "model.gguf").write_bytes(b"GGUF")
+    return LLM(directory / "model.gguf")
+
+
+def write_metas(directory: Path) -> object:
+    (directory / "params.json").write_text('{"dim": 4096, "use_scaled_rope": true}')
+    return LLM(directory)
+
+
+def write_code(directory: Path) -> object:
+    (directory / "config.json").write_text(json.dumps(SHAPE))
+    torch.save({**random_tensors(SHAPE), "x": Runs()}, directory / "pytorch_model.bin")
+    return LLM(directory)
+
+
+def chat_without_template(directory: Path) -> object:
+    train_pieces(directory)
+    return LLM(write_checkpoint(directory)).chat([{"role": "user", "content": "hello"}])
+
+
+# What a row of the table says of, and how it comes about.
+REFUSED: dict[str, Callable[[Path], object]] = {
+    "bitsandbytes and other methods": with_quantization({"quant_method": "bitsandbytes"}),
+    "GPTQ with act-order": with_quantization({**GPTQ, "desc_act": True}),
+    "AWQ of another version": with_quantization({**AWQ, "version": "gemv"}),
+    "compressed-tensors in another format": with_quantization({**W8A8, "format": "nvfp4-pack-quantized"}),
+    "keys and values quantised by the checkpoint": with_quantization(
+        {**W8A8, "kv_cache_scheme": {"bits": 8}}
+    ),
+    "GGUF": write_gguf,
+    "Gemma, Phi, mixtures of experts": with_fields(model_type="gemma"),
+    "a sliding window that is in use": with_fields(
+        model_type="mistral", sliding_window=4096, max_position_embeddings=32768
+    ),
+    "Meta's files of Llama 3.1 and 3.2": write_metas,
+    "a `.bin` file that holds code": write_code,
+    "a chat without a template": chat_without_template,
+}
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a line."""
+    _, _, table = README.split(heading)[1].partition("\n|---")
+    lines = table.split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_what_is_refused_is_said_in_these_words(tmp_path: Path) -> None:
+    told = {what: said.strip("`") for what, said in rows("And what is refused")}
+    assert set(told) == set(REFUSED)
+    for i, (what, sentence) in enumerate(told.items()):
+        directory = tmp_path / str(i)
+        directory.mkdir()
+        with pytest.raises(MiniPyramidError) as raised:
+            REFUSED[what](directory)
+        assert sentence in str(raised.value)
+
+
+def test_each_row_of_what_loads_has_a_command() -> None:
+    loads = rows("## What loads")
+    assert len(loads) >= 14
+    for _, _, flags, _ in loads:
+        args = build_parser().parse_args(shlex.split(flags.strip("`")))  # exits where a flag does not exist
+        assert args.model == "DIRECTORY"

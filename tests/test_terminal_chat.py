@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,3 +129,62 @@ def test_flags_that_do_not_fit_are_one_line(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert word in err
+
+
+class Terminal:
+    """A program on a terminal of its own, as a person sees it."""
+
+    def __init__(self, command: list[str]) -> None:
+        pty = pytest.importorskip("pty")
+        self.end, its_end = pty.openpty()
+        # In a session of its own, whose terminal this becomes, so that Ctrl-C reaches it.
+        setup = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        setup += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        whole = [sys.executable, "-c", setup, *command]
+        self.process = subprocess.Popen(whole, stdin=its_end, stdout=its_end, stderr=its_end)
+        os.close(its_end)
+        self.shown = ""
+
+    def type(self, keys: str) -> None:
+        self.shown = ""
+        os.write(self.end, keys.encode())
+
+    def wait_for(self, text: str, more: int = 0, seconds: float = 60) -> None:
+        """Until the text is shown, and so many characters after it."""
+        until = time.monotonic() + seconds
+        while text not in self.shown or len(self.shown.split(text, 1)[1]) < more:
+            ready, _, _ = select.select([self.end], [], [], max(0.0, until - time.monotonic()))
+            assert ready, f"{text!r} did not come: {self.shown!r}"
+            self.shown += os.read(self.end, 4096).decode(errors="replace")
+
+
+def test_a_person_at_a_terminal(tmp_path: Path) -> None:
+    """A turn, its figures, an answer that Ctrl-C stops, and Ctrl-D.
+
+    Ctrl-C once ended the process that renders templates as well, and no turn could follow.
+    """
+    write_checkpoint(tmp_path, vocab_size=write_json(tmp_path), max_position_embeddings=4096)
+    flags = ["--chat", "--chat-format", "llama3", "--ignore-eos", "--policy", "pyramid"]
+    flags += ["--max-new-tokens", "300", "--temperature", "1", "--seed", "1", "--model", str(tmp_path)]
+    terminal = Terminal(["-m", "minipyramid.generate", *flags])
+    try:
+        terminal.wait_for("Ctrl-C stops an answer\r\n> ")
+        terminal.type("Hello\n")
+        terminal.wait_for("Hello\r\n", more=20)
+        terminal.type("\x03")
+        terminal.wait_for("(stopped)\r\n> ")
+        terminal.type("/stats\n")
+        terminal.wait_for("2 messages, ")
+        terminal.wait_for("of the full cache\r\n> ")
+        terminal.type("And then?\n")
+        terminal.wait_for("And then?\r\n", more=20)
+        terminal.wait_for("\r\n> ")  # it ends by itself
+        terminal.type("/stats\n")
+        terminal.wait_for("4 messages, ")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.end)

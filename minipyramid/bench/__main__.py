@@ -59,6 +59,8 @@ def build_parser() -> Parser:
     add("--served", action="store_true", help="only a server with --batch-size clients, against generate")
     add("--versus", choices=["transformers"], help="compare with this library, if it is installed")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--kv-dtype", default="auto", metavar="NAME", help="int8 holds keys and values in 8 bits")
+    add("--quantize", metavar="int8", help="keep the weights of linear layers in 8 bits")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--runs", type=int, default=3, metavar="N", help="medians of so many (default 3)")

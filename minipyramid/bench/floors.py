@@ -13,6 +13,7 @@ import torch
 
 from minipyramid.bench.work import Work
 from minipyramid.config import ModelConfig
+from minipyramid.formats.weights import AT_LOAD
 from minipyramid.need import Planner
 from minipyramid.policy import Policy
 
@@ -51,7 +52,7 @@ def quickest(run: Callable[[], object], device: torch.device) -> float:
     return min(times)
 
 
-def floors(planner: Planner, work: Work, itemsize: int, rates: Rates) -> tuple[float, float]:
+def floors(planner: Planner, work: Work, itemsize: float, rates: Rates) -> tuple[float, float]:
     """Seconds that prompts take at least, and those that decode steps do; a weight has `itemsize` bytes."""
     config = planner.config
     layers, heads_size = config.num_hidden_layers, config.num_attention_heads * config.head_dim
@@ -66,6 +67,14 @@ def floors(planner: Planner, work: Work, itemsize: int, rates: Rates) -> tuple[f
         flops = 2 * len(running) * weights + 4 * held * heads_size
         decode_s += max(read / rates.bytes_per_s, flops / rates.flops)
     return prompt_s, decode_s
+
+
+def weight_bytes(config: ModelConfig, itemsize: int) -> float:
+    """Bytes of a linear layer's weight, which has `itemsize` where it is not quantised."""
+    quantization = config.quantization
+    if quantization is None:
+        return itemsize
+    return 1.0 if quantization == AT_LOAD else quantization.bits / 8
 
 
 def prompt_flops(config: ModelConfig, policy: Policy, prompt_tokens: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minipyramid import LLM, RequestError
-from minipyramid.bench.floors import measure_rates
+from minipyramid.bench.floors import measure_rates, weight_bytes
 from minipyramid.bench.machine import machine_line, machine_of
 from minipyramid.bench.models import load_llm
 from minipyramid.cache import KVCache
@@ -33,7 +33,10 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
     for held in HELD:
         cache = filled_cache(llm, batch, held)
         step_s = statistics.median(time_steps(llm, cache))
-        read = llm.dtype.itemsize * weights + cache.bytes_per_token * config.num_hidden_layers * batch * held
+        read = (
+            weight_bytes(config, llm.dtype.itemsize) * weights
+            + cache.bytes_per_token * config.num_hidden_layers * batch * held
+        )
         rows.append(
             {
                 "held_tokens": held,

@@ -11,11 +11,14 @@ from minipyramid import LLM, Engine
 from minipyramid.cli.shapes import PREFIX, shape_config
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
+from minipyramid.eight_bits import holding
 from minipyramid.formats.huggingface import read_config
 from minipyramid.formats.names import parameter_sources
+from minipyramid.formats.weights import parameter_of
 from minipyramid.linear import pack
 from minipyramid.model import Model
 from minipyramid.policies import pick_policy
+from minipyramid.quantised import Packed, take_packed
 
 SPREAD = 0.02  # standard deviation of random weights
 
@@ -23,8 +26,10 @@ SPREAD = 0.02  # standard deviation of random weights
 def config_of(args: argparse.Namespace) -> ModelConfig:
     """The model's configuration; no weights are read."""
     if args.model.startswith(PREFIX):
-        return shape_config(args.model.removeprefix(PREFIX))
-    return read_config(Path(args.model))
+        config = shape_config(args.model.removeprefix(PREFIX), args.quantize)
+    else:
+        config = read_config(Path(args.model), args.quantize)
+    return holding(config, args.kv_dtype)
 
 
 def device_and_dtype(args: argparse.Namespace, config: ModelConfig) -> tuple[torch.device, torch.dtype]:
@@ -42,6 +47,8 @@ def load_llm(args: argparse.Namespace, policy: str, kv_budget: float | None) -> 
             kv_budget=kv_budget,
             kv_memory=args.kv_memory,
             dtype=args.dtype,
+            kv_dtype=args.kv_dtype,
+            quantize=args.quantize,
             device=args.device,
         )
     config, directory = config_of(args), Path(args.model)
@@ -55,10 +62,11 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     """A model whose weights are random, made on the device."""
     with torch.device("meta"):
         model = Model(config)
-    state = {
-        name: torch.cat([random_tensor(part, shape, dtype, device) for part, shape in parts])
-        for name, parts in parameter_sources(config).items()
-    }
+    state: dict[str, Tensor | Packed] = {}
+    for name, parts in parameter_sources(config).items():
+        made = [random_tensor(part, shape, dtype, device) for part, shape in parts]
+        state[name] = parameter_of(name, made, config, dtype, device)
+    take_packed(model, state)
     model.load_state_dict(state, assign=True)
     model.inv_freq = model.inv_freq.to(device)
     return model.requires_grad_(False).apply(pack)

@@ -4,7 +4,7 @@ import argparse
 import statistics
 from typing import Any
 
-from minipyramid.bench.floors import floors, measure_rates
+from minipyramid.bench.floors import floors, measure_rates, weight_bytes
 from minipyramid.bench.machine import machine_line, machine_of
 from minipyramid.bench.methods import check_budgets, planners_of
 from minipyramid.bench.models import config_of, device_and_dtype
@@ -36,7 +36,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     for name, planner in planners.items():
         runs = figures[name]
         row = {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
-        prompt_floor, decode_floor = floors(planner, work, dtype.itemsize, rates)
+        prompt_floor, decode_floor = floors(planner, work, weight_bytes(config, dtype.itemsize), rates)
         row |= {
             "method": name,
             "batch": len(work.prompts),

@@ -30,6 +30,7 @@ from minipyramid.cli.terminal import (
     check_writable,
     exit_status,
     listed,
+    set_quiet,
     set_threads,
 )
 from minipyramid.cli.texts import read_text, read_tokens
@@ -69,6 +70,7 @@ def build_parser() -> Parser:
     add("--samples", type=int, default=8, metavar="N", help="windows of each context (8)")
     add("--repeat", action="store_true", help="let layers choose by a second pass over the prompt")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--quantize", metavar="int8", help="keep the weights of linear layers in 8 bits")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--seed", type=int, default=0)
@@ -88,7 +90,9 @@ def run(args: argparse.Namespace) -> None:
     """Find, check, write, and tell."""
     budgets = check(args)
     set_threads(args.threads)
-    llm = LLM(args.model, policy="full", dtype=args.dtype, device=args.device, revision=args.revision)
+    set_quiet(args.quiet)
+    how = {"dtype": args.dtype, "device": args.device, "quantize": args.quantize, "revision": args.revision}
+    llm = LLM(args.model, policy="full", **how)
     out = out_file(args, llm)
     layers = llm.config.num_hidden_layers
     for context in args.context:

@@ -3,12 +3,13 @@
 import argparse
 
 from minipyramid import LLM
-from minipyramid.cli.terminal import LoadingLine, set_threads
+from minipyramid.cli.terminal import LoadingLine, set_quiet, set_threads
 
 
 def load(args: argparse.Namespace) -> LLM:
     """Load it as the flags say, which are named as the arguments of `LLM`, with a line of progress."""
     set_threads(args.threads)
+    set_quiet(args.quiet)
     with LoadingLine(quiet=args.quiet) as line:
         return LLM(
             args.model,
@@ -16,6 +17,8 @@ def load(args: argparse.Namespace) -> LLM:
             kv_budget=args.kv_budget,
             kv_memory=args.kv_memory,
             dtype=args.dtype,
+            kv_dtype=args.kv_dtype,
+            quantize=args.quantize,
             device=args.device,
             compile=args.compile,
             revision=args.revision,

@@ -36,6 +36,6 @@ def shape_dict(name: str) -> dict[str, Any]:
     }
 
 
-def shape_config(name: str) -> ModelConfig:
+def shape_config(name: str, quantize: str | None = None) -> ModelConfig:
     """The same, checked."""
-    return config_of(shape_dict(name), f"{PREFIX}{name}")
+    return config_of(shape_dict(name), f"{PREFIX}{name}", quantize=quantize)

@@ -6,6 +6,7 @@ defect of ours.
 
 import argparse
 import io
+import logging
 import os
 import signal
 import sys
@@ -136,6 +137,11 @@ def set_threads(threads: int | None) -> None:
         if not 1 <= threads <= MOST_THREADS:
             raise RequestError(f"--threads is {threads}, expected 1 to {MOST_THREADS}")
         torch.set_num_threads(threads)
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether what the engine would tell on stderr is kept back."""
+    logging.getLogger("minipyramid").setLevel(logging.ERROR if quiet else logging.NOTSET)
 
 
 def check_writable(flag: str, path: Path) -> None:

@@ -70,6 +70,7 @@ def build_parser() -> Parser:
         help=f"hold at most this share of the full cache (default without --policy: {KV_BUDGET})",
     )
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--quantize", metavar="int8", help="keep the weights of linear layers in 8 bits")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--html", metavar="FILE", help="write a page on which each token of the prompt can be looked at")
     add("--plot", metavar="FILE.png", help="draw what was kept (needs the extra plot)")

@@ -40,7 +40,14 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
     budget = KV_BUDGET if args.policy is None and args.kv_budget is None else args.kv_budget
     asked = "auto" if args.policy is None else args.policy
     with LoadingLine(quiet=False) as line:
-        pruned = LLM(args.model, policy=asked, kv_budget=budget, dtype=args.dtype, progress=line.update)
+        pruned = LLM(
+            args.model,
+            policy=asked,
+            kv_budget=budget,
+            dtype=args.dtype,
+            quantize=args.quantize,
+            progress=line.update,
+        )
     tokenizer = pruned.tokenizer
     if tokenizer is None:
         raise TokenizerError(

@@ -23,9 +23,11 @@ from minipyramid.cli.terminal import (
     ProgressLine,
     exit_status,
     listed,
+    set_quiet,
     set_threads,
 )
 from minipyramid.cli.texts import read_text, read_tokens
+from minipyramid.eight_bits import holding
 from minipyramid.eval.books import sentences
 from minipyramid.eval.compare import Comparison, compare, no_samples, pick_policies
 from minipyramid.eval.report import BY_PART, COLUMNS, plot, rows_of, table
@@ -67,6 +69,8 @@ def build_parser() -> Parser:
     )
     add("--budgets", type=listed(float), default=[0.75, 0.5, 0.35], metavar="SHARE,SHARE")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--kv-dtype", default="auto", metavar="NAME", help="int8 holds keys and values in 8 bits")
+    add("--quantize", metavar="int8", help="keep the weights of linear layers in 8 bits")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--seed", type=int, default=0)
@@ -87,8 +91,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     args.context = list(dict.fromkeys(args.context))
     check(args)
     set_threads(args.threads)
+    set_quiet(args.quiet)
     comparison = what_to_compare(args)
-    llm = LLM(args.model, policy="full", dtype=args.dtype, device=args.device, revision=args.revision)
+    how = {"dtype": args.dtype, "device": args.device, "quantize": args.quantize, "revision": args.revision}
+    how["kv_dtype"] = args.kv_dtype
+    llm = LLM(args.model, policy="full", **how)
     text = read_text(args.text)
     tokens = read_tokens(llm, text, args.text, max(args.context) + args.continuation)
     book = sentences(text)
@@ -144,7 +151,7 @@ def check(args: argparse.Namespace) -> None:
 def what_to_compare(args: argparse.Namespace) -> Comparison:
     """Policies and budgets; refuses what the model cannot hold, before its weights are loaded."""
     directory = locate(args.model, args.revision)
-    config = read_config(directory)
+    config = holding(read_config(directory, args.quantize), args.kv_dtype)
     layers = config.num_hidden_layers
     config.check_length(max(args.context), max(args.continuation, args.generate), "the longest context")
     if args.policies is None:

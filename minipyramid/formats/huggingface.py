@@ -5,6 +5,7 @@ writes `rope_parameters` and `dtype`. What the engine does not implement (a bias
 rope type) is an error here and never an approximation later.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ ROPE_DEFAULTS = {"rope_theta": 10000.0, "factor": 1.0, "low_freq_factor": 1.0, "
 Fields = dict[str, Any]
 
 
-def read_config(directory: Path) -> ModelConfig:
+def read_config(directory: Path, quantize: str | None = None) -> ModelConfig:
     """Read `config.json` and the ids that end a text in `generation_config.json`, or Meta's `params.json`.
+
+    `quantize` is what plain weights are to become.
 
     Raises:
         CheckpointError: a file is missing or not JSON.
@@ -42,18 +45,32 @@ def read_config(directory: Path) -> ModelConfig:
     if not file.exists() and (directory / "params.json").exists():
         from minipyramid.formats.meta import config_fields
 
-        return config_of(config_fields(directory), str(directory / "params.json"))
+        return config_of(config_fields(directory), str(directory / "params.json"), quantize=quantize)
     raw = read_json(file)
     more = read_json(directory / "generation_config.json", optional=True)
-    return config_of(raw, str(file), more.get("eos_token_id"))
+    return config_of(raw, str(file), more.get("eos_token_id"), quantize)
 
 
-def config_of(raw: Fields, source: str = "config.json", more_eos: Any = None) -> ModelConfig:
+def config_of(
+    raw: Fields, source: str = "config.json", more_eos: Any = None, quantize: str | None = None
+) -> ModelConfig:
     """The same from the fields themselves; messages begin with `source`."""
+    settings = raw.get("quantization_config")
+    if quantize is not None:
+        from minipyramid.formats.quantisation import check_quantize
+
+        check_quantize(quantize, settings)
     try:
-        return _model(raw, more_eos)
+        config = _model(raw, more_eos)
+        return replace(config, quantization=quantize if settings is None else _layout(settings))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _layout(settings: Any) -> Any:
+    from minipyramid.formats.quantisation import layout_of
+
+    return layout_of(settings)
 
 
 def _model(raw: Fields, more_eos: Any) -> ModelConfig:
@@ -63,7 +80,6 @@ def _model(raw: Fields, more_eos: Any) -> ModelConfig:
     raw = _without_nulls(raw)
     if str(raw.get("model_type")).startswith("qwen") and not raw.get("use_sliding_window"):
         raw.pop("sliding_window", None)  # its files give one, whether it is used or not
-    _refuse_quantised(raw.get("quantization_config"))
     _refuse_unsupported(raw)
     sizes = {name: _positive(raw, name) for name in SIZES}
     context = _positive(raw, "max_position_embeddings")
@@ -132,13 +148,6 @@ def _refuse_unsupported(raw: Fields) -> None:
         if given and value not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise ConfigError(f"{name} is {value!r}, which is not implemented; expected {expected}")
-
-
-def _refuse_quantised(settings: Any) -> None:
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        problem = f"the weights are quantised by {method or 'an unnamed method'}, which is not implemented"
-        raise ConfigError(f"quantization_config: {problem}; take the model's plain weights")
 
 
 def _positive(raw: Fields, name: str, default: float | None = None) -> Any:

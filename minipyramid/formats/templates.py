@@ -166,6 +166,7 @@ class Renderer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 encoding="utf-8",
+                start_new_session=True,  # Ctrl-C stops an answer, and is not for this process
             )
             weakref.finalize(self, _end, self._process)
             if not self._ask(self._process, "", START_S):

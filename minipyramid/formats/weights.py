@@ -3,10 +3,12 @@
 A format gives its tensors as `Stored`, under Hugging Face's names; everything else is done here for all.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,14 @@ from minipyramid.config import ModelConfig, read_json
 from minipyramid.errors import CheckpointError
 from minipyramid.formats.names import Sources, parameter_sources
 
+if TYPE_CHECKING:
+    from minipyramid.quantised import Packed, Quantised
+
 Progress = Callable[[int, int], None] | None
+log = logging.getLogger("minipyramid")
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens"
+UNPACKED = "minipyramid: %s weights (%s) become %s and take its bytes: torch has no product for them here"
+AT_LOAD = "int8"  # what `quantize` makes of plain weights
 
 
 @dataclass(frozen=True)
@@ -24,28 +33,61 @@ class Stored:
 
     path: Path
     shape: list[int]
-    read: Callable[[], Tensor]
+    read: Callable[[], "Tensor | Quantised"]
 
 
 def read_parameters(
     directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress = None
-) -> dict[str, Tensor]:
-    """Every parameter by its name, cast to `dtype`, on `device`.
+) -> "dict[str, Tensor | Packed]":
+    """Every parameter by its name, cast to `dtype`, on `device`; quantised weights in the form for products.
 
     Raises `CheckpointError` if a file is missing or damaged, or a tensor missing, left over or misshapen.
     """
-    sources, state = parameter_sources(config), dict[str, Tensor]()
+    sources, state = parameter_sources(config), dict[str, "Tensor | Packed"]()
     with ExitStack() as stack:
         tensors = _open(directory, config, stack)
+        if config.quantization and config.quantization != AT_LOAD:
+            from minipyramid.formats.quantisation import gather
+
+            shapes = dict(part for parts in sources.values() for part in parts)
+            tensors = gather(tensors, shapes, config.quantization)
         # Like transformers: the head is tied if it is absent or equal, and one that differs is kept.
-        if config.tie_word_embeddings and "lm_head.weight" not in tensors:
-            del sources["lm_head.weight"]
+        is_tied = config.tie_word_embeddings and HEAD not in tensors
+        if is_tied:
+            del sources[HEAD]
         _check_shapes(directory, tensors, sources)
+        unpacked = 0
         for name, parts in sources.items():
-            state[name] = torch.cat([_read(tensors[part], part, dtype) for part, _ in parts]).to(device)
+            read = [_read(tensors[part], part, dtype) for part, _ in parts]
+            if name == HEAD and config.tie_word_embeddings and _are_equal(read[0], state[EMBEDDING]):
+                is_tied = True
+                continue
+            state[name] = parameter_of(name, read, config, dtype, device)
+            unpacked += isinstance(state[name], Tensor) and not all(isinstance(t, Tensor) for t in read)
             if progress:
                 progress(len(state), len(sources))
+        if is_tied:
+            state[HEAD] = parameter_of(HEAD, [state[EMBEDDING]], config, dtype, device)
+    if unpacked:
+        log.warning(UNPACKED, unpacked, config.quantization.method, str(dtype).removeprefix("torch."))
     return state
+
+
+def parameter_of(
+    name: str, parts: list[Any], config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> "Tensor | Packed":
+    """A parameter of the tensors that it joins."""
+    # Of all parameters only linear layers' have such names.
+    if config.quantization and name.endswith(".weight"):
+        from minipyramid.quantised import joined_form
+
+        return joined_form(parts, dtype, device, in_int8=config.quantization == AT_LOAD)
+    whole: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole.to(device)
+
+
+def _are_equal(head: Any, embedding: Any) -> bool:
+    return isinstance(head, Tensor) and torch.equal(head.to(embedding.device), embedding)
 
 
 def _open(directory: Path, config: ModelConfig, stack: ExitStack) -> dict[str, Stored]:
@@ -95,11 +137,16 @@ def _check_shapes(directory: Path, tensors: dict[str, Stored], sources: Sources)
             raise CheckpointError(f"{directory} holds {name}, no tensor of this Llama; check config.json")
 
 
-def _read(stored: Stored, name: str, dtype: torch.dtype) -> Tensor:
-    """One tensor, cast to `dtype`; raises `CheckpointError` if it is quantised or not finite."""
+def _read(stored: Stored, name: str, dtype: torch.dtype) -> "Tensor | Quantised":
+    """One tensor, cast to `dtype`, or a quantised weight.
+
+    Raises `CheckpointError` if the tensor holds no plain numbers, or some that are not finite.
+    """
     tensor = stored.read()
-    if not tensor.is_floating_point():
-        expected = "expected floating point; quantised weights are not read"
+    if not isinstance(tensor, Tensor):
+        return tensor
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        expected = "expected float32, bfloat16 or float16, or quantised as config.json says, with its scales"
         raise CheckpointError(f"{stored.path}: {name} holds {tensor.dtype}, {expected}")
     tensor = tensor.to(dtype)
     if not tensor.isfinite().all():

@@ -51,8 +51,8 @@ class MiniPyramidLM(TemplateLM):
 
     Args:
         pretrained: a checkpoint's directory or a hub repository id.
-        policy, kv_budget, kv_memory, dtype, device, revision, compile: those of `LLM`. A context that is too
-            short for the budget runs without one, and `held` counts it.
+        policy, kv_budget, kv_memory, dtype, device, kv_dtype, quantize, revision, compile: those of
+            `LLM`. A context that is too short for the budget runs without one, and `held` counts it.
         max_length: tokens of a context and what follows; longer contexts lose their beginning.
         max_gen_toks: generated, where a task names no number.
         rolling_context: tokens of context before what is scored of a text that is longer than `max_length`;
@@ -69,6 +69,8 @@ class MiniPyramidLM(TemplateLM):
         kv_memory: int | str | None = None,
         dtype: str = "auto",
         device: str | None = None,
+        kv_dtype: str = "auto",
+        quantize: str | None = None,
         revision: str | None = None,
         compile: bool = False,
         max_length: int | None = None,
@@ -84,6 +86,8 @@ class MiniPyramidLM(TemplateLM):
             kv_memory=kv_memory,
             dtype=dtype,
             device=device or "auto",
+            kv_dtype=kv_dtype,
+            quantize=quantize,
             revision=revision,
             compile=compile,
         )

@@ -34,6 +34,8 @@ def build_parser() -> Parser:
     add("--max-new-tokens", type=int, default=256, metavar="N", help="where a request names none (256)")
     add("--grace", type=float, default=30.0, metavar="SECONDS", help="for what runs, at the end (30)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--kv-dtype", default="auto", metavar="NAME", help="int8 holds keys and values in 8 bits")
+    add("--quantize", metavar="int8", help="keep the weights of linear layers in 8 bits")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--compile", action="store_true", help="compile decode steps; slow to start")

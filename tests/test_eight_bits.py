@@ -1,0 +1,134 @@
+"""Keys and values in 8 bits: how much they are rounded, what they take, and that all else stays as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import STEEP, WEIGHTS, prompts_of
+
+from minipyramid import LLM, ConfigError, Conversation, SamplingParams
+from minipyramid.attention import attend_each
+from minipyramid.cache import KVCache
+from minipyramid.eight_bits import LARGEST, EightBits, holding, rounded
+from minipyramid.generate import main
+from minipyramid.need import Need
+
+POLICIES: list[Any] = ["full", "streaming", "h2o", "snapkv", "pyramidkv", "keydiff", "random", STEEP]
+
+
+@pytest.fixture(scope="module")
+def eight(tiny_dir: Path) -> LLM:
+    return LLM(tiny_dir, policy="full", kv_dtype="int8")
+
+
+# --- numbers ---
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-4, 1.0, 300.0])
+def test_no_component_is_off_by_more_than_half_a_scale(size: float) -> None:
+    x = size * torch.randn(5, 3, 40, 16, generator=torch.Generator().manual_seed(0))
+    x[2, 1] = 0  # nothing to divide by
+    held = rounded(x)
+    off = (held.to(torch.float32) - x).abs()
+    scales = x.abs().amax(-1, keepdim=True) / LARGEST
+    # The scale itself is rounded to float16: to a part in 2,048, or to whole multiples of 2 ** -24.
+    assert (off <= 0.5 * scales + LARGEST * (scales / 2048 + 2**-25)).all()
+    assert (held.to(torch.float32)[2, 1] == 0).all()
+
+
+def test_what_is_copied_is_not_rounded_again() -> None:
+    """A row that moves, and a token that survives a compaction, would lose a little each time."""
+    held = EightBits.zeros((4, 2, 10, 8), torch.device("cpu"))
+    held[1] = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(1))
+    held[3] = held[1]
+    held[3, :, 2:5] = held[1, :, torch.tensor([4, 7, 9])]
+    assert torch.equal(held.numbers[3, :, 2:5], held.numbers[1][:, [4, 7, 9]])
+    assert torch.equal(held.scales[3, :, 2:5], held.scales[1][:, [4, 7, 9]])
+    assert torch.equal(held.numbers[3, :, 5:], held.numbers[1, :, 5:])
+
+
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("B", [1, 5, 8])
+def test_attention_is_that_over_what_the_numbers_stand_for(B: int, H: int, K: int) -> None:
+    generator = torch.Generator().manual_seed(B)
+    q = torch.randn(B, H, 8, generator=generator)
+    keys, values = (rounded(torch.randn(B, K, 21, 8, generator=generator)) for _ in range(2))
+    ends = torch.randint(1, 21, (B,), generator=generator)
+    for is_held in (None, torch.arange(21) <= ends[:, None]):
+        out, probs = attend_each(q, keys, values, is_held)
+        expected = attend_each(q, keys.to(torch.float32), values.to(torch.float32), is_held)
+        torch.testing.assert_close(out, expected[0])
+        torch.testing.assert_close(probs, expected[1])
+
+
+# --- in the engine ---
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_batch_gives_the_single_runs_texts_and_holds_what_was_planned(eight: LLM, policy: Any) -> None:
+    llm = eight.under(policy, kv_budget=None if policy in ("full", STEEP) else 0.6)
+    prompts = prompts_of([90, 31, 57, 90])
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    together = llm.generate(prompts, params)
+    for prompt, completion in zip(prompts, together, strict=True):
+        assert completion.token_ids == llm.generate(prompt, params)[0].token_ids
+        plan = llm.plan([len(prompt)], 40)
+        assert completion.kv_lengths == plan.kv_lengths[0]
+        assert completion.kv_bytes == plan.kv_bytes
+
+
+def test_its_bytes_are_counted_with_their_scales(eight: LLM) -> None:
+    """With head size 64 they are 51.6 % of bf16's; a plan that left the scales out would promise too much."""
+    config = LLM(WEIGHTS, policy="full", kv_dtype="int8").config
+    of_bf16 = holding(config, "auto").kv_bytes_per_token(2)
+    assert config.kv_bytes_per_token(4) == config.kv_bytes_per_token(2) < 0.53 * of_bf16
+    cache = KVCache.allot(eight.config, Need((7, 5, 3)), 2, torch.float32, torch.device("cpu"))
+    slabs = [part for slab in cache.keys + cache.values for part in (slab.numbers, slab.scales)]
+    assert sum(part.nbytes for part in slabs) == 2 * cache.need.bytes(eight.config.kv_bytes_per_token(4))
+
+
+def test_a_conversation_carries_them_on(eight: LLM) -> None:
+    """Turn by turn the text is that of a run whose earlier turns were rounded just as often: once."""
+    first, second = prompts_of([40, 12])
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+    conversation = Conversation()
+    for _ in eight.stream(first, params, conversation):
+        pass
+    assert conversation.held is not None
+    before = [(k.clone(), v.clone()) for k, v, _ in conversation.held.layers]
+    for _ in eight.stream(second, params, conversation):
+        pass
+    for (k, v, _), (old_k, old_v) in zip(conversation.held.layers, before, strict=True):
+        torch.testing.assert_close(k[:, : old_k.shape[1]], old_k)
+        torch.testing.assert_close(v[:, : old_v.shape[1]], old_v)
+
+
+def test_the_embedded_checkpoint_hardly_notices() -> None:
+    """The text's next tokens are scored through the rounded cache of a prompt."""
+    plain, rounding = (LLM(WEIGHTS, policy="full", dtype="float32", kv_dtype=d) for d in ("auto", "int8"))
+    tokens = plain.engine.encode((WEIGHTS.parent / "books-sample.txt").read_text()[:2000], "the book")
+    scores = [torch.tensor(llm.score(tokens[:300], tokens[300:400])) for llm in (plain, rounding)]
+    assert not torch.equal(*scores)
+    assert (scores[0].mean() - scores[1].mean()).abs() < 0.005
+
+
+@pytest.mark.parametrize(("value", "error"), [("int4", ConfigError), ("", ConfigError), (8, TypeError)])
+def test_other_formats_are_refused(tiny_dir: Path, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="kv_dtype is "):
+        LLM(tiny_dir, kv_dtype=value)
+
+
+def test_the_command_plans_them(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = f"--model {tiny_dir} --policy full --plan --prompt-tokens 50 --max-new-tokens 10 --json".split()
+    plans = []
+    for kv_dtype in ("auto", "int8"):
+        assert main([*asked, "--kv-dtype", kv_dtype]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[1]["kv_lengths"] == plans[0]["kv_lengths"]
+    assert plans[1]["kv_bytes"] * 4 * 8 == plans[0]["kv_bytes"] * (8 + 2)  # head size 8, in float32
+    assert main([*asked, "--kv-dtype", "int4"]) == 2
+    assert "kv_dtype is 'int4', expected auto or int8" in capsys.readouterr().err
