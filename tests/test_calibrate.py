@@ -28,13 +28,13 @@ from pass_through import insert_layers
 
 from minipyramid import LLM, RequestError
 from minipyramid.calibrate.__main__ import computed_at, main
-from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, loss
-from minipyramid.calibrate.find import Search
+from minipyramid.calibrate.contexts import Contexts, Loss, Window, cut_windows, loss
+from minipyramid.calibrate.find import Found, Search
 from minipyramid.calibrate.fit import LineFit
 from minipyramid.calibrate.search import NEWEST, Point, allot, cut_level, cuts, hull_below, lower_hull
 from minipyramid.calibrate.settings import check_replaced, write_profile
 from minipyramid.policies import load_policy
-from minipyramid.policies.profile import Profile
+from minipyramid.policies.profile import Level, Profile
 from minipyramid.policies.scores import features
 from minipyramid.policy import Seen
 
@@ -324,6 +324,23 @@ def test_so_little_that_no_layer_computes_all_becomes_more(
     (level,) = search.find([(0.05, float(computed))]).levels
     assert level.share == pytest.approx(0.05)
     assert level.computed[0] == 1
+
+
+@pytest.mark.parametrize(("holding", "computed"), [(0.05, 0.4), (0.03, 0.45)])
+def test_more_is_computed_where_a_cut_costs_more_than_holding_less(
+    holding: float, computed: float, tiny: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut before the layer that looks back was taken at up to four times that, and lost most answers."""
+    search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
+    costs = {0.4: 0.04, 0.45: 0.02}  # of a cut, by the share of token-layers that is computed
+
+    def told(contexts: Contexts, level: Level) -> Loss:
+        return Loss(costs[round(sum(level.computed) / 3, 4)], 0.0)
+
+    monkeypatch.setattr(search, "loss", told)
+    curve = [Point(0.1, holding / 3, NEWEST), Point(1.0, 0.0, NEWEST)]
+    level = search.cut(Found([curve] * 3), 0.1, 0.4)
+    assert sum(level.computed) / 3 == pytest.approx(computed)
 
 
 def test_a_disk_that_is_full_leaves_the_former_files_and_no_others(tmp_path: Path) -> None:

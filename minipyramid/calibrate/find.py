@@ -26,8 +26,10 @@ from minipyramid.calibrate.search import (
 from minipyramid.policies.profile import Level
 
 # A budget's share of token-layers that are computed rises by a step at a time while the cut costs more than
-# so many times what holding less does, and more than so many nats: looking back is then not over.
-STEP, DEAREST, CHEAP = 0.05, 4.0, 0.01
+# holding less does, and more than so many nats: looking back is then not over. (With four times as much
+# allowed, a model of 18 layers that looks back in layer 6 was cut behind layer 0, and kept 0.14 of the answers
+# at 8 %.)
+STEP, CHEAP = 0.05, 0.01
 Notice = Callable[[str], None]  # called after each measurement with what is being looked for
 
 
@@ -119,7 +121,7 @@ class Search:
                     cost = self.loss(self.computing(level), level).total
                     found.depths[computed].append((level.computed.count(1.0), cost))
             depth, cost = min(found.depths[computed], key=lambda measured: measured[1])
-            if cost < max(DEAREST * cost_of_holding, CHEAP):
+            if cost < max(cost_of_holding, CHEAP):
                 return next(x for x in cuts(self.layers, computed) if x.computed.count(1.0) == depth)
             computed += STEP
         return self.full.profile.levels[0]
