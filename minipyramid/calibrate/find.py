@@ -27,8 +27,8 @@ from minipyramid.policies.profile import Level
 
 # A budget's share of token-layers that are computed rises by a step at a time while the cut costs more than
 # holding less does, and more than so many nats: looking back is then not over. (With four times as much
-# allowed, a model of 18 layers that looks back in layer 6 was cut behind layer 0, and kept 0.14 of the answers
-# at 8 %.)
+# allowed, a model of 18 layers that looks back in layer 6 was cut behind layer 0, and kept 0.14 of the
+# answers at 8 %.)
 STEP, CHEAP = 0.05, 0.01
 Notice = Callable[[str], None]  # called after each measurement with what is being looked for
 
