@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -389,6 +390,21 @@ def test_eval_and_bench_take_the_flag(
     weights -= SHAPE["vocab_size"] * SHAPE["hidden_size"]
     keys_and_values = 2 * 2 * 64 * 4 * 16  # of 2 layers, 64 numbers of 4 bytes for each of 16 tokens
     assert row["read_bytes"] == weights + keys_and_values
+
+
+@pytest.mark.parametrize("command", ["generate", "serve", "eval", "bench", "calibrate", "demo"])
+def test_every_command_passes_the_flag_on(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == "serve":
+        pytest.importorskip("uvicorn")
+    name = "generate" if command == "generate" else f"{command}.__main__"
+    text = tmp_path / "text.txt"
+    text.write_text("The fox went home.")
+    more = {"generate": ["x"], "serve": ["--port", "0"], "calibrate": ["--text", str(text)]}
+    flags = [*more.get(command, []), "--model", str(write_checkpoint(tmp_path)), "--quantize", "int4"]
+    assert importlib.import_module(f"minipyramid.{name}").main(flags) == 2
+    assert capsys.readouterr().err == "minipyramid: error: quantize is 'int4', expected 'int8'\n"
 
 
 def test_one_line_tells_what_becomes_plain_unless_quiet(
