@@ -264,17 +264,21 @@ def in_8_bits(weight: torch.Tensor) -> torch.Tensor:
 def test_int8_gives_the_scores_of_rounded_weights(tied: bool, tmp_path: Path) -> None:
     plain, rounded = tmp_path / "plain", tmp_path / "rounded"
     write_checkpoint(plain, **{**SHAPE, "tie_word_embeddings": tied})
-    tensors = load_file(plain / "model.safetensors")
+    # Halved, as large as those of the layouts above: the others make 2 % of any rounding to bfloat16.
+    tensors = {
+        name: t / 2 if name.endswith("proj.weight") else t
+        for name, t in load_file(plain / "model.safetensors").items()
+    }
     if tied:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        save_file(tensors, plain / "model.safetensors")  # as older files have it
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # as older files have it
+    save_file(tensors, plain / "model.safetensors")
     is_linear = ("proj.weight", "lm_head.weight")
     meant = {name: in_8_bits(t) if name.endswith(is_linear) else t for name, t in tensors.items()}
     write_checkpoint(rounded, **{**SHAPE, "tie_word_embeddings": tied})
     save_file(meant, rounded / "model.safetensors")
     llm = LLM(plain, dtype="float32", policy="full", quantize="int8")
     assert forms(llm) == {"Int8"}
-    assert error(llm.prefill([IDS])[0].logits, scores(rounded)) < 2e-2
+    assert error(llm.prefill([IDS])[0].logits, scores(rounded)) < 1e-2
     del tensors["lm_head.weight"]
     if tied:  # the same where the file leaves it out
         save_file(tensors, plain / "model.safetensors")
