@@ -11,6 +11,7 @@ from minipyramid.bench.models import config_of, device_and_dtype
 from minipyramid.bench.work import make_work
 from minipyramid.bench.workers import take_turns
 from minipyramid.cli.terminal import readable
+from minipyramid.eight_bits import holding
 from minipyramid.need import Planner
 from minipyramid.policy import FULL
 
@@ -28,7 +29,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     work = make_work(args, config)
     check_budgets(planners, work)
     if args.versus:
-        per_token = config.kv_bytes_per_token(dtype.itemsize)
+        per_token = holding(config, "auto").kv_bytes_per_token(dtype.itemsize)
         planners[args.versus] = Planner(config, FULL, None, per_token)
     rates = measure_rates(dtype, device)
     figures = take_turns(list(planners), args.runs, argv)
