@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +18,13 @@ __all__ = ["TINY", "WEIGHTS", "random_tensors", "train_pieces", "write_checkpoin
 # `--hypothesis-profile=default` draws others.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    """A command that was run with --quiet keeps warnings back in its process, which is that of later tests."""
+    logging.getLogger("minipyramid").setLevel(logging.NOTSET)
+    yield
 
 
 @pytest.fixture(scope="session")
