@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("same")
 
 @pytest.fixture(autouse=True)
 def loud() -> Iterator[None]:
-    """A command that was run with --quiet keeps warnings back in its process, which is that of later tests."""
+    """A command that was run with --quiet keeps warnings back in its process: that of later tests."""
     logging.getLogger("minipyramid").setLevel(logging.NOTSET)
     yield
 
