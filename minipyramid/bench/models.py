@@ -32,6 +32,11 @@ def config_of(args: argparse.Namespace) -> ModelConfig:
     return holding(config, args.kv_dtype)
 
 
+def plain_kv_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token in one layer of another library's cache, which holds no 8 bits."""
+    return holding(config, "auto").kv_bytes_per_token(dtype.itemsize)
+
+
 def device_and_dtype(args: argparse.Namespace, config: ModelConfig) -> tuple[torch.device, torch.dtype]:
     """Where all methods run, and in which number format."""
     device = pick_device(args.device)

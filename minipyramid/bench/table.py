@@ -7,11 +7,10 @@ from typing import Any
 from minipyramid.bench.floors import floors, measure_rates, weight_bytes
 from minipyramid.bench.machine import machine_line, machine_of
 from minipyramid.bench.methods import check_budgets, planners_of
-from minipyramid.bench.models import config_of, device_and_dtype
+from minipyramid.bench.models import config_of, device_and_dtype, plain_kv_bytes
 from minipyramid.bench.work import make_work
 from minipyramid.bench.workers import take_turns
 from minipyramid.cli.terminal import readable
-from minipyramid.eight_bits import holding
 from minipyramid.need import Planner
 from minipyramid.policy import FULL
 
@@ -29,10 +28,10 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     work = make_work(args, config)
     check_budgets(planners, work)
     if args.versus:
-        per_token = holding(config, "auto").kv_bytes_per_token(dtype.itemsize)
-        planners[args.versus] = Planner(config, FULL, None, per_token)
+        planners[args.versus] = Planner(config, FULL, None, plain_kv_bytes(config, dtype))
     rates = measure_rates(dtype, device)
-    figures = take_turns(list(planners), args.runs, argv)
+    # Workers would each time which format is quicker, and might find otherwise.
+    figures = take_turns(list(planners), args.runs, [*argv, "--dtype", str(dtype).removeprefix("torch.")])
     rows = []
     for name, planner in planners.items():
         runs = figures[name]

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from minipyramid import RequestError
 from minipyramid.bench.methods import Run
-from minipyramid.bench.models import config_of, device_and_dtype, random_tensor
+from minipyramid.bench.models import config_of, device_and_dtype, plain_kv_bytes, random_tensor
 from minipyramid.bench.work import make_work
 from minipyramid.cli.shapes import PREFIX, shape_dict
-from minipyramid.eight_bits import holding
 from minipyramid.formats.names import parameter_sources
 
 
@@ -23,7 +22,7 @@ def transformers_method(args: argparse.Namespace) -> Run:
     device, dtype = device_and_dtype(args, config)
     model, work = load_model(args, device, dtype), make_work(args, config)
     size = args.fixed or len(work.prompts)
-    per_token = config.num_hidden_layers * holding(config, "auto").kv_bytes_per_token(dtype.itemsize)
+    per_token = config.num_hidden_layers * plain_kv_bytes(config, dtype)
 
     @torch.inference_mode()
     def run() -> dict[str, Any]:

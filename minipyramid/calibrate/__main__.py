@@ -22,6 +22,7 @@ from minipyramid.calibrate.fit import FIRST, NEWEST, LineFit
 from minipyramid.calibrate.picture import plot
 from minipyramid.calibrate.search import cut_level
 from minipyramid.calibrate.settings import check_replaced, write_profile
+from minipyramid.cli.loading import load_full
 from minipyramid.cli.plotting import check_plot
 from minipyramid.cli.terminal import (
     DEFAULT_MODEL,
@@ -91,8 +92,7 @@ def run(args: argparse.Namespace) -> None:
     budgets = check(args)
     set_threads(args.threads)
     set_quiet(args.quiet)
-    how = {"dtype": args.dtype, "device": args.device, "quantize": args.quantize, "revision": args.revision}
-    llm = LLM(args.model, policy="full", **how)
+    llm = load_full(args)
     out = out_file(args, llm)
     layers = llm.config.num_hidden_layers
     for context in args.context:

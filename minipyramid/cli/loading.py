@@ -1,6 +1,7 @@
 """The checkpoint that a command's flags name."""
 
 import argparse
+from typing import Any
 
 from minipyramid import LLM
 from minipyramid.cli.terminal import LoadingLine, set_quiet, set_threads
@@ -24,3 +25,9 @@ def load(args: argparse.Namespace) -> LLM:
             revision=args.revision,
             progress=None if args.quiet else line.update,
         )
+
+
+def load_full(args: argparse.Namespace, **more: Any) -> LLM:
+    """The same under the policy `full`, for a command that compares policies; without a line of progress."""
+    how = {"dtype": args.dtype, "device": args.device, "quantize": args.quantize, "revision": args.revision}
+    return LLM(args.model, policy="full", **how, **more)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from minipyramid import LLM, RequestError
+from minipyramid import RequestError
+from minipyramid.cli.loading import load_full
 from minipyramid.cli.plotting import check_plot
 from minipyramid.cli.terminal import (
     DEFAULT_MODEL,
@@ -93,9 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     set_threads(args.threads)
     set_quiet(args.quiet)
     comparison = what_to_compare(args)
-    how = {"dtype": args.dtype, "device": args.device, "quantize": args.quantize, "revision": args.revision}
-    how["kv_dtype"] = args.kv_dtype
-    llm = LLM(args.model, policy="full", **how)
+    llm = load_full(args, kv_dtype=args.kv_dtype)
     text = read_text(args.text)
     tokens = read_tokens(llm, text, args.text, max(args.context) + args.continuation)
     book = sentences(text)

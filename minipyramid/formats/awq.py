@@ -8,12 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minipyramid.formats.layout import FLOATS, Layout, Part, Settings, expect, group_size, unpack
+from minipyramid.formats.layout import (
+    FLOATS,
+    INT32,
+    Layout,
+    Part,
+    Settings,
+    expect,
+    group_size,
+    size_of,
+    unpack,
+)
 from minipyramid.quantised import Quantised
 
 BITS = 4
 ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where the eight outputs lie
-INT32 = (torch.int32,)
 
 
 @dataclass(frozen=True)
@@ -28,22 +37,19 @@ class Awq:
 
     def parts(self, rows: int, columns: int) -> dict[str, Part]:
         """See `Layout`."""
-        groups = -(-columns // self._group(columns))
+        groups = -(-columns // size_of(self.group, columns))
         return {
             "qweight": Part([[columns, -(-rows // 8)]], INT32),
             "qzeros": Part([[groups, -(-rows // 8)]], INT32),
             "scales": Part([[groups, rows]], FLOATS),
         }
 
-    def _group(self, columns: int) -> int:
-        return columns if self.group == -1 else self.group
-
     def read(self, parts: dict[str, Tensor], rows: int, columns: int) -> Quantised:
         """See `Layout`."""
         values, zeros = (_unpack(parts[name])[:, :rows] - 8 for name in ("qweight", "qzeros"))
         scales = parts["scales"].float()
         values = values.to(torch.int8).T.contiguous()
-        return Quantised(values, scales.T, zeros.to(torch.int16).T, self._group(columns), BITS)
+        return Quantised(values, scales.T, zeros.to(torch.int16).T, size_of(self.group, columns), BITS)
 
 
 def _unpack(packed: Tensor) -> Tensor:

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from minipyramid.errors import ConfigError
-from minipyramid.formats.layout import FLOATS, Layout, Part, Settings, expect, group_size, unpack
+from minipyramid.formats.layout import (
+    FLOATS,
+    INT32,
+    Layout,
+    Part,
+    Settings,
+    expect,
+    group_size,
+    size_of,
+    unpack,
+)
 from minipyramid.formats.scaled import FLOAT8, Blocks, Scaled, block_of
 from minipyramid.quantised import Quantised
 
@@ -39,7 +49,7 @@ class PackedRows:
         per_int = 32 // self.bits
         zeros = [[-(-down // per_int), across], [down, across]]  # packed, or by older versions as they are
         return {
-            "weight_packed": Part([[rows, -(-columns // per_int)]], (torch.int32,)),
+            "weight_packed": Part([[rows, -(-columns // per_int)]], INT32),
             "weight_scale": Part([[down, across], *([[1]] if down * across == 1 else [])], FLOATS),
             "weight_shape": Part([[2]], (torch.int32, torch.int64)),
             "weight_zero_point": Part(zeros, (torch.int32, torch.int8), optional=self.symmetric),
@@ -56,7 +66,7 @@ class PackedRows:
             if given.dtype == torch.int32:
                 given = unpack(given, self.bits, 0) - (1 << self.bits - 1)
             zeros = self.blocks.spread(given[:rows].to(torch.int16), rows)
-        group = columns if self.blocks.columns == -1 else self.blocks.columns
+        group = size_of(self.blocks.columns, columns)
         return Quantised(values.to(torch.int8), scales, zeros, group, self.bits)
 
 

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from minipyramid.errors import ConfigError
-from minipyramid.formats.layout import FLOATS, Layout, Part, Settings, expect, group_size, unpack
+from minipyramid.formats.layout import (
+    FLOATS,
+    INT32,
+    Layout,
+    Part,
+    Settings,
+    expect,
+    group_size,
+    size_of,
+    unpack,
+)
 from minipyramid.quantised import Quantised
-
-INT32 = (torch.int32,)
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Gptq:
 
     def parts(self, rows: int, columns: int) -> dict[str, Part]:
         """See `Layout`."""
-        per_int, groups = 32 // self.bits, -(-columns // self._group(columns))
+        per_int, groups = 32 // self.bits, -(-columns // size_of(self.group, columns))
         return {
             "qweight": Part([[-(-columns // per_int), rows]], INT32),
             "qzeros": Part([[groups, -(-rows // per_int)]], INT32),
@@ -37,12 +45,9 @@ class Gptq:
             "bias": Part([[rows]], FLOATS, optional=True),
         }
 
-    def _group(self, columns: int) -> int:
-        return columns if self.group == -1 else self.group
-
     def read(self, parts: dict[str, Tensor], rows: int, columns: int) -> Quantised:
         """See `Layout`."""
-        group, half = self._group(columns), 1 << self.bits - 1
+        group, half = size_of(self.group, columns), 1 << self.bits - 1
         index, bias = parts.get("g_idx"), parts.get("bias")
         if index is not None and not torch.equal(index, (torch.arange(columns) // group).int()):
             raise ValueError("has groups in act-order, which is not implemented")

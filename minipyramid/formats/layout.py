@@ -9,6 +9,7 @@ from torch import Tensor
 from minipyramid.errors import ConfigError, check_number
 from minipyramid.quantised import Quantised
 
+INT32 = (torch.int32,)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 Settings = dict[str, Any]
 
@@ -68,6 +69,11 @@ def group_size(settings: Settings, default: int) -> int:
     return int(
         check_number("group_size", default if value is None else value, limits, ConfigError, ConfigError)
     )
+
+
+def size_of(block: int, whole: int) -> int:
+    """Rows or columns that share a scale, where -1 stands for all of them."""
+    return whole if block == -1 else block
 
 
 def unpack(packed: Tensor, bits: int, axis: int) -> Tensor:

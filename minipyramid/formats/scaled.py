@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minipyramid.errors import ConfigError
-from minipyramid.formats.layout import FLOATS, Layout, Part, Settings, expect
+from minipyramid.formats.layout import FLOATS, Layout, Part, Settings, expect, size_of
 from minipyramid.quantised import Quantised
 
 FLOAT8 = torch.float8_e4m3fn
@@ -24,15 +24,13 @@ class Blocks:
 
     def of(self, rows: int, columns: int) -> list[int]:
         """How many blocks a weight has.  [down, across]"""
-        return [
-            -(-n // (n if size == -1 else size)) for n, size in ((rows, self.rows), (columns, self.columns))
-        ]
+        return [-(-n // size_of(size, n)) for n, size in ((rows, self.rows), (columns, self.columns))]
 
     def spread(self, scales: Tensor, rows: int) -> Tensor:
         """What blocks have, for each row.  -> [out, G]"""
         if scales.dim() < 2:  # one for the whole weight
             scales = scales.view(1, 1)
-        return scales.repeat_interleave(rows if self.rows == -1 else self.rows, 0)[:rows]
+        return scales.repeat_interleave(size_of(self.rows, rows), 0)[:rows]
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,7 @@ class Scaled:
         zeros = torch.zeros_like(scales, dtype=torch.int16)
         if "weight_zero_point" in parts:
             zeros = self.blocks.spread(parts["weight_zero_point"].to(torch.int16), rows)
-        group = columns if self.blocks.columns == -1 else self.blocks.columns
-        return Quantised(parts["weight"], scales, zeros, group, self.bits)
+        return Quantised(parts["weight"], scales, zeros, size_of(self.blocks.columns, columns), self.bits)
 
 
 def fp8_layout(settings: Settings) -> Layout:
