@@ -61,6 +61,13 @@ class Row:
         lines = max(len(head) for head in heads)
         self.kept[layer] = torch.cat([head.expand(lines, -1) for head in heads], dim=1)
 
+    def copy_beginning(self, other: "Row", count: int) -> None:
+        """Hold the first `count` tokens of another row, of which nothing was dropped, and nothing else."""
+        for layer in range(len(self.lengths)):
+            k, v = other.read(layer)
+            self.write(layer, k[:, :count], v[:, :count], torch.arange(count, device=k.device))
+        self.position = count
+
     def copy_out(self) -> "HeldTokens":
         """All that is held, apart from the slabs."""
         layers = []

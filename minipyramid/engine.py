@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -248,10 +247,14 @@ class Engine:
             else:  # there was no memory after all
                 self._let_go(sequence)
         while left:
-            ends = accumulate(len(sequence.prompt) for sequence, _ in left)
-            count = max(1, sum(end <= PROMPTS_AT_ONCE[self.device.type] for end in ends))
-            self._try_prompts(left[:count])
-            left = left[count:]
+            together = left
+            if len(self.scheduler.running) > 1:
+                from minipyramid.beginnings import next_together  # a single prompt does without
+
+                most = PROMPTS_AT_ONCE[self.device.type]
+                together = next_together(left, self.scheduler.running.values(), most)
+            self._try_prompts(together)
+            left = left[len(together) :]
 
     def _try_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
         """Compute some prompts; where that fails (a policy may raise), each by itself, so one fails alone."""
@@ -264,14 +267,17 @@ class Engine:
                     self._let_go(sequence)
                 elif not (sequence.ended or sequence.completion.token_ids):  # others are past it
                     row.adopt(sequence.earlier)
+                    sequence.completion.shared_tokens = 0
                     self._try_prompts([(sequence, row)])
 
     def _compute_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
         began = time.perf_counter()
-        ids = self._tensor([token for sequence, _ in together for token in sequence.prompt])
+        # What a row already holds of its prompt was computed for another one that begins alike.
+        to_compute = [s.prompt[s.completion.shared_tokens :] for s, _ in together]
+        ids = self._tensor([token for tokens in to_compute for token in tokens])
         spans = [
-            Span(row, len(s.prompt), s.policy, seed=sum(s.prompt), scores=self._look_over(s, row))
-            for s, row in together
+            Span(row, len(tokens), s.policy, seed=sum(s.prompt), scores=self._look_over(s, row))
+            for (s, row), tokens in zip(together, to_compute, strict=True)
         ]
         logits = self.model.logits(self.model.extend(ids, spans))  # [B, vocab_size]
         writes = [i for i, (sequence, _) in enumerate(together) if sequence.request.continuation is None]

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from minipyramid.attention import attend, attend_each
 from minipyramid.cache import KVCache, LayerCache, Span
 from minipyramid.config import ModelConfig
-from minipyramid.errors import ConfigError
 from minipyramid.linear import Linear
-from minipyramid.policy import Policy, Seen
+from minipyramid.policy import Seen
 from minipyramid.rope import inverse_frequencies, rotate_, rotations
 
 # Tokens that the feed-forward runs over at a time, by device. Its activation (2 * intermediate_size) is the
@@ -122,8 +121,7 @@ def attend_and_hold(
     seed = span.seed * len(row.lengths) + layer
     seen = Seen(q, keys, values, of_all, layer, span.count, seed, scores)
     if held < T:
-        shapes = [(held,), (len(k), held)]
-        chosen = checked(span.policy.hold(seen, held), shapes, seen, span.policy)
+        chosen = span.policy.hold(seen, held)  # [held] or [K, held]
         positions = positions[chosen]
         slots = chosen.expand(len(k), -1)[..., None].expand(-1, -1, k.shape[2])  # [K, held, D]
         k, v = k.gather(1, slots), v.gather(1, slots)
@@ -131,24 +129,9 @@ def attend_and_hold(
     if newest_only:
         return out, torch.tensor([T - 1], device=q.device)
     if passed_on < T:
-        which = checked(span.policy.pass_on(seen, passed_on), [(passed_on,)], seen, span.policy)
+        which = span.policy.pass_on(seen, passed_on)
         return out[which], which
     return out, torch.arange(T, device=q.device)
-
-
-def checked(chosen: Tensor, shapes: list[tuple[int, ...]], seen: Seen, policy: Policy) -> Tensor:
-    """What a policy has chosen of the T tokens, if it is ascending indices of one of these shapes."""
-    T, device = len(seen.q), seen.q.device
-    is_index = isinstance(chosen, Tensor) and chosen.dtype == torch.int64 and chosen.device == device
-    if is_index and chosen.shape in shapes:
-        around = F.pad(F.pad(chosen, (1, 0), value=-1), (0, 1), value=T)
-        # Values are looked at on a CPU only, for that would wait for another device in every layer.
-        if device.type != "cpu" or (around.diff() > 0).all():
-            return chosen
-    allowed = " or ".join(str(list(shape)) for shape in shapes)
-    expected = f"ascending indices of {T} tokens in a tensor of shape {allowed}, torch.int64, on {device}"
-    shown = " ".join(repr(chosen).split())  # a tensor's has line breaks
-    raise ConfigError(f"{type(policy).__name__} has chosen {shown:.60}, expected {expected}")
 
 
 class Model(nn.Module):

@@ -58,6 +58,7 @@ class Completion:
     kv_lengths: list[int] = field(default_factory=list)  # per layer, tokens held at the end
     kv_bytes: int = 0  # of keys and values held at the end
     kv_bytes_full: int = 0  # what the full cache would hold
+    shared_tokens: int = 0  # first tokens of the prompt that were computed for another one that begins alike
     prefill_s: float = 0.0  # seconds in which its prompt was computed, with those that started together
     decode_s: float = 0.0  # seconds of the steps that it took part in
 

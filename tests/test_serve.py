@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import prompts_of
 
 from minipyramid import LLM, Engine, Request, SamplingParams
 from minipyramid.serve.__main__ import main
@@ -185,6 +186,18 @@ def test_several_prompts_and_choices_come_in_order(server: Server, tiny: LLM) ->
     assert streamed == expected
     ids = server.client.completions.create(model=server.model, prompt=[[1, 5], [1, 7, 9]], max_tokens=3)
     assert ids.usage.prompt_tokens == 5
+
+
+def test_the_usage_tells_what_another_request_had_computed(server: Server, tiny: LLM) -> None:
+    """Four choices compute their prompt once: three take all of it but the last token, which is asked."""
+    (prompt,) = prompts_of([150])
+    how = {"max_tokens": 5, "temperature": 1.0, "seed": 3, "n": 4, "extra_body": {"ignore_eos": True}}
+    answer = server.client.completions.create(model=server.model, prompt=prompt, **how)
+    assert answer.usage.prompt_tokens == 150
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3 * 149
+    for i, choice in enumerate(answer.choices):
+        single = alone(tiny, prompt, max_new_tokens=5, temperature=1.0, seed=3 + i, ignore_eos=True)
+        assert choice.text == single.text
 
 
 def test_a_stop_text_ends_a_choice(server: Server, tiny: LLM) -> None:

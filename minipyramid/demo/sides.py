@@ -28,6 +28,7 @@ from minipyramid.demo.kept import Kept
 from minipyramid.demo.picture import Picture, Prompt, Side, Text
 from minipyramid.demo.tokens import tokens_of
 from minipyramid.policies import POLICIES, SPLIT, class_of
+from minipyramid.policies.own import Own
 from minipyramid.tokenizer import Tokenizer
 
 KV_BUDGET = 0.5  # where neither a policy nor a budget is given
@@ -96,8 +97,9 @@ def side_name(policy: Policy, asked: str) -> str:
     """What a policy is called beside the full cache; `asked` is what it was asked for by."""
     if asked.endswith(SPLIT):
         return asked
-    named = [name for name in POLICIES if class_of(name) is type(policy)]
-    return named[0] if named else type(policy).__name__.lower()
+    kind = type(policy.policy if isinstance(policy, Own) else policy)
+    named = [name for name in POLICIES if class_of(name) is kind]
+    return named[0] if named else kind.__name__.lower()
 
 
 def run_side(name: str, llm: LLM, tokenizer: Tokenizer, cases: list[Case], new_tokens: int) -> Side:

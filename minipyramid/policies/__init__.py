@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minipyramid.config import read_json
 from minipyramid.errors import ConfigError, expect_type, nearest
+from minipyramid.policies.own import checked
 from minipyramid.policy import Policy
 from minipyramid.presets import PRESETS
 from minipyramid.pyramid import PyramidConfig
@@ -44,7 +45,7 @@ def pick_policy(policy: AnyPolicy, directory: Path, layers: int) -> Policy:
         ConfigError: a name is not known, or a setting cannot be.
     """
     if isinstance(policy, Policy):
-        return policy
+        return checked(policy)
     expect_type("policy", policy, (str, Path), "a policy's or preset's name, a path or a configuration")
     name = str(policy)
     if isinstance(policy, Path) or name.endswith(".json"):
@@ -96,7 +97,7 @@ def by_default(name: str) -> Policy:
     """A policy with its default settings."""
     kind = class_of(name)
     try:
-        return kind()
+        return checked(kind())
     except TypeError as error:
         raise ConfigError(f"policy {name} has no default for a setting ({error}); give it one") from error
 

@@ -50,10 +50,12 @@ class Answer:
             )
         return {**self.head, "choices": choices, "usage": self.usage(completions)}
 
-    def usage(self, completions: list[Completion]) -> dict[str, int]:
+    def usage(self, completions: list[Completion]) -> dict[str, Any]:
         """Tokens; a prompt counts once, however many choices it has."""
         prompts, new = self.asked.prompt_tokens, sum(len(done.token_ids) for done in completions)
-        return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+        shared = {"cached_tokens": sum(done.shared_tokens for done in completions)}
+        counts = {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+        return {**counts, "prompt_tokens_details": shared}
 
     def begin(self) -> list[bytes]:
         """What a stream of a chat begins with: who speaks."""

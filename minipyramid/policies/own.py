@@ -1,0 +1,107 @@
+"""A policy of a user's own, each of whose answers is checked before the engine relies on it.
+
+The policies of this package answer what they must, which the tests see to. What somebody is trying out may
+not: a layer with one token too many would write over another sequence's, and an index that is no token's
+would read what nobody has put there.
+"""
+
+from dataclasses import dataclass
+from operator import le
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipyramid.errors import ConfigError
+from minipyramid.policy import Compute, Generation, Policy, Seen
+
+
+def checked(policy: Policy) -> Policy:
+    """The policy itself if it is of this package, else with its answers checked."""
+    return policy if type(policy).__module__.partition(".")[0] == "minipyramid" else Own(policy)
+
+
+@dataclass(frozen=True)
+class Own(Policy):
+    """Answers as `policy` does; raises `ConfigError` where that is no answer."""
+
+    policy: Policy
+
+    def computed(self, prompt_tokens: int, layers: int) -> list[int]:
+        """See `Policy`."""
+        return self._lists(prompt_tokens, layers)[0]
+
+    def held(self, prompt_tokens: int, layers: int) -> list[int]:
+        """See `Policy`."""
+        return self._lists(prompt_tokens, layers)[1]
+
+    def _lists(self, prompt_tokens: int, layers: int) -> tuple[list[int], list[int]]:
+        computed = self.policy.computed(prompt_tokens, layers)
+        held = self.policy.held(prompt_tokens, layers)
+        if are_counts(computed, layers, 1) and are_counts(held, layers, 0):
+            falls = computed[0] == prompt_tokens and sorted(computed, reverse=True) == list(computed)
+            if falls and all(map(le, held, computed)):
+                return list(computed), list(held)
+        lists = f"{self._name} computes {computed!r:.80} and holds {held!r:.80}"
+        rule = (
+            f"all {prompt_tokens} tokens computed first, then never more, and no layer to hold more than that"
+        )
+        raise ConfigError(f"{lists} in {layers} layers; expected {rule}")
+
+    def look_over(self, ids: list[int], compute: Compute) -> list[Tensor] | None:
+        """See `Policy`."""
+        return self.policy.look_over(ids, compute)
+
+    def looked_over(self, prompt_tokens: int, layers: int) -> int:
+        """See `Policy`."""
+        return self.policy.looked_over(prompt_tokens, layers)
+
+    def pass_on(self, seen: Seen, count: int) -> Tensor:
+        """See `Policy`."""
+        return self._indices(self.policy.pass_on(seen, count), [(count,)], seen)
+
+    def hold(self, seen: Seen, count: int) -> Tensor:
+        """See `Policy`."""
+        return self._indices(self.policy.hold(seen, count), [(count,), (len(seen.keys), count)], seen)
+
+    def _indices(self, chosen: Tensor, shapes: list[tuple[int, ...]], seen: Seen) -> Tensor:
+        """What was chosen of the T tokens, if it is ascending indices of one of these shapes."""
+        T, device = len(seen.q), seen.q.device
+        is_index = isinstance(chosen, Tensor) and chosen.dtype == torch.int64 and chosen.device == device
+        if is_index and chosen.shape in shapes:
+            around = F.pad(F.pad(chosen, (1, 0), value=-1), (0, 1), value=T)
+            # Values are looked at on a CPU only, for that would wait for another device in every layer.
+            if device.type != "cpu" or (around.diff() > 0).all():
+                return chosen
+        allowed = " or ".join(str(list(shape)) for shape in shapes)
+        expected = f"ascending indices of {T} tokens in a tensor of shape {allowed}, torch.int64, on {device}"
+        shown = " ".join(repr(chosen).split())  # a tensor's has line breaks
+        raise ConfigError(f"{self._name} has chosen {shown:.60}, expected {expected}")
+
+    def generation(self, prompt_tokens: int, layers: int) -> Generation | None:
+        """See `Policy`."""
+        given = self.policy.generation(prompt_tokens, layers)
+        if given is None:
+            return None
+        fits = isinstance(given, Generation) and are_counts([given.group], 1, 1)
+        if fits and are_counts(given.stay, layers, 0) and max(given.stay) <= given.group:
+            return given
+        expected = (
+            f"a Generation with a group of 1 or more, of which 0 to all stay in each of {layers} layers"
+        )
+        raise ConfigError(f"{self._name} drops by {given!r:.120}; expected {expected}")
+
+    def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> Policy:
+        """See `Policy`."""
+        return checked(self.policy.within(share, prompt_tokens, new_tokens, layers))
+
+    @property
+    def _name(self) -> str:
+        return type(self.policy).__name__
+
+
+def are_counts(numbers: Any, layers: int, lowest: int) -> bool:
+    """Whether it is a list of whole numbers, one for each layer and none below the lowest."""
+    listed = isinstance(numbers, (list, tuple)) and len(numbers) == layers
+    return listed and all(isinstance(n, int) and n >= lowest for n in numbers)
