@@ -226,20 +226,22 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Slab, Slab, Tensor | None]:
         """Write one token of every row, k and v [B, K, D], after what the row holds.
 
-        Returns the slabs [B, K, S, D] and which slots are held [B, S]. Where all rows hold equally many and
-        slots are adjacent it returns only those slots, and no mask. (In the other memory order the products
-        would copy such a slice.) The rows' own counts follow in `end_step`.
+        Returns the slabs [B, K, S, D] and which slots are held [B, S]. Where slots are adjacent they end
+        with the longest row, and there is no mask if all rows hold equally many. (In the other memory order
+        the products would copy such a slice.) The rows' own counts follow in `end_step`.
         """
+        keys, values = self.keys, self.values
         # A compiled graph must not depend on how many are held, or each token would need another.
-        if not torch.compiler.is_compiling() and self.slots_adjacent and len(set(self.lengths)) == 1:
-            end = self.lengths[0]
-            self.keys[:, :, end], self.values[:, :, end] = k, v
-            return self.keys[:, :, : end + 1], self.values[:, :, : end + 1], None
+        if self.slots_adjacent and not torch.compiler.is_compiling():
+            longest = max(self.lengths)
+            keys, values = keys[:, :, : longest + 1], values[:, :, : longest + 1]
+            if longest == min(self.lengths):
+                keys[:, :, longest], values[:, :, longest] = k, v
+                return keys, values, None
         rows = torch.arange(len(k), device=k.device)
-        self.keys[rows, :, self.ends] = k
-        self.values[rows, :, self.ends] = v
-        is_held = torch.arange(self.keys.shape[2], device=k.device) <= self.ends[:, None]
-        return self.keys, self.values, is_held
+        keys[rows, :, self.ends] = k
+        values[rows, :, self.ends] = v
+        return keys, values, torch.arange(keys.shape[2], device=k.device) <= self.ends[:, None]
 
     def vote(self, probs: Tensor) -> None:
         """Add the newest token's vote to every row's sums; probs [B, H, S].

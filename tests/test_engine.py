@@ -190,13 +190,13 @@ def test_what_cannot_be_allotted_fails_alone(
     allot = KVCache.allot
 
     def short(config: Any, need: Any, rows: int, *others: Any) -> KVCache:
-        if max(need.slots) > 50:
+        if max(need.slots) > 200:
             raise error("out of memory")
         return allot(config, need, rows, *others)
 
     monkeypatch.setattr(KVCache, "allot", short)
     llm = tiny.under("full")
-    small, large = prompts_of([20, 80])
+    small, large = prompts_of([20, 220])  # so different that each has a cache of its own
     engine = llm.engine
     handles = [engine.add(Request(prompt, FEW)) for prompt in (large, small)]
     while not is_idle(engine):

@@ -11,7 +11,7 @@ from helpers import STEEP, prompts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipyramid import LLM, Conversation, RequestError, SamplingParams
+from minipyramid import LLM, Conversation, Request, RequestError, SamplingParams
 from minipyramid.generate import main
 from minipyramid.scheduler import Scheduler
 from minipyramid.sizes import parse_bytes
@@ -125,3 +125,50 @@ def test_too_little_memory_is_one_line(tiny_dir: Path, capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     assert "kv_memory is 10" in err
     assert not out
+
+
+def test_requests_of_nearly_one_size_share_a_cache_while_nobody_waits(tiny: LLM) -> None:
+    """A step over many caches of one short sequence was many small products."""
+    prompts = prompts_of([20, 25, 90, 31, 230])
+    few = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    llm = tiny.under("full")
+    sequences = [llm.engine.add(Request(prompt, few)) for prompt in prompts]
+    llm.engine.step()
+    sizes = [(cache.need.slots[0], cache.capacity) for cache in llm.engine.scheduler.caches]
+    assert sorted(sizes) == [(93, 4), (233, 1)]  # 233 slots are more than 128 too many for the next
+    while not all(sequence.ended for sequence in sequences):
+        llm.engine.step()
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        (alone,) = tiny.under("full").generate(prompt, few)
+        assert sequence.completion.token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_shared_cache_takes_no_bytes_that_are_not_there(tiny: LLM, spare: int) -> None:
+    """What was planned for all of them is enough for all of them, to the byte."""
+    prompts, few = prompts_of([20, 25, 30]), SamplingParams(max_new_tokens=5, ignore_eos=True)
+    plan = tiny.under("full").plan(map(len, prompts), 5)
+    exact = sum(need.bytes(plan.bytes_per_token) for need in plan.needs)
+    shared = 3 * plan.needs[-1].bytes(plan.bytes_per_token)
+    llm = tiny.under("full", kv_memory=shared if spare else exact)
+    sequences = [llm.engine.add(Request(prompt, few)) for prompt in prompts]
+    llm.engine.step()
+    scheduler = llm.engine.scheduler
+    assert (len(scheduler.running), len(scheduler.caches)) == (3, 1 if spare else 3)
+    assert in_use(scheduler) == scheduler.bytes_in_flight <= scheduler.memory
+    for sequence in sequences:
+        llm.engine.cancel(sequence)
+
+
+def test_nobody_waits_for_bytes_that_a_larger_row_leaves_unused(tiny: LLM) -> None:
+    prompts, few = prompts_of([20, 40, 100, 100]), SamplingParams(max_new_tokens=5, ignore_eos=True)
+    needs = tiny.under("full").plan(map(len, prompts), 5).needs
+    per_token = tiny.config.kv_bytes_per_token(4)
+    # Room for three, and for the first two in rows of one size.
+    llm = tiny.under("full", kv_memory=sum(need.bytes(per_token) for need in (needs[1], *needs[1:3])))
+    sequences = [llm.engine.add(Request(prompt, few)) for prompt in prompts]
+    llm.engine.step()
+    assert len(llm.engine.scheduler.waiting) == 1
+    assert llm.engine.scheduler.bytes_in_flight == sum(need.bytes(per_token) for need in needs[:3])
+    for sequence in sequences:
+        llm.engine.cancel(sequence)
