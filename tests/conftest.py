@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from helpers import TINY, WEIGHTS, random_tensors, train_pieces, write_checkpoint
 
 from minipyramid import LLM
@@ -18,6 +20,15 @@ __all__ = ["TINY", "WEIGHTS", "random_tensors", "train_pieces", "write_checkpoin
 # `--hypothesis-profile=default` draws others.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
+
+
+def pytest_configure() -> None:
+    """One thread for each process, and for those that the tests start.
+
+    The tests run in as many processes as there are cores; with as many threads each they wait for each other.
+    """
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

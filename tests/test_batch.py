@@ -141,8 +141,9 @@ def test_strict_refuses_before_anything_is_written(
     tiny: LLM, tmp_path: Path, entry: Any, problem: str
 ) -> None:
     file = write(tmp_path / "in", [{"id": "first", "prompt": "the fox"}, entry])
-    with pytest.raises(RequestError, match=problem.replace("?", ".")):
+    with pytest.raises(RequestError, match=problem.replace("?", ".")) as error:
         batch.run(tiny, file, tmp_path / "out", SHORT, strict=True)
+    assert "line 2" in str(error.value)  # also of a field, whose error knew no line
     assert not (tmp_path / "out").exists()
 
 

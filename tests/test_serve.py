@@ -267,6 +267,23 @@ def test_garbage_oversized_and_slow_bodies_are_refused(tiny_dir: Path, server: S
         assert b"408" in raw.recv(100)
 
 
+def test_a_body_that_breaks_off_leaves_no_traceback(tiny_dir: Path) -> None:
+    """Chunks that are none, and a client that left within its body, filled the server's terminal."""
+    with serving(tiny_dir) as quiet:
+        with socket.create_connection((quiet.host, quiet.port), timeout=10) as raw:
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: {quiet.host}\r\nContent-Type: application/json\r\n"
+            )
+            raw.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+            assert b"400" in raw.recv(100)
+        with socket.create_connection((quiet.host, quiet.port), timeout=10) as raw:
+            raw.sendall(head.encode() + b"Content-Length: 100\r\n\r\n{")
+        assert quiet.ask("GET", "/health")[0] == 200
+        quiet.stop()
+        assert quiet.process.stderr is not None
+        assert "Traceback" not in quiet.process.stderr.read()
+
+
 def test_a_key_is_demanded_and_compared(tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(tiny_dir, "--api-key", "s\u00e4cret") as locked:
         for key in ("none", "s", "s\u00e4cre", "s\u00e4cret2"):

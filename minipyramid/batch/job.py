@@ -82,8 +82,10 @@ def check(llm: LLM, source: Path, params: SamplingParams, stop: Callable[[], boo
                 return
             try:
                 llm.engine.prepare(line.request(llm, params))
-            except TypeError as error:
-                raise RequestError(str(error)) from error
+            except (MiniPyramidError, TypeError) as error:
+                named = f"line {line.number}"  # a field's own error does not know its line
+                told = str(error) if named in str(error) else f"{named}: {error}"
+                raise RequestError(told) from error
 
 
 class Job:

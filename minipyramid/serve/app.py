@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from h11 import LocalProtocolError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -264,7 +266,9 @@ class Gate:
                 if not hmac.compare_digest(given, self.api_key.encode()):
                     told = "the API key is wrong or missing; send it as Authorization: Bearer KEY"
                     app = JSONResponse(error_body(told, 401, "invalid_api_key"), 401)
-        await app(scope, receive, send)
+        # A client that leaves, or breaks the protocol, in the middle of its body is no error of ours.
+        with contextlib.suppress(ClientDisconnect, LocalProtocolError):
+            await app(scope, receive, send)
 
 
 async def not_there(request: HttpRequest, error: Exception) -> Response:
