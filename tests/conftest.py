@@ -7,6 +7,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# One thread for each worker and for every process that a test starts: two workers with two threads each on two
+# cores wait for each other, and take many times as long. Torch reads it once, as it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch

@@ -20,7 +20,7 @@ from minipyramid.bench.floors import Rates, floors
 from minipyramid.bench.methods import our_method, our_methods
 from minipyramid.bench.table import COLUMNS
 from minipyramid.bench.work import Work, make_work
-from minipyramid.bench.workers import Worker
+from minipyramid.bench.workers import Worker, peak_mb
 from minipyramid.calibrate.settings import write_profile
 from minipyramid.cli.terminal import DEFAULT_TEXT
 from minipyramid.formats.huggingface import config_of
@@ -77,16 +77,27 @@ def rows_of(flags: list[str], capfd: pytest.CaptureFixture[str]) -> dict[str, An
     return {row["method"]: row for row in rows}
 
 
+class InThisProcess:
+    """Stands for a `Worker` where the rows are the point and not their processes, which take seconds to start."""
+
+    def __init__(self, name: str, argv: list[str]) -> None:
+        self.name, self.method = name, our_method(name, build_parser().parse_args(argv))
+
+    def answer(self) -> dict[str, Any]:
+        return {"ready": True}
+
+    def run(self) -> dict[str, Any]:
+        return {**self.method(), "peak_rss_mb": peak_mb(cuda=False)}
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
 def test_every_policy_has_a_row(
     tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it is, and held to the budget. (All in this process; other tests see to those of the methods.)"""
-
-    def here(names: list[str], runs: int, argv: list[str]) -> dict[str, list[dict[str, Any]]]:
-        args = build_parser().parse_args(argv)
-        return {name: [{**our_method(name, args)(), "peak_rss_mb": 1.0}] * runs for name in names}
-
-    monkeypatch.setattr("minipyramid.bench.table.take_turns", here)
+    """As it is, and held to the budget."""
+    monkeypatch.setattr("minipyramid.bench.workers.Worker", InThisProcess)
     model = shutil.copytree(tiny_dir, tmp_path / "profiled")
     write_profile(model / "pyramid.json", list(PROFILE.levels), lines_of(3), {})
     flags = ["--model", str(model), "--policy", ",".join(POLICIES), "--kv-budget", "0.5"]
@@ -166,7 +177,7 @@ def test_a_policy_that_raises_is_one_line(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     own = "test_bench:Raises"
     with pytest.raises(SystemExit) as ended:
-        main(["--model", str(tiny_dir), "--prompt-tokens", "40", "--policy", own])
+        main(["--model", str(tiny_dir), "--prompt-tokens", "40", "--max-new-tokens", "2", "--policy", own])
     assert ended.value.code == 2
     told = f"minipyramid: error: {own!r} has failed (ZeroDivisionError: nothing to divide by)\n"
     assert capfd.readouterr().err == told

@@ -50,6 +50,7 @@ def texts() -> list[str]:
     return [*listed, prose[:20_000], code, " " * 500, "ab" * 1000]
 
 
+@functools.cache
 def ranks() -> dict[bytes, int]:
     """The tokens of the trained one as bytes; the alphabet comes first, then merges in their order."""
     byte_of = {c: b for b, c in _gpt2_characters().items()}
@@ -66,23 +67,29 @@ def _gpt2_characters() -> dict[int, str]:
 
 def by_ranks(text: str, special: bool = True) -> list[int]:
     """tiktoken's algorithm, slowly: split, then merge the pair with the lowest rank until there is none."""
-    table, ids = ranks(), []
+    ids: list[int] = []
     pattern = "|".join(map(regex.escape, SPECIALS)) if special else "(?!)"
     for part in regex.split(f"({pattern})", text):
         if special and part in SPECIALS:
-            ids.append(len(table) + SPECIALS.index(part))
+            ids.append(len(ranks()) + SPECIALS.index(part))
             continue
         for word in regex.findall(WORDS, part):
-            pieces = [bytes([b]) for b in word.encode()]
-            while len(pieces) > 1:
-                pairs = [table.get(a + b, 1 << 30) for a, b in itertools.pairwise(pieces)]
-                best = min(pairs)
-                if best == 1 << 30:
-                    break
-                at = pairs.index(best)
-                pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-            ids += [table[piece] for piece in pieces]
+            ids += ranks_of(word)
     return ids
+
+
+@functools.cache
+def ranks_of(word: str) -> list[int]:
+    """The merges of one word of a text."""
+    table, pieces = ranks(), [bytes([b]) for b in word.encode()]
+    while len(pieces) > 1:
+        pairs = [table.get(a + b, 1 << 30) for a, b in itertools.pairwise(pieces)]
+        best = min(pairs)
+        if best == 1 << 30:
+            break
+        at = pairs.index(best)
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return [table[piece] for piece in pieces]
 
 
 def write_ranks(directory: Path) -> int:
