@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# One thread for each worker and for every process that a test starts: two workers with two threads each on two
-# cores wait for each other, and take many times as long. Torch reads it once, as it is imported.
+# One thread for each worker and for every process that a test starts: two workers with two threads each on
+# two cores wait for each other, and take many times as long. Torch reads it once, as it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
-import torch
 from helpers import TINY, WEIGHTS, random_tensors, train_pieces, write_checkpoint
 
 from minipyramid import LLM
@@ -24,15 +23,6 @@ __all__ = ["TINY", "WEIGHTS", "random_tensors", "train_pieces", "write_checkpoin
 # `--hypothesis-profile=default` draws others.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
-
-
-def pytest_configure() -> None:
-    """One thread for each process, and for those that the tests start.
-
-    The tests run in as many processes as there are cores; with as many threads each they wait for each other.
-    """
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -78,7 +78,7 @@ def rows_of(flags: list[str], capfd: pytest.CaptureFixture[str]) -> dict[str, An
 
 
 class InThisProcess:
-    """Stands for a `Worker` where the rows are the point and not their processes, which take seconds to start."""
+    """Stands for a `Worker` where the rows are the point, not the processes, which take seconds to start."""
 
     def __init__(self, name: str, argv: list[str]) -> None:
         self.name, self.method = name, our_method(name, build_parser().parse_args(argv))
