@@ -36,7 +36,7 @@ def test_budgets_are_met_within_two_per_cent(prompt: int, new: int, layers: int)
 @given(
     share=st.floats(0.01, 1.0), prompt=st.integers(1, 300), new=st.integers(0, 300), layers=st.integers(1, 40)
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_budget_is_held_or_refused_with_one_that_can_be(
     share: float, prompt: int, new: int, layers: int
 ) -> None:
@@ -117,7 +117,7 @@ def test_full_layers_raise_no_smallest_share() -> None:
 
 
 @given(config=CONFIGS, prompt=st.integers(2, 60), new=st.integers(0, 60), layers=st.integers(1, 6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_no_other_settings_hold_less_than_the_smallest(
     config: PyramidConfig, prompt: int, new: int, layers: int
 ) -> None:

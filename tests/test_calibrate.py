@@ -180,8 +180,15 @@ def test_nothing_is_left_to_hold_where_a_layer_computes_little() -> None:
 
 @needs_weights
 @pytest.mark.parametrize("after", [[0], [1, 2, 5, 11], [3, 3, 8]])
-def test_the_depth_at_which_a_model_looks_back_is_found(after: list[int], tmp_path: Path) -> None:
-    """Layer 3 of the embedded checkpoint looks back; layers that change nothing move it, and have no need."""
+def test_the_depth_at_which_a_model_looks_back_is_found(
+    after: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer 3 of the embedded checkpoint looks back; layers that change nothing move it, and have no need.
+
+    The search is coarser than the command's, by sizes and exchanges; it tries every depth.
+    """
+    for name, coarse in {"SIZES": (0.02, 0.08, 0.32), "MOVES": (0.4,), "ROUNDS": 1}.items():
+        monkeypatch.setattr(f"minipyramid.calibrate.search.{name}", coarse)
     llm = LLM(insert_layers(WEIGHTS, after, tmp_path), policy="full", dtype="float32")
     layers, looks_back = 12 + len(after), 3 + sum(layer < 3 for layer in after)
     tokens = ids_of_text(llm, FIT)[:20000]

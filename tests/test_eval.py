@@ -335,7 +335,7 @@ def test_the_command_reports_every_policy(capsys: pytest.CaptureFixture[str]) ->
 def test_half_of_the_bytes_keep_what_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
     """By the profile beside the checkpoint; the published settings lose more than half of the answers."""
     wanted = (
-        "--context 1024 --budgets 0.5 --samples 3 --recall --policies full,profile,streaming --json".split()
+        "--context 1024 --budgets 0.5 --samples 2 --recall --policies full,profile,streaming --json".split()
     )
     full, profile, streaming = json.loads(run(capsys, *wanted)[1])["rows"]
     assert full["inside"][0] > 0.9
@@ -362,7 +362,7 @@ def test_windows_are_the_same_whatever_else_is_asked_for(capsys: pytest.CaptureF
 @needs_weights
 def test_recall_falls_without_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
     """Asked inside as well: an answer's first token from the prompt's own pass would hide what is lost."""
-    wanted = "--policies full,streaming,random --budgets 0.1 --samples 4 --context 256 --recall".split()
+    wanted = "--policies full,streaming,random --budgets 0.1 --samples 2 --context 256 --recall".split()
     _, out, _ = run(capsys, *wanted, "--continuation", "4", "--json")
     full, *others = json.loads(out)["rows"]
     for row in others:
@@ -373,7 +373,7 @@ def test_recall_falls_without_the_facts(capsys: pytest.CaptureFixture[str]) -> N
 @needs_weights
 def test_the_published_defect_loses_what_was_said() -> None:
     """Dropping 16 tokens of a pruned layer at every step empties the prompt, whoever votes for what."""
-    llm, size = LLM(WEIGHTS, policy="full"), Size(context=600, generated=64, samples=3)
+    llm, size = LLM(WEIGHTS, policy="full"), Size(context=500, generated=40, samples=2)
     pruned = PyramidConfig(prefill_decay_strategy="constant", prefill_decay_ratio=0.95)
     kept, lost = (recall_behind(llm, pruned, size, defect=defect) for defect in (False, True))
     assert sum(lost) < sum(kept) - 0.5

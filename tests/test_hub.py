@@ -5,6 +5,7 @@ host.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -232,6 +233,10 @@ def hub(tiny_dir: Path) -> Iterator[Hub]:
         sharded[shard] = save({name: tensors[name] for name in half})
     level = {"computed": [1, 0.5, 0.5], "held": [0.5, 0.5, 0.5], "scores": "fitted"}
     profile = json.dumps({"policy": "profile", "levels": [level], "fitted": "pyramid.safetensors"}).encode()
+    pickled = io.BytesIO()
+    torch.save(tensors, pickled)
+    in_bin = {name: files[name] for name in ("config.json", "tokenizer.model", "pyramid.json")}
+    in_bin["pytorch_model.bin"] = pickled.getvalue()
     of_profile = {"pyramid.json": profile, "pyramid.safetensors": save({"lines": lines_of(3)})}
     repos = {
         "acme/tiny": Repo(files),
@@ -241,6 +246,10 @@ def hub(tiny_dir: Path) -> Iterator[Hub]:
         "acme/gated": Repo(files, refusal=(403, "GatedRepo")),
         "acme/gated-files": Repo(files, refusal=(403, "GatedRepo"), refuses_listing=False),
         "acme/broken": Repo(files, refusal=(500, "")),
+        "acme/bin": Repo(in_bin),
+        "acme/gemma": Repo(files | {"config.json": json.dumps({**TINY, "model_type": "gemma"}).encode()}),
+        "acme/spoilt": Repo(files | {"tokenizer.model": b"\nx"}),
+        "acme/large": Repo(files),
         "acme/shard-lost": Repo(sharded, absent={SHARDS[1]}),
         "acme/shard-unlisted": Repo({name: body for name, body in sharded.items() if name != SHARDS[1]}),
     }
@@ -286,6 +295,8 @@ FAILING = {
     "a//b": command("a//b"),
     "-x-/..": command("-x-/.."),
     "acme/two words": command("acme/two words"),
+    "acme/gemma": command("acme/gemma"),
+    "acme/spoilt": command("acme/spoilt"),
     "acme/broken": command("acme/broken"),
     "acme/shard-lost": command("acme/shard-lost"),
     "acme/shard-unlisted": command("acme/shard-unlisted"),
@@ -295,7 +306,8 @@ FAILING = {
 @pytest.fixture(scope="module")
 def online(hub: Hub, home: Path, elsewhere: Path) -> dict[str, Result]:
     """Every command without a token, the hub within reach."""
-    commands = {"acme/tiny": command("acme/tiny"), "acme/sharded": command("acme/sharded"), **FAILING}
+    whole = ("acme/tiny", "acme/sharded", "acme/bin")
+    commands = {name: command(name) for name in whole} | FAILING
     commands["planned"] = ["--model", "acme/profiled", "--plan", "--prompt-tokens", "90"]
     commands["acme/profiled"] = command("acme/profiled")
     return run_all(commands, environment(hub.url, home), elsewhere)
@@ -328,34 +340,26 @@ def offline(
         }
 
 
-def test_bin_files_are_fetched_where_there_are_no_safetensors(
-    hub: Hub, home: Path, elsewhere: Path, text: str, tmp_path: Path
+def test_bin_files_are_fetched_where_there_are_no_safetensors(online: dict[str, Result], text: str) -> None:
+    assert online["acme/bin"].status == 0, online["acme/bin"].stderr
+    assert online["acme/bin"].stdout.rstrip("\n") == text.rstrip("\n")
+
+
+def test_what_is_wrong_is_said_before_weights_are_fetched(
+    hub: Hub, home: Path, elsewhere: Path, online: dict[str, Result]
 ) -> None:
-    torch.save(random_tensors(TINY), tmp_path / "weights.bin")
-    names = ("config.json", "tokenizer.model", "pyramid.json")
-    files = {name: hub.repos["acme/tiny"].files[name] for name in names}
-    files["pytorch_model.bin"] = (tmp_path / "weights.bin").read_bytes()
-    hub.repos["acme/bin"] = Repo(files)
-    result = run_all({"": command("acme/bin")}, environment(hub.url, home), elsewhere)[""]
-    assert result.status == 0, result.stderr
-    assert result.stdout.rstrip("\n") == text.rstrip("\n")
-
-
-def test_what_is_wrong_is_said_before_weights_are_fetched(hub: Hub, home: Path, elsewhere: Path) -> None:
     """A configuration that is not run, a tokenizer that cannot be read, a disk without room."""
-    whole = hub.repos["acme/tiny"].files
-    config = json.dumps({**TINY, "model_type": "gemma"}).encode()
-    hub.repos["acme/gemma"] = Repo({**whole, "config.json": config})
-    hub.repos["acme/spoilt"] = Repo({**whole, "tokenizer.model": b"\nx"})
-    hub.repos["acme/large"] = Repo(dict(whole))
     no_room = "import shutil; shutil.disk_usage = lambda _: type('Disk', (), {'free': 1000}); "
-    for name, word in (("gemma", "model_type"), ("spoilt", "sentencepiece"), ("large", "have|has room for")):
-        argv = command(f"acme/{name}")
-        code = f"{no_room if name == 'large' else ''}from minipyramid.generate import main; main({argv})"
-        result = python(["-c", code], environment(hub.url, home), elsewhere)
+    code = f"{no_room}from minipyramid.generate import main; main({command('acme/large')})"
+    large = python(["-c", code], environment(hub.url, home), elsewhere)
+    for name, result, word in (
+        ("acme/gemma", online["acme/gemma"], "model_type"),
+        ("acme/spoilt", online["acme/spoilt"], "sentencepiece"),
+        ("acme/large", large, "have|has room for"),
+    ):
         assert re.search(word, result.stderr), result.stderr
         assert result.stderr.count("\n") == 1
-        paths = [r.path for r in hub.asked(f"acme/{name}") if r.method == "GET"]
+        paths = [r.path for r in hub.asked(name) if r.method == "GET"]
         assert not any("model" in path.rpartition("/")[2] for path in paths if "safetensors" in path)
 
 

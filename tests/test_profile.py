@@ -121,7 +121,7 @@ def test_what_is_held_and_said_is_the_slow_version_s(
 
 
 @given(profile=PROFILES, lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), new=st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_what_was_planned_is_what_is_held(tiny: LLM, profile: Profile, lengths: list[int], new: int) -> None:
     """Lengths, bytes and order; and each sequence keeps in a batch what it keeps alone."""
     llm, prompts = tiny.under(profile), prompts_of(lengths)

@@ -88,7 +88,7 @@ def test_sequences_of_a_batch_are_judged_each_by_itself(tmp_path: Path) -> None:
 
 
 @given(pyramid=CONFIGS, lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), new=st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_what_was_planned_is_what_is_held(
     tiny: LLM, pyramid: PyramidConfig, lengths: list[int], new: int
 ) -> None:
@@ -154,7 +154,7 @@ def test_of_equal_votes_the_earlier_token_stays() -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=4), new=st.integers(1, 40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_ratio_one_is_bit_for_bit_the_full_cache(tiny: LLM, lengths: list[int], new: int) -> None:
     nothing = PyramidConfig(
         prefill_decay_ratio=1.0,

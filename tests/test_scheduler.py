@@ -31,7 +31,7 @@ REQUESTS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 30)), min_size=
 
 
 @given(requests=REQUESTS, factor=st.floats(1.0, 4.0))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_a_bound_changes_neither_texts_nor_order(
     tiny: LLM, requests: list[tuple[int, int]], factor: float
 ) -> None:

@@ -398,8 +398,11 @@ def test_500_clients_that_leave_hold_no_bytes(tiny_dir: Path) -> None:
         assert busy.client.completions.create(model=busy.model, prompt="the fox", max_tokens=3).choices
 
 
-def test_too_many_that_wait_are_told_to_come_again(tiny_dir: Path) -> None:
-    with serving(tiny_dir, "--kv-memory", "70KiB", "--max-waiting", "1", first=SLOW) as small:
+def test_too_many_that_wait_are_told_to_come_again(tiny_dir: Path, tmp_path: Path) -> None:
+    """The first holds nearly all of the memory until it is closed, however slowly this process asks."""
+    closed = tmp_path / "closed"
+    slow = SLOW.replace("time.sleep(0.02)", f"time.sleep(0 if os.path.exists({str(closed)!r}) else 0.2)")
+    with serving(tiny_dir, "--kv-memory", "70KiB", "--max-waiting", "1", first=f"import os{slow}") as small:
 
         def begin() -> Any:
             return small.client.completions.create(
@@ -419,6 +422,7 @@ def test_too_many_that_wait_are_told_to_come_again(tiny_dir: Path) -> None:
             begin()
         assert refused.value.response.headers["retry-after"] == "1"
         first.close()
+        closed.touch()
         assert "".join(chunk.choices[0].text for chunk in second)
         small.wait_until_idle()
         assert small.metric("time_to_first_token_seconds_count") == 2
