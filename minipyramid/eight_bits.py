@@ -11,7 +11,6 @@ keys and values (1 sequence), 1.13 times (8) and 1.15 times (32; 12 layers of 12
 float32, two cores).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,23 +91,30 @@ def attend_each(
     Scales are left out of the products: a key's multiplies its score, and a value's its probability.
     """
     (B, H, D), K = q.shape, keys.shape[1]
-    heads = min(B * K, HEADS[q.dtype]) if q.device.type == "cpu" else B * K
-    place = q.new_empty(heads, *keys.shape[2:])  # [heads, S, D]
-    scores = [torch.bmm(part, numbers.mT) for part, numbers in _in_turn(q.view(B * K, -1, D), keys, place)]
-    scaled = torch.cat(scores).view(B, K, H // K, -1) * keys.scales.to(q.dtype)[:, :, None]  # [B, K, G, S]
+    product = _fused if torch.compiler.is_compiling() else _in_turn
+    scores = product(q.view(B, K, H // K, D), keys.numbers.mT) * keys.scales.to(q.dtype)[:, :, None]
     if is_held is not None:
-        scaled.masked_fill_(~is_held[:, None, None], float("-inf"))
-    probs = scaled.softmax(-1, dtype=torch.float32)
-    weights = (probs.to(q.dtype) * values.scales.to(q.dtype)[:, :, None]).flatten(0, 1)  # [B * K, G, S]
-    mixed = [torch.bmm(part, numbers) for part, numbers in _in_turn(weights, values, place)]
-    return torch.cat(mixed).view(B, H * D), probs.view(B, H, -1)
+        scores.masked_fill_(~is_held[:, None, None], float("-inf"))
+    probs = scores.softmax(-1, dtype=torch.float32)  # [B, K, G, S]
+    mixed = product(probs.to(q.dtype) * values.scales.to(q.dtype)[:, :, None], values.numbers)
+    return mixed.view(B, H * D), probs.view(B, H, -1)
 
 
-def _in_turn(left: Tensor, held: EightBits, place: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of a left factor [B * K, ...], each with the numbers [heads, S, D] that it is multiplied with.
+def _in_turn(left: Tensor, numbers: Tensor) -> Tensor:
+    """[B, K, G, n] times [B, K, n, m]  ->  [B, K, G, m], some heads at a time."""
+    heads = HEADS[left.dtype] if left.device.type == "cpu" else len(left) * left.shape[1]
+    parts = torch.split(numbers.flatten(0, 1), heads)
+    place = torch.empty_like(parts[0], dtype=left.dtype)
+    lefts = torch.split(left.flatten(0, 1), heads)
+    # The numbers of the next part are put into the same place.
+    products = [torch.bmm(a, place[: len(b)].copy_(b)) for a, b in zip(lefts, parts, strict=True)]
+    return torch.cat(products).view(*left.shape[:-1], -1)
 
-    The numbers of the next part are put into the same place.
+
+def _fused(left: Tensor, numbers: Tensor) -> Tensor:
+    """The same as a compiler can make one loop of, in which no number is ever stored as a float.
+
+    Of 8 rows of 576 slots and 12 heads attention took 1.5 ms so, 3.1 with the products in turn, compiled as
+    well, and float32's 2.2 (one thread); with 4 query heads to a key/value head 6.5, 7.4 and 4.5.
     """
-    numbers = torch.split(held.numbers.flatten(0, 1), len(place))
-    for part, of_part in zip(torch.split(left, len(place)), numbers, strict=True):
-        yield part, place[: len(of_part)].copy_(of_part)
+    return (left[..., None].float() * numbers[:, :, None]).sum(-2).to(left.dtype)
