@@ -187,7 +187,8 @@ class Engine:
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer, where something cannot be done without one."""
         if self.tokenizer is None:
-            raise TokenizerError("the checkpoint has no tokenizer.model or tokenizer.json; give token ids")
+            problem = "the checkpoint has no tokenizer.model or tokenizer.json"
+            raise TokenizerError(f"{problem}; add one, or give token ids (in Python, or by --batch)")
         return self.tokenizer
 
     # --- one step ---

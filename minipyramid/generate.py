@@ -44,8 +44,8 @@ def build_parser() -> Parser:
     chat.add_argument(
         "--chat-format",
         metavar="NAME",
-        help="with --chat: llama2, llama3, zephyr, chatml, vicuna, or one of the checkpoint's named "
-        "templates (default: its own)",
+        help="with --chat or --batch: llama2, llama3, zephyr, chatml, vicuna, or one of the checkpoint's "
+        "named templates (default: its own)",
     )
     parser.add_argument(
         "--batch", metavar="FILE", help="a JSON object on each line: id, prompt, and any sampling fields"
@@ -53,7 +53,9 @@ def build_parser() -> Parser:
     parser.add_argument("--output", metavar="FILE", help="with --batch: where a record goes for each line")
     parser.add_argument("--resume", action="store_true", help="with --batch: go on with what --output holds")
     parser.add_argument(
-        "--strict", action="store_true", help="with --batch: refuse a file with a bad line before it starts"
+        "--strict",
+        action="store_true",
+        help="with --batch: refuse a file with a bad line before it starts, and name the first",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
@@ -131,26 +133,26 @@ def run(args: argparse.Namespace) -> None:
         return
     check_chat(args)
     params = read_params(args)
-    if args.plan:
-        plan = plan_of(args, read_prompts(args, needed=False), params.max_new_tokens)
-        print(json.dumps(as_dict(plan, args.kv_memory)) if args.json else table(plan, args.kv_memory))
-        return
-    if args.prompt_tokens is not None:
-        raise RequestError("--prompt-tokens is for --plan; give a prompt to generate from")
     if args.batch is not None:
         from minipyramid.batch.command import check_flags, run_batch
 
         check_flags(args)
         run_batch(load(args), params, args)
         return
+    if args.plan:
+        plan = plan_of(args, read_prompts(args, needed=False), params.max_new_tokens)
+        print(json.dumps(as_dict(plan, args.kv_memory)) if args.json else table(plan, args.kv_memory))
+        return
+    if args.prompt_tokens is not None:
+        raise RequestError("--prompt-tokens is for --plan; give a prompt to generate from")
     for flag in ("output", "resume", "strict"):
         if vars(args)[flag]:
             raise RequestError(f"--{flag} is for --batch; give a file of prompts, or leave it out")
     prompts = [] if args.chat else read_prompts(args)
     llm = load(args)
     if args.chat:
-        llm.chat_format(args.chat_format)  # what is wrong with it is told before the first turn
-        chat = TerminalChat(llm, params, args.chat_format, args.system)
+        llm.chat_format()  # what is wrong with it is told before the first turn
+        chat = TerminalChat(llm, params, args.system)
         chat.run(lambda answer: print_stats(answer, args.policy) if args.stats else None)
         return
     done: dict[int, Completion] = {}
@@ -175,8 +177,10 @@ def check_chat(args: argparse.Namespace) -> None:
         for name, given in others.items():
             if given:
                 raise RequestError(f"--chat takes turns from stdin; leave {name} out")
-    elif args.system is not None or args.chat_format is not None:
-        raise RequestError("--system and --chat-format are for --chat; give it, or leave them out")
+    elif args.system is not None:
+        raise RequestError("--system is for --chat; give it, or leave that out")
+    elif args.chat_format is not None and args.batch is None:
+        raise RequestError("--chat-format is for --chat and --batch; give one, or leave it out")
 
 
 def print_all(completions: list[Completion], args: argparse.Namespace, single: bool) -> None:

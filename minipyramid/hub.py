@@ -36,7 +36,7 @@ FAILURES = {
     errors.RevisionNotFoundError: "is not on the hub; expected a branch, tag or commit of the repository",
     errors.HFValidationError: "is neither a directory nor a repository id of the form owner/name",
     errors.LocalEntryNotFoundError: (
-        "is not complete in the hub's cache, and the hub cannot be reached or is offline"
+        "is no directory, is not complete in the hub's cache, and the hub cannot be reached or is offline"
     ),
 }
 

@@ -49,6 +49,8 @@ class LLM:
             of float32's bytes. Their products round to bfloat16, whatever `dtype` is.
         kv_dtype: "int8" holds keys and values in 8 bits, with a scale for each token and key/value head;
             "auto" in `dtype`. A budget is a share of tokens, so of the full cache in the same numbers.
+        chat_format: what messages are rendered by where `chat_request` names nothing, as there; None for the
+            checkpoint's own template.
         compile: run decode steps through `torch.compile`. Worth it where steps are many and their layers
             small: the first step compiles some ten seconds long, as do those of other kinds (README, Limits).
         revision: branch, tag or commit of a hub repository.
@@ -70,6 +72,7 @@ class LLM:
         device: str | torch.device = "auto",
         kv_dtype: str = "auto",
         quantize: str | None = None,
+        chat_format: str | None = None,
         compile: bool = False,
         revision: str | None = None,
         progress: checkpoint.Progress | None = None,
@@ -93,6 +96,8 @@ class LLM:
 
             compile_step(weights)
         self._use(Engine(weights, tokenizer, chosen, kv_budget, kv_memory), directory)
+        if chat_format is not None:
+            self._chat_formats[None] = self.chat_format(chat_format)
 
     def _use(self, engine: Engine, directory: Path) -> None:
         self.engine, self.directory = engine, directory
@@ -112,7 +117,9 @@ class LLM:
         from minipyramid.policies import pick_policy
 
         chosen = pick_policy(policy, self.directory, self.config.num_hidden_layers)
-        return LLM.of(Engine(self.model, self.tokenizer, chosen, kv_budget, kv_memory), self.directory)
+        other = LLM.of(Engine(self.model, self.tokenizer, chosen, kv_budget, kv_memory), self.directory)
+        other._chat_formats = self._chat_formats  # the same tokenizer, so the same ids
+        return other
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
         """Continue any number of prompts; texts or token ids in, completions in their order out.
@@ -198,7 +205,7 @@ class LLM:
             params: as for `generate`.
             conversation: whose cache is carried on.
             chat_format: "llama2", "llama3", "zephyr", "chatml", "vicuna", or one of the checkpoint's named
-                templates; None for its own.
+                templates; None for what `LLM` was given, or else the checkpoint's own.
             variables: what else its template is to know, as `date_string`.
             name: what errors call the messages.
 

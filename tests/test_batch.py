@@ -245,19 +245,21 @@ def test_no_more_lines_are_held_than_wait_and_run(
     assert len(beyond) > 20
 
 
-def test_messages_are_rendered_or_refused(tiny: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_are_rendered_or_refused(tiny: LLM, tiny_dir: Path, tmp_path: Path) -> None:
+    """A checkpoint without a template was refused its messages, and nothing could name a format for it."""
     said = [{"role": "user", "content": "Hello"}]
     file = write(tmp_path / "in", [{"id": 1, "messages": said}])
     batch.run(tiny, file, tmp_path / "refused", SHORT)
-    assert "error" in read(tmp_path / "refused")[0]
-
-    def render(messages: Any, params: Any, name: str) -> Any:
-        return lines.Request(f"user: {messages[0]['content']}", params, name=name)
-
-    llm = tiny.under("full")
-    monkeypatch.setattr(llm, "chat_request", render)
-    batch.run(llm, file, tmp_path / "out", SHORT)
-    assert read(tmp_path / "out")[0]["text"] == tiny.generate("user: Hello", SHORT)[0].text
+    assert "has no chat template of its own; name a chat format" in read(tmp_path / "refused")[0]["error"]
+    vicuna = LLM(tiny_dir, policy="full", chat_format="vicuna")
+    batch.run(vicuna, file, tmp_path / "out", SHORT)
+    expected = vicuna.under("full").chat(said, SHORT).text
+    assert expected == tiny.under("full").chat(said, SHORT, chat_format="vicuna").text
+    assert read(tmp_path / "out")[0]["text"] == expected
+    flags = ["--policy", "full", "--ignore-eos", "--max-new-tokens", str(SHORT.max_new_tokens)]
+    flags += ["--batch", str(file), "--output", str(tmp_path / "told"), "--model", str(tiny_dir)]
+    assert main([*flags, "--chat-format", "vicuna"]) == 0
+    assert read(tmp_path / "told")[0]["text"] == expected
 
 
 # --- as a command ---
@@ -279,6 +281,8 @@ def test_the_command_writes_records_and_tells_how_many(
         (["--resume", "--strict"], "line 4 is no JSON"),
         (["--resume", "a prompt"], "PROMPT does not go with --batch"),
         (["--resume", "--json"], "--json does not go with --batch"),
+        (["--resume", "--plan"], "--plan does not go with --batch"),
+        (["--batch", "-"], "or /dev/stdin"),
     ):
         assert main([*flags, *more]) == 2
         error = capsys.readouterr().err

@@ -236,6 +236,9 @@ def test_templates_are_found_where_checkpoints_have_them(tmp_path: Path) -> None
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tools.jinja").write_text("five")
     assert (text(), text("rag"), text("tools")) == ("four", "three", "five")
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(ConfigError, match=r"the chat template fails \(TemplateSyntaxError"):
+        ChatFormat(tmp_path, tokenizer)  # before the first message
     settings.write_text(json.dumps({"chat_template": [5]}))
     with pytest.raises(ConfigError, match="chat_template is malformed"):
         text()

@@ -169,6 +169,9 @@ def test_stats_go_to_stderr(run: Any) -> None:
         (["fox", "--policy", "none.json"], "none.json is missing; expected a policy's settings"),
         (["fox", "--policy", "auto-split"], "no policy 'auto' for 'auto-split'; expected one of streaming"),
         (["fox", "--policy", "snapk-split"], "did you mean 'snapkv'?"),
+        (["--max-tokens", "5", "fox"], "there is no flag --max-tokens; did you mean --max-new-tokens?"),
+        (["--zzz=5", "fox"], "there is no flag --zzz; --help lists them"),
+        (["fox", "fox"], "unrecognized arguments: fox"),
         (
             ["fox", "--policy", "llama2-7b-split"],
             "no policy 'llama2-7b' for 'llama2-7b-split'; expected one of",

@@ -185,11 +185,21 @@ def test_what_metas_files_do_not_say_is_refused(
         LLM(tmp_path)
 
 
+def test_a_missing_shard_of_metas_is_told(tmp_path: Path) -> None:
+    """It was told as a wrong shape, of a config.json that was not there."""
+    write_meta(tmp_path, 2, True, vocab_size=320, rope_theta=500000.0)
+    (tmp_path / "consolidated.01.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"1 files consolidated\.\*\.pth hold 16 of 32 rows"):
+        LLM(tmp_path)
+
+
 def test_a_gguf_file_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "model.Q4_K_M.gguf"
     file.write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="GGUF files are not read"):
         LLM(file)
+    with pytest.raises(ConfigError, match="holds a GGUF file, which is not read"):
+        LLM(tmp_path)
 
 
 def test_a_directory_without_weights_says_what_is_read(tmp_path: Path) -> None:

@@ -165,9 +165,25 @@ def test_a_chat_is_answered_whole_and_streamed(server: Server, with_template: Pa
     assert chunks[-1].choices[0].finish_reason == choice.finish_reason
 
 
-def test_a_checkpoint_without_a_template_says_so(tiny_dir: Path) -> None:
-    with serving(tiny_dir) as bare, pytest.raises(openai.BadRequestError):
-        bare.client.chat.completions.create(model=bare.model, messages=MESSAGES)
+def test_without_a_template_messages_are_refused_and_the_operator_is_told_why(tiny_dir: Path) -> None:
+    """The client was told the checkpoint's path, and the server had no flag for a format."""
+    with serving(tiny_dir) as bare:
+        assert bare.process.stderr
+        told = bare.process.stderr.readline()
+        assert f"messages are refused, for {tiny_dir} has no chat template of its own" in told
+        with pytest.raises(openai.BadRequestError, match="served without a chat template") as refused:
+            bare.client.chat.completions.create(model=bare.model, messages=MESSAGES)
+        assert str(tiny_dir) not in str(refused.value)
+        assert bare.metric("kv_bytes_limit") > 0  # before anything was asked for
+
+
+def test_a_named_chat_format_renders_messages(tiny_dir: Path, tiny: LLM) -> None:
+    with serving(tiny_dir, "--chat-format", "vicuna") as talking:
+        answer = talking.client.chat.completions.create(
+            model=talking.model, messages=MESSAGES, max_completion_tokens=12
+        )
+    expected = tiny.under("full").chat(MESSAGES, SamplingParams(max_new_tokens=12), chat_format="vicuna")
+    assert answer.choices[0].message.content == expected.text
 
 
 def test_several_prompts_and_choices_come_in_order(server: Server, tiny: LLM) -> None:
@@ -218,7 +234,8 @@ def test_a_stop_text_ends_a_choice(server: Server, tiny: LLM) -> None:
      ({"echo": True}, "echo is True"), ({"temprature": 1}, "did you mean 'temperature'"),
      ({"presence_penalty": 1}, "presence_penalty"), ({"stream": "yes"}, "stream is 'yes'"),
      ({"seed": 1.5}, "seed is 1.5"), ({"top_p": float("nan")}, "top_p is nan"),
-     ({"prompt": "\ud800"}, "prompt")],
+     ({"prompt": "\ud800"}, "prompt"), ({"kept_positions": True}, "told by a stream"),
+     ({"zzz": 1}, "kept_positions, prompt")],
     ids=str,
 )  # fmt: skip
 def test_what_is_wrong_is_named_in_the_clients_form(
@@ -452,6 +469,8 @@ def test_what_runs_longer_than_the_grace_is_cut(tiny_dir: Path) -> None:
 def test_what_cannot_be_served_is_one_line(
     tiny_dir: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for flags in (["--port", str(server.port)], ["--port", "70000"], ["--grace", "-1"], ["--host", "::1::"]):
+    free = ["--port", "0"]
+    for flags in (["--port", str(server.port)], ["--port", "70000"], ["--grace", "-1"], ["--host", "::1::"],
+                  ["--kv-memory", "2", *free], ["--chat-format", "vicunia", *free]):  # fmt: skip
         assert main([*flags, "--model", str(tiny_dir)]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -79,11 +79,13 @@ def test_commands_reset_save_and_tell(talk: Any, tmp_path: Path) -> None:
 
 
 def test_the_end_of_the_context_is_told_before_it_comes(talk: Any) -> None:
-    _, out, err = talk("a b c d e f", "x" * 400, "again", "a", flags="--max-new-tokens 120")
+    status, out, err = talk("a b c d e f", "x" * 400, "again", "a", flags="--max-new-tokens 120")
     assert "tokens of the context are left; /reset begins anew" in err
     assert "are left of the context; shorten it, or begin anew by /reset" in err
     assert "the context has room for an answer of" in err
     assert out.count("\n") >= 2
+    assert status == 2
+    assert "of 4 turns were not answered" in err
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
@@ -118,7 +120,8 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
     [
         (["--chat", "hello"], "leave a prompt out"),
         (["--chat", "--json"], "leave --json out"),
-        (["--system", "x", "hello"], "are for --chat"),
+        (["--system", "x", "hello"], "is for --chat"),
+        (["--chat-format", "vicuna", "hello"], "is for --chat and --batch"),
         (["--chat", "--chat-format", "lama2"], "did you mean 'llama2'"),
     ],
 )

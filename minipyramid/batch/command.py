@@ -16,6 +16,8 @@ OTHERS = {
     "lines": "--lines",
     "json": "--json",
     "stats": "--stats",
+    "plan": "--plan",
+    "prompt_tokens": "--prompt-tokens",
 }
 
 
@@ -28,7 +30,7 @@ def check_flags(args: argparse.Namespace) -> None:
             raise RequestError(f"{flag} does not go with --batch; leave one of them out")
     if not Path(args.batch).exists():
         raise RequestError(
-            f"--batch {args.batch} does not exist; give a file with a JSON object on each line"
+            f"--batch {args.batch} does not exist; give a file with a JSON object on each line, or /dev/stdin"
         )
 
 

@@ -64,7 +64,7 @@ def load_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         library: Any = importlib.import_module("transformers")
         llama, config_class = library.LlamaForCausalLM, library.LlamaConfig
     except ImportError as error:
-        raise RequestError(f"--versus transformers cannot be run: {error}") from error
+        raise RequestError(f"--versus needs transformers ({error}); pip install transformers") from error
     if args.model.startswith(PREFIX):
         raw = shape_dict(args.model.removeprefix(PREFIX))
         del raw["torch_dtype"]  # the weights are made in `dtype`

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
-from minipyramid import LLM, Completion, Conversation, MiniPyramidError, SamplingParams
+from minipyramid import LLM, Completion, Conversation, MiniPyramidError, RequestError, SamplingParams
 from minipyramid.cli.terminal import print_error, readable
 
 HELP = "/reset begins anew, /save FILE writes the messages, /stats tells what is held, Ctrl-D leaves"
@@ -22,8 +22,9 @@ OnAnswer = Callable[[Completion], None]
 class TerminalChat:
     """What was said, and the cache of it."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, chat_format: str | None, system: str | None) -> None:
-        self.llm, self.params, self.chat_format = llm, params, chat_format
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+        self.llm, self.params = llm, params
+        self.asked = self.answered = 0  # turns
         self.opening = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -32,7 +33,10 @@ class TerminalChat:
         self.conversation, self.messages = Conversation(), list(self.opening)
 
     def run(self, on_answer: OnAnswer) -> None:
-        """Take turns until the input ends; `on_answer` gets each answer that was finished."""
+        """Take turns until the input ends; `on_answer` gets each answer that was finished.
+
+        Raises `RequestError` at the end if turns were read from a file or pipe and one was not answered.
+        """
         typed = sys.stdin.isatty()
         if typed:
             with contextlib.suppress(ImportError):  # not every system has it
@@ -51,9 +55,13 @@ class TerminalChat:
             if line.startswith("/"):
                 self.obey(line)
             elif line.strip():
+                self.asked += 1
                 self.answer(line, on_answer)
         if typed:
             tell("")
+        elif self.answered < self.asked:
+            missing = f"{self.asked - self.answered} of {self.asked} turns were not answered"
+            raise RequestError(f"{missing}; what stands above says why")
 
     def obey(self, line: str) -> None:
         """A command."""
@@ -74,9 +82,7 @@ class TerminalChat:
         turn = [user] if self.conversation.token_ids else [*self.opening, user]
         pieces: list[str] = []
         try:
-            request = self.llm.chat_request(
-                turn, self.params, self.conversation, chat_format=self.chat_format
-            )
+            request = self.llm.chat_request(turn, self.params, self.conversation)
             prompt = self.llm.engine.encode(request.prompt, "the message")
             room = self.room() - len(prompt)
             if room < 1:
@@ -87,7 +93,7 @@ class TerminalChat:
             if room < params.max_new_tokens:
                 tell(f"(the context has room for an answer of {room} tokens)")
                 params = replace(params, max_new_tokens=room)
-            stream = self.llm.stream_chat(turn, params, self.conversation, chat_format=self.chat_format)
+            stream = self.llm.stream_chat(turn, params, self.conversation)
             try:
                 completion = print_pieces(stream, pieces)
             except KeyboardInterrupt:
@@ -100,6 +106,7 @@ class TerminalChat:
         except MiniPyramidError as error:
             print_error(error)
             return
+        self.answered += 1
         self.messages += [user, {"role": "assistant", "content": "".join(pieces).strip()}]
         if self.room() < 2 * self.params.max_new_tokens:
             tell(f"({self.room()} tokens of the context are left; /reset begins anew)")

@@ -21,6 +21,7 @@ def load(args: argparse.Namespace) -> LLM:
             kv_dtype=args.kv_dtype,
             quantize=args.quantize,
             device=args.device,
+            chat_format=args.chat_format,
             compile=args.compile,
             revision=args.revision,
             progress=None if args.quiet else line.update,

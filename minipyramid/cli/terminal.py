@@ -5,6 +5,7 @@ defect of ours.
 """
 
 import argparse
+import difflib
 import io
 import logging
 import os
@@ -74,8 +75,16 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        print_error(message)
+        print_error(self._unknown_flag(message) or message)
         self.exit(2)
+
+    def _unknown_flag(self, message: str) -> str:
+        """The unknown flag alone; argparse names with it whatever else it could not place, as a prompt."""
+        words = message.partition("unrecognized arguments: ")[2].split()
+        flag = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
+        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        meant = f"did you mean {close[0]}?" if close else "--help lists them"
+        return f"there is no flag {flag}; {meant}" if flag else ""
 
     def print_help(self, file: Any = None) -> None:
         """argparse would not tell that the help cannot be written."""

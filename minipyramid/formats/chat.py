@@ -50,7 +50,8 @@ class ChatFormat:
     def __init__(self, directory: Path, tokenizer: Tokenizer, name: str | None = None) -> None:
         """`name`: a built-in format, or one of the checkpoint's named templates; None for its own.
 
-        Raises `ConfigError` if there is no such template, or the tokenizer lacks its tokens.
+        Raises `ConfigError` if there is no such template, it is no template of jinja2's, or the tokenizer
+        lacks its tokens.
         """
         own = own_templates(directory)
         known = BUILT_IN | own
@@ -69,6 +70,7 @@ class ChatFormat:
         end = tokenizer.eos_ids[0] if tokenizer.eos_ids else -1
         ids = {"bos_token": tokenizer.bos_id, "eos_token": end}
         self._variables = {name: texts[i] for name, i in ids.items() if i in texts} | special_texts(directory)
+        self._renderer.check(self._template)
         self.ends = tuple(special[t] for t in ENDS_OF_TURN if t in special and t in self._template)
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

@@ -46,6 +46,9 @@ def read_config(directory: Path, quantize: str | None = None) -> ModelConfig:
         from minipyramid.formats.meta import config_fields
 
         return config_of(config_fields(directory), str(directory / "params.json"), quantize=quantize)
+    if not file.exists() and any(directory.glob("*.gguf")):
+        problem = "holds a GGUF file, which is not read"
+        raise ConfigError(f"{directory} {problem}; take the same model in the Hugging Face layout")
     raw = read_json(file)
     more = read_json(directory / "generation_config.json", optional=True)
     return config_of(raw, str(file), more.get("eos_token_id"), quantize)

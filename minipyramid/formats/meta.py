@@ -85,6 +85,7 @@ def open_tensors(directory: Path, config: ModelConfig) -> dict[str, Stored]:
     """Every tensor under its Hugging Face name, joined and reordered when it is read."""
     parts = _load_all(directory)
     first = parts[0]
+    _check_complete(directory, parts, config)
     rows = len(first.get(EMBEDDING, ()))
     names = {**NAMES, EMBEDDING: ("model.embed_tokens.weight", 0 if rows < config.vocab_size else 1)}
     for i in range(config.num_hidden_layers):
@@ -111,6 +112,15 @@ def _load_all(directory: Path) -> list[dict[str, Tensor]]:
     if not loaded or EMBEDDING not in loaded[0] or loaded[0][EMBEDDING].dim() != 2:
         raise CheckpointError(f"{directory / FIRST} has no {EMBEDDING}; expected Meta's weights")
     return loaded
+
+
+def _check_complete(directory: Path, parts: list[dict[str, Tensor]], config: ModelConfig) -> None:
+    """Raise `CheckpointError` where a shard is missing: together they have every row of a query matrix."""
+    rows = sum(len(part.get("layers.0.attention.wq.weight", ())) for part in parts)
+    expected = config.num_attention_heads * config.head_dim
+    if 0 < rows < expected:
+        problem = f"{len(parts)} files consolidated.*.pth hold {rows} of {expected} rows of a matrix"
+        raise CheckpointError(f"{directory}: {problem}; fetch the missing ones")
 
 
 def _joined(pieces: list[Tensor], axis: int | None, heads: int) -> Tensor:

@@ -90,8 +90,11 @@ def compiled(template: str) -> Template:
 def answer(asked: dict[str, Any]) -> dict[str, str]:
     """The text, or what went wrong: `refused` by the template, or it `failed`."""
     try:
+        template, variables = compiled(asked["template"]), asked["variables"]
+        if variables is None:  # it was only to be checked
+            return {"text": ""}
         parts, length = [], 0
-        for part in compiled(asked["template"]).generate(asked["variables"]):
+        for part in template.generate(variables):
             parts.append(part)
             length += len(part)
             if length > MOST_TEXT:

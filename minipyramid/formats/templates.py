@@ -134,8 +134,15 @@ class Renderer:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
+    def check(self, template: str) -> None:
+        """Raise `ConfigError` for what is no template; nothing is rendered."""
+        self._answer(template, None)
+
     def render(self, template: str, variables: dict[str, Any]) -> str:
         """The text. Raises `RequestError` where the template refuses, `ConfigError` where it fails."""
+        return self._answer(template, variables)
+
+    def _answer(self, template: str, variables: dict[str, Any] | None) -> str:
         try:
             line = json.dumps({"template": template, "variables": variables})
         except (TypeError, ValueError, RecursionError) as error:

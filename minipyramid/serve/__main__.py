@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from minipyramid import RequestError
+from minipyramid import LLM, MiniPyramidError, RequestError
 from minipyramid.cli.loading import load
 from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, Signals, exit_status
 
@@ -27,6 +27,7 @@ def build_parser() -> Parser:
     add("--host", default="127.0.0.1", help="another than the loopback address needs --api-key")
     add("--port", type=int, default=8000, help="0 takes a free one")
     add("--api-key", metavar="KEY", help=f"what clients must send (or in the variable {KEY_VARIABLE})")
+    add("--chat-format", metavar="NAME", help="for messages (default: the checkpoint's own template)")
     add("--policy", default="auto", metavar="NAME_OR_FILE", help="what the layers hold")
     add("--kv-budget", type=float, metavar="SHARE", help="share of the full cache, as 0.454")
     add("--kv-memory", metavar="SIZE", help="for keys and values of all that runs, as 2GiB")
@@ -63,8 +64,10 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     with bind(args.host, args.port) as listening:
         llm = load(args)
+        check_memory(llm)
         name = Path(args.model).name or args.model
-        limits = Limits(api_key, args.max_waiting, args.max_new_tokens)
+        problem = chat_problem(llm)
+        limits = Limits(api_key, args.max_waiting, args.max_new_tokens, chats=not problem)
         config = uvicorn.Config(
             build_app(llm, name, limits),
             log_level="warning",
@@ -76,8 +79,28 @@ def run(args: argparse.Namespace) -> None:
             host = f"[{args.host}]" if ":" in args.host else args.host
             address = f"http://{host}:{listening.getsockname()[1]}"
             print(f"minipyramid: {name} at {address}", file=sys.stderr, flush=True)
+            if problem:
+                print(f"minipyramid: messages are refused, for {problem}", file=sys.stderr, flush=True)
         with Signals():
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def check_memory(llm: LLM) -> None:
+    """Refuse a bound that no request fits in."""
+    scheduler = llm.engine.scheduler
+    needed = llm.config.num_hidden_layers * scheduler.per_token
+    if scheduler.memory < needed:
+        problem = f"--kv-memory is {scheduler.memory} bytes, and a single token needs {needed}"
+        raise RequestError(f"{problem}; give enough for whole requests, as 2GiB")
+
+
+def chat_problem(llm: LLM) -> str:
+    """Why messages cannot be rendered; empty where they can."""
+    try:
+        llm.chat_format()
+    except MiniPyramidError as error:
+        return str(error)
+    return ""
 
 
 def check(args: argparse.Namespace, api_key: str | None) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import hmac
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from h11 import LocalProtocolError
@@ -37,6 +38,7 @@ class Limits:
     api_key: str | None = None
     max_waiting: int = 256  # sequences
     max_new_tokens: int = 256  # where a request names none
+    chats: bool = True  # whether messages can be rendered
 
 
 class RefusedError(Exception):
@@ -53,7 +55,7 @@ class Service:
     def __init__(self, llm: LLM, model: str, limits: Limits) -> None:
         self.llm, self.model, self.limits = llm, model, limits
         self.metrics = Metrics()
-        self.live: set[Ticket] = set()
+        self.live: dict[Ticket, None] = {}  # in the order in which they came
         self.preparing = asyncio.Lock()  # one at a time, for it takes a processor from the engine
         self.worker: Worker
 
@@ -125,6 +127,9 @@ class Service:
 
     def prepare(self, body: dict[str, Any], chat: bool) -> tuple[Asked, list[Ticket]]:
         """What a body asks for, checked and planned."""
+        if chat and not self.limits.chats:
+            told = "the model is served without a chat template; ask for completions, or for --chat-format"
+            raise RefusedError(400, told)
         asked = asked_of(self.llm, body, chat, self.model, self.limits.max_new_tokens)
         events: asyncio.Queue[Event] = asyncio.Queue()
         tickets = []
@@ -137,21 +142,21 @@ class Service:
 
     def admit(self, tickets: list[Ticket]) -> None:
         """Submit them, unless they would have to wait and too many do already."""
-        planned = sum(ticket.planned for ticket in (*self.live, *tickets))
-        if planned > self.llm.engine.scheduler.memory:
-            waiting = sum(ticket.sequence.row is None for ticket in self.live)
-            if waiting + len(tickets) > self.limits.max_waiting:
-                raise RefusedError(
-                    429, f"{waiting} sequences wait already, and this finds no room; try again", "overloaded"
-                )
+        running_first = sorted(self.live, key=lambda ticket: ticket.sequence.row is None)
+        planned = accumulate(ticket.planned for ticket in (*running_first, *tickets))
+        memory = self.llm.engine.scheduler.memory
+        waiting = sum(so_far > memory for so_far in planned)  # behind the first that finds no room
+        if waiting > self.limits.max_waiting:
+            told = f"{waiting} sequences would wait for room, and {self.limits.max_waiting} may; try again"
+            raise RefusedError(429, told, "overloaded")
         for ticket in tickets:
-            self.live.add(ticket)
+            self.live[ticket] = None
             self.worker.submit(ticket)
 
     def leave(self, tickets: list[Ticket]) -> None:
         """Nobody waits for them any more, or they have ended."""
         for ticket in tickets:
-            self.live.discard(ticket)
+            self.live.pop(ticket, None)
             if not ticket.sequence.ended:
                 self.worker.leave(ticket)
 
@@ -165,7 +170,7 @@ class Service:
                 if not ended.done():
                     ended.cancel()
                     return Response(status_code=499)
-                self.live.discard(ended.result())
+                self.live.pop(ended.result(), None)
         finally:
             gone.cancel()
         for ticket in tickets:
@@ -185,7 +190,7 @@ class Service:
                 else:
                     parts.append(answer.piece(event))
                 if event.ended:
-                    self.live.discard(event.ticket)
+                    self.live.pop(event.ticket, None)
                     left -= 1
                 if not left or events.empty():
                     break

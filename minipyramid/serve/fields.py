@@ -52,10 +52,10 @@ class Asked:
 def asked_of(llm: LLM, body: dict[str, Any], chat: bool, model: str, most_new: int) -> Asked:
     """Read a body; raises `RequestError`, `TypeError`, or what preparing a prompt does."""
     values = {name: value for name, value in body.items() if value is not None}  # null is the default
-    known = (*OWN, *MAX_TOKENS, *OTHERS, *(CHAT if chat else COMPLETION), *IGNORED, *NEUTRAL)
+    heeded = (*OWN, *MAX_TOKENS, *OTHERS, *(CHAT if chat else COMPLETION))
     for name, value in values.items():
-        if name not in known:
-            raise RequestError(f"{name!r:.60} is no field of this endpoint; {nearest(name, known)}")
+        if name not in (*heeded, *IGNORED, *NEUTRAL):
+            raise RequestError(f"{name!r:.60} is no field of this endpoint; {nearest(name, heeded)}")
         if name in NEUTRAL and value not in NEUTRAL[name]:
             raise RequestError(f"{name} is {value!r:.60}, which this server does not do; leave it out")
     if values.get("model", model) != model:
@@ -66,6 +66,8 @@ def asked_of(llm: LLM, body: dict[str, Any], chat: bool, model: str, most_new: i
     expect_type("stream_options", options, dict, "an object")
     for name in ("stream", "kept_positions"):
         expect_type(name, values.get(name, False), bool, "true or false")
+    if values.get("kept_positions") and not values.get("stream"):
+        raise RequestError("kept_positions is told by a stream; ask for one, or leave it out")
     logprobs = wants_logprobs(values, chat)
     given = {name: values[name] for name in OWN if name in values}
     params = SamplingParams(logprobs=logprobs, **given)

@@ -87,6 +87,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Until it is closed."""
+        self.metrics.look(self.engine.scheduler)  # the bound is told from the beginning
         while not self._closing:
             self._wake.wait()
             self._gather()
