@@ -31,11 +31,12 @@ openai = pytest.importorskip("openai", reason="the server is tested with OpenAI'
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
-SLOW = """
-import time, minipyramid.engine as e
+SLOWED = """
+import os, time, minipyramid.engine as e
 choose = e.choose
-e.choose = lambda *a: (time.sleep(0.02), choose(*a))[1]
+e.choose = lambda *a: (time.sleep({seconds}), choose(*a))[1]
 """
+SLOW = SLOWED.format(seconds=0.02)
 MESSAGES = [{"role": "user", "content": "the fox"}]
 
 
@@ -418,8 +419,8 @@ def test_500_clients_that_leave_hold_no_bytes(tiny_dir: Path) -> None:
 def test_too_many_that_wait_are_told_to_come_again(tiny_dir: Path, tmp_path: Path) -> None:
     """The first holds nearly all of the memory until it is closed, however slowly this process asks."""
     closed = tmp_path / "closed"
-    slow = SLOW.replace("time.sleep(0.02)", f"time.sleep(0 if os.path.exists({str(closed)!r}) else 0.2)")
-    with serving(tiny_dir, "--kv-memory", "70KiB", "--max-waiting", "1", first=f"import os{slow}") as small:
+    slow = SLOWED.format(seconds=f"0 if os.path.exists({str(closed)!r}) else 0.2")
+    with serving(tiny_dir, "--kv-memory", "70KiB", "--max-waiting", "1", first=slow) as small:
 
         def begin() -> Any:
             return small.client.completions.create(
