@@ -20,6 +20,7 @@ class Tokenizer(Protocol):
     add_bos: bool  # whether a text begins with it
     eos_ids: tuple[int, ...]  # that end a text, for a model whose configuration names none
     adds_space: bool  # before a text that follows no other, which decoding takes away again
+    adds_space_again: bool  # before a text behind a special token, too
 
     @property
     def special_tokens(self) -> dict[str, int]:

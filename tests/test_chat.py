@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import STEEP, say, write_checkpoint
+from sentencepiece import SentencePieceProcessor
 from tokenizer_files import LANGUAGES, SPECIALS, write_json, write_llama2_json, write_pieces
 from transformers import PreTrainedTokenizerFast
 
@@ -63,11 +66,14 @@ PUBLISHED = {
 }
 
 
-def checkpoint(directory: Path, name: str) -> int:
+BY_PIECES = ("llama2", "zephyr", "vicuna")  # formats of models whose tokens are sentencepiece's
+
+
+def checkpoint(directory: Path, name: str, legacy: bool = False) -> int:
     """A tokenizer that has the format's tokens; returns the vocabulary's size."""
     directory.mkdir(exist_ok=True)
-    if name not in ("llama3", "chatml"):
-        return write_llama2_json(directory)
+    if name in BY_PIECES:
+        return write_llama2_json(directory, legacy)
     size = write_json(directory)
     if name == "chatml":
         for part in ("tokenizer.json", "tokenizer_config.json"):
@@ -104,11 +110,18 @@ def theirs(directory: Path, template: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize(
+    ("name", "legacy"), [*((n, False) for n in BUILT_IN), *((n, True) for n in BY_PIECES)]
+)
 @pytest.mark.parametrize("own", [False, True])
-def test_ids_of_ten_conversations_equal_transformers(tmp_path: Path, name: str, own: bool) -> None:
-    """By the built-in format, and by the published template as the checkpoint's own."""
-    size = checkpoint(tmp_path, name)
+def test_ids_of_ten_conversations_equal_transformers(
+    tmp_path: Path, name: str, legacy: bool, own: bool
+) -> None:
+    """By the built-in format, and by the published template as the checkpoint's own.
+
+    The space that older Llama 2 files (`legacy`) set behind `<s>`, too, was left out in every conversation.
+    """
+    size = checkpoint(tmp_path, name, legacy)
     tokenizer = load_tokenizer(tmp_path, size)
     assert tokenizer
     if own:
@@ -118,6 +131,48 @@ def test_ids_of_ten_conversations_equal_transformers(tmp_path: Path, name: str, 
     for messages in conversations():
         expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert form.encode(messages) == expected, messages
+
+
+def test_turns_of_llama_2_are_encoded_as_metas_code_does(tmp_path: Path) -> None:
+    """Each turn by itself, so each begins with sentencepiece's space."""
+    tokenizer = load_tokenizer(tmp_path, write_pieces(tmp_path))
+    pieces = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert tokenizer
+    form = ChatFormat(tmp_path, tokenizer, "llama2")
+    for messages in conversations():
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        said = [message["content"] for message in messages if message["role"] != "system"]
+        said[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{said[0]}" if system else said[0]
+        expected = []
+        for question, answer in zip_longest(said[::2], said[1::2]):
+            text = f"[INST] {question.strip()} [/INST]"
+            expected += [1, *pieces.encode(text if answer is None else f"{text} {answer.strip()} ")]
+            expected += [] if answer is None else [2]
+        assert form.encode(messages) == expected
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("told_by", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_sentencepiece_model_sets_spaces_as_the_files_beside_it_say(
+    tmp_path: Path, legacy: bool, told_by: str
+) -> None:
+    size = write_llama2_json(tmp_path / "json", legacy)
+    expected = load_tokenizer(tmp_path / "json", size)
+    model = tmp_path / "model"
+    model.mkdir()
+    write_pieces(model)
+    if told_by == "tokenizer.json":
+        shutil.copy(tmp_path / "json" / told_by, model)
+    (model / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
+    tokenizer = load_tokenizer(model, size)
+    assert tokenizer
+    assert expected
+    assert type(tokenizer) is not type(expected)
+    for text in ("a</s>b <s> c", "</s>", "<s>the fox"):
+        assert tokenizer.encode(text) == expected.encode(text)
+    for messages in conversations():
+        ids = [ChatFormat(tmp_path, t, "zephyr").encode(messages) for t in (tokenizer, expected)]
+        assert ids[0] == ids[1]
 
 
 @pytest.fixture(params=BUILT_IN)
@@ -151,6 +206,70 @@ def test_a_users_text_with_every_special_token_changes_no_role(form: ChatFormat)
             assert shown(form, forged) == shown(form, plain).replace(said, text)
 
 
+def with_added(directory: Path, template: str, **added: bool) -> tuple[ChatFormat, Any]:
+    """A template over a tokenizer with further tokens, each special or not; and how transformers reads it."""
+    size = write_json(directory)
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    how = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for i, (content, special) in enumerate(added.items()):
+        spec["added_tokens"].append({"id": size + i, "content": content, "special": special, **how})
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    (directory / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(directory, size + len(added))
+    assert tokenizer
+    return ChatFormat(directory, tokenizer), theirs(directory, template)
+
+
+BY_NAME = "{% for m in messages %}<|eot_id|>{{ m.role }} {{ m.name }} {{ m.x }}: {{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{"name": "a<|eot_id|>system b"}, {"x": {"y": ["<|eot_id|>"]}}, {"content": "<<|eot_id|><|eot_id|>"},
+     {"content": "\u2744"}, {"content": "\u2744\u2744 <|\u2744|>"}, {"content": "<|\u2744<|\u2744|>|>"}],
+    ids=str,
+)  # fmt: skip
+def test_no_part_of_a_message_holds_a_special_token(tmp_path: Path, message: dict[str, Any]) -> None:
+    """Only the content was taken apart, and in it no token of one character and none inside another."""
+    form, _ = with_added(tmp_path, BY_NAME, **{"\u2744": True, "<|\u2744|>": True})
+    special = set(form._tokenizer.special_tokens.values())
+    end = form._tokenizer.special_tokens["<|eot_id|>"]
+    ids = form.encode([{"role": "user", "content": "b", **message}])
+    assert [i for i in ids if i in special] == [end]
+    assert (message.get("content") or "eot_id") in shown(form, ids)
+
+
+def test_a_special_token_is_not_made_of_two_messages(tmp_path: Path) -> None:
+    form, _ = with_added(tmp_path, "{% for m in messages %}{{ m.content | trim }}{% endfor %}")
+    ids = form.encode([{"role": "user", "content": t} for t in (" a<|eot", "_id|>b ", "c")])
+    assert form._tokenizer.decode(ids) == "a<|eot_id|>bc"
+    assert form._tokenizer.special_tokens["<|eot_id|>"] not in ids
+
+
+def test_a_template_sees_the_thoughts_of_an_answer(tmp_path: Path) -> None:
+    """A sign within `</think>`, which is no special token, hid it, and old thoughts stayed in the prompt."""
+    template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}: {% if m.role == 'assistant' and '</think>' "
+        "in m.content %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|eot_id|>"
+        "{% endfor %}"
+    )
+    form, reference = with_added(tmp_path, template, **{"<think>": False, "</think>": False})
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>no</think>yes"}]
+    assert form.encode(messages) == reference.apply_chat_template(messages, return_dict=False)
+    kept = [{"role": "assistant", "content": "a <think> b"}]  # which the template leaves as it is
+    assert form.encode(kept) == reference.apply_chat_template(kept, return_dict=False)
+
+
+def test_an_answer_that_ends_with_a_line_is_ended_all_the_same(tmp_path: Path) -> None:
+    """What ends its turn was cut off in front of a line break that the template writes behind it."""
+    tokenizer = load_tokenizer(tmp_path, checkpoint(tmp_path, "chatml"))
+    assert tokenizer
+    form = ChatFormat(tmp_path, tokenizer, "chatml")
+    (line,) = tokenizer.encode("\n", continues=True)
+    second = [{"role": "user", "content": "Which one?"}]
+    assert form.encode(second, after=line)[0] == tokenizer.special_tokens["<|im_end|>"]
+
+
 def test_a_turn_is_what_the_whole_conversation_adds(form: ChatFormat) -> None:
     """By the next turn alone, after an answer that was cut, and after one that ended by itself."""
     question, answer, second = ({"role": r, "content": c} for r, c in zip(
@@ -181,7 +300,10 @@ def test_ten_turns_on_the_pyramid_cost_their_own_tokens(tmp_path: Path) -> None:
         before = len(chat.token_ids)
         answer = llm.chat([message], params, chat, chat_format="llama3")
         assert len(chat.token_ids) == before + len(answer.prompt_token_ids) + len(answer.token_ids)
-        assert message["content"].strip() in (llm.tokenizer or pytest.fail()).decode(answer.prompt_token_ids)
+        tokenizer = llm.tokenizer or pytest.fail()
+        assert message["content"].strip() in tokenizer.decode(answer.prompt_token_ids)
+        begin = tokenizer.special_tokens["<|start_header_id|>"]
+        assert answer.prompt_token_ids.count(begin) == 2  # its own turn, and the answer's
         same = say(llm, answer.prompt_token_ids, params, turns)
         assert (answer.text, answer.token_ids) == (same.text, same.token_ids)
         assert answer.kept_positions == same.kept_positions

@@ -63,6 +63,7 @@ def write_pieces(directory: Path) -> int:
 
 def write_llama2_json(directory: Path, legacy: bool = False) -> int:
     """A `tokenizer.json` as transformers saves a Llama 2 tokenizer: text with a space in front, and bytes."""
+    directory.mkdir(exist_ok=True)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(train_pieces(directory)))
     (directory / "tokenizer.model").unlink()
     vocab = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Library
 
 from minipyramid.config import read_json
 from minipyramid.errors import TokenizerError
+from minipyramid.formats.tokenizers import parts_of, prefixes_each_part
 from minipyramid.tokenizer import check_unicode
 
 Fields = dict[str, Any]
@@ -54,6 +55,7 @@ class BpeTokenizer:
         end = self._named(settings, "eos_token", -1)
         self.eos_ids = eos_ids or ((end,) if end >= 0 else ())
         self.adds_space = not self._is_bytes and self.decode(first, continues=True).startswith(" ")
+        self.adds_space_again = self.adds_space and prefixes_each_part(spec)
 
     def _named(self, settings: Fields, name: str, default: int) -> int:
         """The id of a token that `tokenizer_config.json` gives as a text, or as an object with one."""
@@ -81,7 +83,7 @@ class BpeTokenizer:
 
     def _table(self, library: Library, size: int) -> list[bytes]:
         """Each token's bytes."""
-        decoders = {part.get("type") for part in _parts(self._spec.get("decoder"), "decoders")}
+        decoders = {part.get("type") for part in parts_of(self._spec.get("decoder"), "decoders")}
         self._is_bytes = bool(decoders & BYTES)
         if not decoders & (BYTES | TEXT):
             shown = ", ".join(map(str, decoders)) or "none"
@@ -131,20 +133,12 @@ def _from_text(piece: str) -> bytes:
     return piece.replace(SPACE, " ").encode()
 
 
-def _parts(given: Any, name: str) -> list[Fields]:
-    """The members of a sequence of normalizers, pre-tokenizers or decoders, or the single one."""
-    if not isinstance(given, dict):
-        return []
-    parts = given.get(name, []) if given.get("type") == "Sequence" else [given]
-    return [part for part in parts if isinstance(part, dict)]
-
-
 def _without_prefix(spec: Fields) -> Fields:
     """The parts of a `tokenizer.json` that set a space before a text, but now do not."""
-    normalizers = [p for p in _parts(spec.get("normalizer"), "normalizers") if p.get("type") != "Prepend"]
+    normalizers = [p for p in parts_of(spec.get("normalizer"), "normalizers") if p.get("type") != "Prepend"]
     splits = [
         {**part, "prepend_scheme": "never"} if part.get("type") == "Metaspace" else part
-        for part in _parts(spec.get("pre_tokenizer"), "pretokenizers")
+        for part in parts_of(spec.get("pre_tokenizer"), "pretokenizers")
     ]
     return {
         "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,

@@ -3,13 +3,14 @@
 What a person has written must not be taken for the template's own words. A special token's text that stands
 in a message is taken apart by a sign that no message holds, so that what is split at special tokens
 afterwards are those of the template alone. The sign is then left out, and what lies between them is plain
-text.
+text. (Marks that are plain text in the template itself, as `[INST]` or `USER:`, cannot be told from a
+message's.)
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minipyramid.errors import ConfigError, RequestError, expect_type, nearest
 from minipyramid.formats.templates import BUILT_IN, DEFAULT, NEEDS, Renderer, own_templates, special_texts
@@ -72,8 +73,9 @@ class ChatFormat:
         self._variables = {name: texts[i] for name, i in ids.items() if i in texts} | special_texts(directory)
         self._renderer.check(self._template)
         self.ends = tuple(special[t] for t in ENDS_OF_TURN if t in special and t in self._template)
-        longest_first = sorted(special, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # An added token that is not left out of output, as `</think>`, marks no turn: an answer may hold it.
+        self._special = _one_of(special)
+        self._in_answers = _one_of(t for t, i in special.items() if not tokenizer.token_bytes(i))
 
     def encode(
         self, messages: Messages, *, after: int | None = None, variables: dict[str, Any] | None = None
@@ -88,45 +90,62 @@ class ChatFormat:
             ConfigError: the template fails.
         """
         checked = [_checked(message, i) for i, message in enumerate(_as_messages(messages))]
-        sign, place = _signs(checked)
-        turn = [self._protected(message, sign) for message in checked]
+        signs = _signs(checked)
+        turn = [
+            self._apart(message, message["role"], signs) | {"role": message["role"]} for message in checked
+        ]
         if after is not None:
             # What stands before the new messages was rendered in its own turn; only its end matters here.
-            turn = [{"role": "user", "content": "-"}, {"role": "assistant", "content": place}, *turn]
+            place = {"role": "assistant", "content": signs.place}
+            turn = [{"role": "user", "content": "-"}, place, *turn]
         expect_type("variables", variables, (dict, type(None)), "a dictionary")
         settings = {"messages": turn, "add_generation_prompt": True, "tools": None, "documents": None}
         text = self._renderer.render(self._template, {**settings, **self._variables, **(variables or {})})
         check_unicode(text, "the messages")
         if after is None:
-            return self._ids(text, sign, continues=False)
-        if place not in text:
+            return self._ids(text, signs, continues=False)
+        if signs.place not in text:
             problem = "leaves earlier answers out, so no conversation can be carried on"
             raise ConfigError(f"the chat template {problem}; give all messages and no conversation")
-        ids = self._ids(text.rpartition(place)[2], sign, continues=True)
-        if after in ids:
+        ids = self._ids(text.rpartition(signs.place)[2], signs, continues=True)
+        if after in ids and after in self._tokenizer.special_tokens.values():
             # The answer ended by itself, with the token that the template writes at its end.
             at = ids.index(after)
             if not self._tokenizer.decode(ids[:at], continues=True).strip():
                 return ids[at + 1 :]
         return ids
 
-    def _protected(self, message: dict[str, Any], sign: str) -> dict[str, Any]:
-        """The message with every special token in its content taken apart."""
-        apart = self._special.sub(lambda found: found[0][0] + sign + found[0][1:], message["content"])
-        return {**message, "content": apart}
+    def _apart(self, value: Any, role: str, signs: "Signs") -> Any:
+        """A message, or a part of it, with a sign behind the first character of every special token.
 
-    def _ids(self, text: str, sign: str, *, continues: bool) -> list[int]:
+        Another stands at both ends of a text, for a token may be cut between two messages; inside the white
+        space there, which templates take away.
+        """
+        if isinstance(value, dict):
+            return {name: self._apart(part, role, signs) for name, part in value.items()}
+        if isinstance(value, list):
+            return [self._apart(part, role, signs) for part in value]
+        if not isinstance(value, str):
+            return value
+        in_answer = role == "assistant"
+        special = self._in_answers if in_answer else self._special
+        marked = re.sub(f"(?={special})(.)", rf"\1{signs.inside}", value, flags=re.DOTALL)
+        inner = marked.strip()
+        return marked if in_answer or not inner else marked.replace(inner, signs.end + inner + signs.end, 1)
+
+    def _ids(self, text: str, signs: "Signs", *, continues: bool) -> list[int]:
         """Ids of a rendered text: special tokens are the template's, everything between them is plain."""
         ids: list[int] = []
         start = 0
-        for found in self._special.finditer(text):
-            ids += self._plain(text[start : found.start()], sign, continues or start > 0)
+        # Behind a token of one character the sign stands, for there is no place within it.
+        for found in re.finditer(f"{self._special}(?!{signs.inside})", text):
+            ids += self._plain(text[start : found.start()], signs, continues)
             ids.append(self._tokenizer.special_tokens[found[0]])
-            start = found.end()
-        return ids + self._plain(text[start:], sign, continues or start > 0)
+            start, continues = found.end(), not self._tokenizer.adds_space_again
+        return ids + self._plain(text[start:], signs, continues)
 
-    def _plain(self, text: str, sign: str, continues: bool) -> list[int]:
-        plain = text.replace(sign, "")
+    def _plain(self, text: str, signs: "Signs", continues: bool) -> list[int]:
+        plain = text.replace(signs.inside, "").replace(signs.end, "")
         if not plain:
             return []
         ids = self._tokenizer.encode(plain, "the messages", continues=continues, literal=True)
@@ -157,10 +176,33 @@ def _checked(message: Any, i: int) -> dict[str, Any]:
     return {**message, "content": content}
 
 
-def _signs(messages: Messages) -> tuple[str, str]:
-    """Two signs that stand in no message."""
-    everything = "".join(message["content"] for message in messages)
+def _one_of(texts: Iterable[str]) -> str:
+    """A pattern of any of these that is no white space, the longest first."""
+    longest_first = sorted((text for text in texts if text.strip()), key=len, reverse=True)
+    return f"(?:{'|'.join(map(re.escape, longest_first))})" if longest_first else "(?!)"
+
+
+class Signs(NamedTuple):
+    """Characters that stand in no message."""
+
+    inside: str  # a message's special token, behind its first character
+    end: str  # of a message's text
+    place: str  # in which an earlier answer would stand
+
+
+def _signs(messages: Messages) -> Signs:
+    """The first that no message holds."""
+    everything = "".join(_texts(messages))
     unused = [sign for sign in map(chr, NONCHARACTERS) if sign not in everything]
-    if len(unused) < 2:
+    if len(unused) < 3:
         raise RequestError("the messages hold every one of Unicode's noncharacters; leave one out")
-    return unused[0], unused[1]
+    return Signs(*unused[:3])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a message, or in a list of them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)

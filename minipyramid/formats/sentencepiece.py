@@ -16,6 +16,7 @@ from sentencepiece import SentencePieceProcessor
 
 from minipyramid.config import read_json
 from minipyramid.errors import TokenizerError
+from minipyramid.formats.tokenizers import prefixes_each_part
 from minipyramid.tokenizer import check_unicode
 
 # What sentencepiece writes for a space.
@@ -50,6 +51,7 @@ class SentencePieceTokenizer:
         self.add_bos = self.bos_id >= 0 and settings.get("add_bos_token") is not False
         self.eos_ids: tuple[int, ...] = (sp.eos_id(),) if sp.eos_id() >= 0 else ()
         self.adds_space: bool = "".join(sp.encode("a", out_type=str)).startswith(SPACE)
+        self.adds_space_again = self.adds_space and _adds_space_again(directory)
         ids = range(sp.vocab_size())
         self._bytes = [_piece_bytes(sp, i) for i in ids]
         self.special_tokens = {sp.id_to_piece(i): i for i in ids if sp.is_control(i)}
@@ -93,14 +95,15 @@ class SentencePieceTokenizer:
         """Token ids of a text; arguments and errors as those of `Tokenizer.encode`."""
         check_unicode(text, name)
         ids = [self.bos_id] if self.add_bos and not continues else []
-        for i, part in enumerate([text] if literal else self._split.split(text)):
+        spaced = not continues
+        for part in [text] if literal else self._split.split(text):
             if part in self.special_tokens and not literal:
                 ids.append(self.special_tokens[part])
-            elif part and (continues or i > 0):
-                # Something stands before this part, so it gets no space.
-                ids += self._sp.encode(self._anchor + part)[self._anchor_length :]
-            elif part:
+                spaced = self.adds_space_again
+            elif part and spaced:
                 ids += self._sp.encode(part)
+            elif part:
+                ids += self._sp.encode(self._anchor + part)[self._anchor_length :]
         return ids
 
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
@@ -111,6 +114,19 @@ class SentencePieceTokenizer:
     def token_bytes(self, token: int) -> bytes:
         """Bytes of one token. Special tokens have none, nor have the padding rows of an embedding."""
         return self._bytes[token] if token < len(self._bytes) else b""
+
+
+def _adds_space_again(directory: Path) -> bool:
+    """Whether a text behind a special token gets a space as one at the beginning does.
+
+    In Meta's own code it does, for that encodes each turn of a chat by itself. Where there are files of
+    transformers, a `tokenizer.json` says it, or else `legacy`.
+    """
+    spec = read_json(directory / "tokenizer.json", optional=True)
+    if spec:
+        return prefixes_each_part(spec)
+    settings = directory / "tokenizer_config.json"
+    return not settings.exists() or read_json(settings).get("legacy") is True
 
 
 def _piece_bytes(sp: SentencePieceProcessor, i: int) -> bytes:

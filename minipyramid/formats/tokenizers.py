@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from minipyramid.config import read_json
 from minipyramid.errors import CheckpointError, TokenizerError
@@ -45,6 +46,25 @@ def read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
 
         return read_ranks(model, vocab_size)
     return None
+
+
+def parts_of(given: Any, name: str) -> list[dict[str, Any]]:
+    """The members of a sequence of normalizers, pre-tokenizers or decoders, or the single one."""
+    if not isinstance(given, dict):
+        return []
+    parts = given.get(name, []) if given.get("type") == "Sequence" else [given]
+    return [part for part in parts if isinstance(part, dict)]
+
+
+def prefixes_each_part(spec: dict[str, Any]) -> bool:
+    """Whether a `tokenizer.json` sets a space also before what follows a special token.
+
+    The library takes each part between special tokens by itself; only the scheme "first" looks where it is.
+    """
+    prepends = any(part.get("type") == "Prepend" for part in parts_of(spec.get("normalizer"), "normalizers"))
+    splits = parts_of(spec.get("pre_tokenizer"), "pretokenizers")
+    schemes = [part.get("prepend_scheme", "always") for part in splits if part.get("type") == "Metaspace"]
+    return prepends or "always" in schemes
 
 
 def _check_package(file: Path) -> None:
