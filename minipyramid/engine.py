@@ -188,7 +188,7 @@ class Engine:
         """The tokenizer, where something cannot be done without one."""
         if self.tokenizer is None:
             problem = "the checkpoint has no tokenizer.model or tokenizer.json"
-            raise TokenizerError(f"{problem}; add one, or give token ids (in Python, or by --batch)")
+            raise TokenizerError(f"{problem}; add one, or give token ids (from Python, or by --batch)")
         return self.tokenizer
 
     # --- one step ---

@@ -358,36 +358,97 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 from minipyramid import LLM, SamplingParams, batch
+from minipyramid.batch import job
 
-model, source, target, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-llm = LLM(model, policy="full", kv_memory="60KiB")
-rng, killed = random.Random(1), 0
+model, source, target, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+llm = LLM(model, policy="full", kv_memory="20KiB")
+job.AHEAD = 4  # so that the first record comes soon
+rng, killed, progressed = random.Random(1), 0, 0
+size = lambda: target.stat().st_size if target.exists() else 0
 while True:
+    before = size()
     child = os.fork()  # a process of its own, without the seconds that a start takes
     if child == 0:
         batch.run(llm, source, target, SamplingParams(ignore_eos=True), resume=True)
         os._exit(0)
     if killed < kills:
-        time.sleep(rng.uniform(0, 0.04))
+        # While it starts, or some time after the first record.
+        more, deadline = rng.choice([0, 1, 1]), time.monotonic() + 20
+        while size() < before + more and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01 if more else 0.1))
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     killed += os.WIFSIGNALED(status)
+    progressed += os.WIFSIGNALED(status) and size() > before
     if status == 0:
         break
-print(killed, "killed")
+print(killed, progressed)
 """
 
 
 def test_two_hundred_kills_lose_and_repeat_nothing(tiny_dir: Path, tiny: LLM, tmp_path: Path) -> None:
-    entries = prompts(300)
+    """Most kills once came before the first record, which showed nothing."""
+    entries = [{**entry, "max_new_tokens": 1 + i % 3} for i, entry in enumerate(prompts(300))]
     file, out = write(tmp_path / "in", entries), tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tiny_dir), str(file), str(out), "200"],
         capture_output=True, text=True, check=False, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) > 100
+    killed, progressed = map(int, done.stdout.split())
+    assert killed == 200
+    assert progressed > 80
     records = read(out)
     assert Counter(record["id"] for record in records) == Counter(entry["id"] for entry in entries)
     batch.run(tiny.under("full"), file, tmp_path / "undisturbed", SamplingParams(ignore_eos=True))
     assert sorted(map(str, records)) == sorted(map(str, read(tmp_path / "undisturbed")))
+
+
+LONG = """
+import json, sys
+from pathlib import Path
+from minipyramid import LLM, SamplingParams, batch
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def look(scheduler):
+    if scheduler.finished >= 250 * (len(seen) + 1):
+        seen.append((scheduler.finished, resident()))
+
+model, source, target = sys.argv[1:4]
+llm, seen = LLM(model, policy="full", kv_memory="200KiB"), []
+batch.run(llm, source, target, SamplingParams(ignore_eos=True), on_step=look)
+first = next(size for finished, size in seen if finished >= 500)
+print(len(seen), max(size for finished, size in seen if finished >= 500) - first)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="tells resident memory on Linux alone")
+def test_a_hundred_thousand_lines_take_no_more_memory(tiny_dir: Path, tmp_path: Path) -> None:
+    """One in fifty is generated from; the others are of every kind that becomes an error.
+
+    torch keeps what it has prepared for products of the last 1,024 shapes, some 200 MB; here for eight.
+    """
+    file, out = tmp_path / "in", tmp_path / "out"
+    with file.open("w") as lines_of:
+        for i in range(100_000):
+            entry: Any = {"id": f"n{i}", "prompt": "the fox", "max_new_tokens": 1}
+            if i % 50:
+                entry = ["no JSON", {"id": i, "prompt": ""}, {"id": "n0", "prompt": "a"}, {"id": i, "x": 1}][
+                    i % 4
+                ]
+            lines_of.write((entry if isinstance(entry, str) else json.dumps(entry)) + "\n")
+    few = {"LRU_CACHE_CAPACITY": "8", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LONG, str(tiny_dir), str(file), str(out)],
+        capture_output=True, text=True, check=False, timeout=250, env={**os.environ, **few},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    looks, grown = map(int, done.stdout.split())
+    assert looks >= 7
+    assert grown < 8 << 20
+    with out.open() as records:
+        kinds = Counter("text" in json.loads(record) for record in records)
+    assert kinds == {True: 2000, False: 98_000}

@@ -421,7 +421,7 @@ def test_one_line_tells_what_becomes_plain_unless_quiet(
     command = [sys.executable, "-m", "minipyramid.generate", *flags]
     told, missing = subprocess.run(command, capture_output=True, text=True, check=False).stderr.splitlines()
     assert told == (
-        "minipyramid: 8 weights (fp8) become float32 and take its bytes: torch has no product for them here"
+        "minipyramid: 8 weights (fp8) become float32 and take its bytes: none of torch's products is for them"
     )
     assert "has no tokenizer" in missing
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Library
 
 from minipyramid.config import read_json
 from minipyramid.errors import TokenizerError
-from minipyramid.formats.tokenizers import parts_of, prefixes_each_part
+from minipyramid.formats.tokenizers import check_size, parts_of, prefixes_each_part
 from minipyramid.tokenizer import check_unicode
 
 Fields = dict[str, Any]
@@ -37,9 +37,7 @@ class BpeTokenizer:
             library = self._library(prefixed=True, literal=False)
             size = 1 + max(library.get_vocab(with_added_tokens=True).values())
             added = library.get_added_tokens_decoder()
-            if not vocab_size - 512 < size <= vocab_size:  # embeddings are padded, but hardly by 512 or more
-                expected = f"but the model has {vocab_size}; expected the model's own"
-                raise TokenizerError(f"{file} has {size} tokens, {expected}")
+            check_size(file, size, vocab_size)
             self._bytes = self._table(library, size)
             first = library.encode("a", add_special_tokens=False).ids[:1]
         except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:

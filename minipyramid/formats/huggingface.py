@@ -93,6 +93,11 @@ def _model(raw: Fields, more_eos: Any) -> ModelConfig:
     head_dim = _positive(raw, "head_dim", sizes["hidden_size"] // heads)
     if head_dim % 2:
         raise ConfigError(f"head_dim is {head_dim}, expected an even number for rotary positions")
+    rope = _rope(raw, context)
+    if (
+        rope.rope_type == "linear"
+    ):  # the length that was stretched, as FastChat reads it, where Vicuna comes from
+        context = int(context * rope.factor)
     window = _positive(raw, "sliding_window", context)
     if window < context:
         problem = f"sliding_window {window} is not implemented below max_position_embeddings {context}"
@@ -108,7 +113,7 @@ def _model(raw: Fields, more_eos: Any) -> ModelConfig:
         max_position_embeddings=context,
         rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6),
         tie_word_embeddings=tie,
-        rope=_rope(raw, context),
+        rope=rope,
         dtype=dtype,
         eos_token_ids=_eos(sizes["vocab_size"], raw.get("eos_token_id"), more_eos),
         qkv_bias=raw["model_type"] == "qwen2",

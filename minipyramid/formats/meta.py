@@ -64,8 +64,10 @@ def config_fields(directory: Path) -> dict[str, Any]:
     context = CONTEXT_OF_THETA.get(theta) or CONTEXT_OF_EPS.get(eps)
     if context is None:
         raise ConfigError(f"{file} is of no Llama whose context is known; take the Hugging Face layout")
-    if vocab < 1:  # Llama 2's says -1; its embedding is cut along the other axis
-        vocab = len(_load_all(directory)[0][EMBEDDING])
+    if (context, layers, kv_heads) == (4096, 80, heads):
+        context = 2048  # the first Llama's largest has Llama 2's eps, but not its grouped heads
+    if vocab < 1:  # Llama 2's says -1
+        vocab = _vocabulary(directory)
     return {
         "model_type": "llama",
         "vocab_size": vocab,
@@ -97,6 +99,8 @@ def open_tensors(directory: Path, config: ModelConfig) -> dict[str, Stored]:
         if not all(meta in part for part in parts):
             raise CheckpointError(f"{directory}: {meta} is not in every shard; fetch them again")
         shape = list(first[meta].shape)
+        if any(part[meta].dim() != len(shape) for part in parts) or len(shape) <= (axis or 0):
+            raise CheckpointError(f"{directory}: {meta} has the shape {shape} in a shard; fetch them again")
         if axis is not None:
             shape[axis] = sum(part[meta].shape[axis] for part in parts)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -105,6 +109,18 @@ def open_tensors(directory: Path, config: ModelConfig) -> dict[str, Stored]:
         if name != "rope.freqs":  # computed here
             tensors[name] = Stored(directory / FIRST, shape, partial(_joined, pieces, axis, turned))
     return tensors
+
+
+def _vocabulary(directory: Path) -> int:
+    """Tokens, by the embedding, whose shards have all of them where params.json does not say how many.
+
+    By the tokenizer, as in Meta's own code, while weights are not fetched yet.
+    """
+    if shards(directory) or not (directory / "tokenizer.model").exists():
+        return len(_load_all(directory)[0][EMBEDDING])
+    from minipyramid.formats.sentencepiece import open_model
+
+    return open_model(directory / "tokenizer.model").vocab_size()
 
 
 def _load_all(directory: Path) -> list[dict[str, Tensor]]:

@@ -56,7 +56,10 @@ def gather(
         rows, columns = shape
         found = {}
         for suffix, part in layout.parts(rows, columns).items():
-            stored = gathered.pop(f"{layer}.{suffix}", None)
+            own = (
+                f"{layer}.{suffix}" != name and f"{layer}.{suffix}" in shapes
+            )  # the model's, as Qwen2's biases
+            stored = None if own else gathered.pop(f"{layer}.{suffix}", None)
             if stored is not None:
                 _check_shape(stored, f"{layer}.{suffix}", part, layout)
                 found[suffix] = stored

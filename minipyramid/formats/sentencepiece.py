@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor
 
 from minipyramid.config import read_json
 from minipyramid.errors import TokenizerError
-from minipyramid.formats.tokenizers import prefixes_each_part
+from minipyramid.formats.tokenizers import check_size, prefixes_each_part
 from minipyramid.tokenizer import check_unicode
 
 # What sentencepiece writes for a space.
@@ -30,15 +30,7 @@ class SentencePieceTokenizer:
     def __init__(self, directory: Path, vocab_size: int) -> None:
         """Raises `TokenizerError` if a file is unreadable or does not have the model's `vocab_size`."""
         file = directory / "tokenizer.model"
-        try:
-            self._sp = sp = SentencePieceProcessor(model_file=str(file))
-            # A damaged one may load, and have pieces that are no UTF-8.
-            for i in range(sp.vocab_size()):
-                sp.id_to_piece(i)
-        # TypeError stands for a path that is not Unicode.
-        except (RuntimeError, OSError, TypeError, UnicodeDecodeError) as error:
-            message = f"{file} is not a sentencepiece model; expected one, such as Llama 2's"
-            raise TokenizerError(message) from error
+        self._sp = sp = open_model(file)
         # sentencepiece sets a space before every text, but none after a character that is a piece of its own.
         # So a text that needs no space is encoded behind such an anchor, whose ids are then cut off. Several
         # are tried, since the normaliser may turn a character into a space or into nothing.
@@ -51,22 +43,22 @@ class SentencePieceTokenizer:
         self.add_bos = self.bos_id >= 0 and settings.get("add_bos_token") is not False
         self.eos_ids: tuple[int, ...] = (sp.eos_id(),) if sp.eos_id() >= 0 else ()
         self.adds_space: bool = "".join(sp.encode("a", out_type=str)).startswith(SPACE)
-        self.adds_space_again = self.adds_space and _adds_space_again(directory)
+        beside = read_json(directory / "tokenizer.json", optional=True)
+        self.adds_space_again = self.adds_space and _adds_space_again(directory, beside)
         ids = range(sp.vocab_size())
         self._bytes = [_piece_bytes(sp, i) for i in ids]
         self.special_tokens = {sp.id_to_piece(i): i for i in ids if sp.is_control(i)}
-        self._add_tokens(directory, settings, vocab_size)
+        self._add_tokens(directory, settings, beside, vocab_size)
         size = len(self._bytes)
-        # Embeddings are often padded to a round number of rows, but hardly by 512 or more.
-        if not vocab_size - 512 < size <= vocab_size:
-            expected = f"but the model has {vocab_size}; expected the model's own"
-            raise TokenizerError(f"{file} has {size} tokens, {expected}")
+        check_size(file, size, vocab_size)
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         # Without special tokens a pattern that matches nothing.
         pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._split = re.compile(f"({pattern})")
 
-    def _add_tokens(self, directory: Path, settings: dict[str, Any], vocab_size: int) -> None:
+    def _add_tokens(
+        self, directory: Path, settings: dict[str, Any], beside: dict[str, Any], vocab_size: int
+    ) -> None:
         """Add the tokens that sentencepiece's model lacks, or for which the JSON files have another text."""
         older = read_json(directory / "added_tokens.json", optional=True)
         newer = settings.get("added_tokens_decoder") or {}
@@ -75,6 +67,8 @@ class SentencePieceTokenizer:
         try:
             for content, token in older.items():
                 tokens[index(token)] = content, True
+            for entry in beside.get("added_tokens") or []:
+                tokens[int(entry["id"])] = entry["content"], bool(entry.get("special", True))
             for token, entry in newer.items():
                 tokens[int(token)] = entry["content"], bool(entry.get("special", True))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
@@ -116,15 +110,28 @@ class SentencePieceTokenizer:
         return self._bytes[token] if token < len(self._bytes) else b""
 
 
-def _adds_space_again(directory: Path) -> bool:
+def open_model(file: Path) -> SentencePieceProcessor:
+    """Raises `TokenizerError` if it is no sentencepiece model."""
+    try:
+        pieces = SentencePieceProcessor(model_file=str(file))
+        # A damaged one may load, and have pieces that are no UTF-8.
+        for i in range(pieces.vocab_size()):
+            pieces.id_to_piece(i)
+    # TypeError stands for a path that is not Unicode.
+    except (RuntimeError, OSError, TypeError, UnicodeDecodeError) as error:
+        message = f"{file} is not a sentencepiece model; expected one, such as Llama 2's"
+        raise TokenizerError(message) from error
+    return pieces
+
+
+def _adds_space_again(directory: Path, beside: dict[str, Any]) -> bool:
     """Whether a text behind a special token gets a space as one at the beginning does.
 
     In Meta's own code it does, for that encodes each turn of a chat by itself. Where there are files of
     transformers, a `tokenizer.json` says it, or else `legacy`.
     """
-    spec = read_json(directory / "tokenizer.json", optional=True)
-    if spec:
-        return prefixes_each_part(spec)
+    if beside:
+        return prefixes_each_part(beside)
     settings = directory / "tokenizer_config.json"
     return not settings.exists() or read_json(settings).get("legacy") is True
 

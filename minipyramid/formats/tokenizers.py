@@ -48,6 +48,16 @@ def read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer | None:
     return None
 
 
+def check_size(file: Path, size: int, vocab_size: int) -> None:
+    """Raise `TokenizerError` unless a tokenizer of so many tokens may be the model's.
+
+    Embeddings are padded to a round number of rows: hardly by 512 or more, and large ones by a fortieth.
+    """
+    if not vocab_size - max(512, vocab_size // 32) < size <= vocab_size:
+        expected = f"but the model has {vocab_size}; expected the model's own"
+        raise TokenizerError(f"{file} has {size} tokens, {expected}")
+
+
 def parts_of(given: Any, name: str) -> list[dict[str, Any]]:
     """The members of a sequence of normalizers, pre-tokenizers or decoders, or the single one."""
     if not isinstance(given, dict):

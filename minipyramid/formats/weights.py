@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None] | None
 log = logging.getLogger("minipyramid")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens"
-UNPACKED = "minipyramid: %s weights (%s) become %s and take its bytes: torch has no product for them here"
+UNPACKED = "minipyramid: %s weights (%s) become %s and take its bytes: none of torch's products is for them"
 AT_LOAD = "int8"  # what `quantize` makes of plain weights
 
 
@@ -57,15 +57,15 @@ def read_parameters(
             del sources[HEAD]
         _check_shapes(directory, tensors, sources)
         unpacked = 0
-        for name, parts in sources.items():
+        for i, (name, parts) in enumerate(sources.items(), 1):
+            if progress:
+                progress(i, len(sources))
             read = [_read(tensors[part], part, dtype) for part, _ in parts]
             if name == HEAD and config.tie_word_embeddings and _are_equal(read[0], state[EMBEDDING]):
                 is_tied = True
                 continue
             state[name] = parameter_of(name, read, config, dtype, device)
             unpacked += isinstance(state[name], Tensor) and not all(isinstance(t, Tensor) for t in read)
-            if progress:
-                progress(len(state), len(sources))
         if is_tied:
             state[HEAD] = parameter_of(HEAD, [state[EMBEDDING]], config, dtype, device)
     if unpacked:
@@ -76,12 +76,15 @@ def read_parameters(
 def parameter_of(
     name: str, parts: list[Any], config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> "Tensor | Packed":
-    """A parameter of the tensors that it joins."""
+    """A parameter of the tensors that it joins. Raises `CheckpointError` where it is not finite."""
     # Of all parameters only linear layers' have such names.
     if config.quantization and name.endswith(".weight"):
         from minipyramid.quantised import joined_form
 
-        return joined_form(parts, dtype, device, in_int8=config.quantization == AT_LOAD)
+        form = joined_form(parts, dtype, device, in_int8=config.quantization == AT_LOAD)
+        if isinstance(form, Tensor) and not form.isfinite().all():  # float8 has NaN, float16 an end
+            raise CheckpointError(f"{name} holds values that are not finite in {dtype}; fetch it again")
+        return form
     whole: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     return whole.to(device)
 
