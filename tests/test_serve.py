@@ -24,6 +24,7 @@ from helpers import prompts_of
 
 from minipyramid import LLM, Engine, Request, SamplingParams
 from minipyramid.serve.__main__ import main
+from minipyramid.serve.loopback import is_loopback
 from minipyramid.serve.metrics import Metrics
 from minipyramid.serve.worker import Event, Ticket, Worker
 
@@ -117,6 +118,7 @@ def alone(tiny: LLM, prompt: Any, **fields: Any) -> Any:
 
 def test_a_completion_has_the_text_and_the_counts_of_the_engine(server: Server, tiny: LLM) -> None:
     assert [model.id for model in server.client.models.list()] == [server.model]
+    assert server.client.models.retrieve(server.model).id == server.model
     expected = alone(tiny, "the fox", max_new_tokens=20, temperature=1.2, seed=7, top_p=0.9, logprobs=True)
     answer = server.client.completions.create(
         model=server.model, prompt="the fox", max_tokens=20, temperature=1.2, seed=7, top_p=0.9, logprobs=0
@@ -206,15 +208,17 @@ def test_several_prompts_and_choices_come_in_order(server: Server, tiny: LLM) ->
 
 
 def test_the_usage_tells_what_another_request_had_computed(server: Server, tiny: LLM) -> None:
-    """Four choices compute their prompt once: three take all of it but the last token, which is asked."""
+    """Of a prompt, which counts once however many choices it has: more was once told than it has tokens."""
     (prompt,) = prompts_of([150])
     how = {"max_tokens": 5, "temperature": 1.0, "seed": 3, "n": 4, "extra_body": {"ignore_eos": True}}
     answer = server.client.completions.create(model=server.model, prompt=prompt, **how)
     assert answer.usage.prompt_tokens == 150
-    assert answer.usage.prompt_tokens_details.cached_tokens == 3 * 149
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
     for i, choice in enumerate(answer.choices):
         single = alone(tiny, prompt, max_new_tokens=5, temperature=1.0, seed=3 + i, ignore_eos=True)
         assert choice.text == single.text
+    two = server.client.completions.create(model=server.model, prompt=[prompt, [*prompt, 5]], **how)
+    assert two.usage.prompt_tokens_details.cached_tokens in (149, 150)  # of one of them
 
 
 def test_a_stop_text_ends_a_choice(server: Server, tiny: LLM) -> None:
@@ -236,7 +240,9 @@ def test_a_stop_text_ends_a_choice(server: Server, tiny: LLM) -> None:
      ({"presence_penalty": 1}, "presence_penalty"), ({"stream": "yes"}, "stream is 'yes'"),
      ({"seed": 1.5}, "seed is 1.5"), ({"top_p": float("nan")}, "top_p is nan"),
      ({"prompt": "\ud800"}, "prompt"), ({"kept_positions": True}, "told by a stream"),
-     ({"zzz": 1}, "kept_positions, prompt")],
+     ({"zzz": 1}, "kept_positions, prompt"), ({"max_tokens": 3, "max_completion_tokens": 3}, "both given"),
+     ({"max_tokens": 0}, "max_tokens is 0"), ({"stream_options": {"usage": True}}, "stream_options has"),
+     ({"prompt": "a" * 9000}, "a text of 9000 characters is more")],
     ids=str,
 )  # fmt: skip
 def test_what_is_wrong_is_named_in_the_clients_form(
@@ -394,22 +400,28 @@ def ticket_for(engine: Engine, prompt: list[int], events: asyncio.Queue[Event]) 
     return Ticket(engine.prepare(request), 0, 0, events)
 
 
-def leave_in_mid_stream(server: Server, i: int) -> None:
-    """Ask, read what has come after a while or nothing, and hang up."""
+def leave_in_mid_stream(server: Server, i: int) -> bool:
+    """Ask, read some text, or what comes at once, or nothing, and hang up; returns whether text had come."""
     body = {"prompt": "the fox", "max_tokens": 200, "stream": i % 3 != 0, "ignore_eos": True, "n": 1 + i % 2}
     data = json.dumps(body).encode()
     with socket.create_connection((server.host, server.port), timeout=30) as raw:
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         raw.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        if i % 3 == 1:
-            raw.recv(400)
+        got = b""
+        while i % 3 == 1 and b"data: {" not in got:
+            got += raw.recv(400) or pytest.fail("the stream ended")
+        if i % 3 == 2:
+            got = raw.recv(400)
         time.sleep(0.002 * (i % 10))
+        return b"data: {" in got
 
 
 def test_500_clients_that_leave_hold_no_bytes(tiny_dir: Path) -> None:
-    with serving(tiny_dir, "--kv-memory", "1MiB", "--max-waiting", "1000") as busy:
+    flags = ["--policy", "pyramid", "--kv-memory", "1MiB", "--max-waiting", "1000"]
+    with serving(tiny_dir, *flags) as busy:
         with ThreadPoolExecutor(50) as pool:
-            list(pool.map(lambda i: leave_in_mid_stream(busy, i), range(500)))
+            begun = sum(pool.map(lambda i: leave_in_mid_stream(busy, i), range(500)))
+        assert begun >= 167
         busy.wait_until_idle()
         assert (busy.metric("kv_bytes_planned"), busy.metric("kv_bytes_held")) == (0, 0)
         assert busy.metric("generated_tokens_total") < 500 * 200 / 2  # they were not run to their end
@@ -464,7 +476,52 @@ def test_what_runs_longer_than_the_grace_is_cut(tiny_dir: Path) -> None:
         body = {"model": server.model, "prompt": "the fox", "max_tokens": 240, "stream": True}
         stream = server.client.completions.create(**body, extra_body={"ignore_eos": True})
         next(iter(stream))
-        assert server.stop() == 143
+        body["stream"] = False
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(
+                lambda: server.client.completions.create(**body, extra_body={"ignore_eos": True})
+            )
+            while server.metric("requests_running") < 2:
+                time.sleep(0.02)
+            assert server.stop() == 143
+            with pytest.raises(openai.InternalServerError, match="the server is being stopped") as refused:
+                whole.result()
+        assert refused.value.status_code == 503
+        with pytest.raises(openai.APIError, match="the server is being stopped"):
+            list(stream)
+        assert server.process.stderr
+        assert "Traceback" not in server.process.stderr.read()
+
+
+def test_a_failure_between_two_steps_leaves_nobody_waiting(tiny_dir: Path) -> None:
+    """The engine's thread ended, and every client waited for ever."""
+    broken = "import minipyramid.serve.worker as w; w.picture = lambda layers: 1 / 0"
+    with serving(tiny_dir, first=broken) as server:
+        body = {"model": server.model, "prompt": "the fox", "max_tokens": 20}
+        with pytest.raises(openai.APIError, match="the server failed between two steps"):
+            list(server.client.completions.create(**body, stream=True, extra_body={"kept_positions": True}))
+        assert server.client.completions.create(**body).choices  # the next one is served
+        assert server.ask("GET", "/health")[0] == 200
+        assert server.metric("kv_bytes_planned") == 0
+
+
+def test_more_choices_than_can_ever_run_or_wait_are_refused_for_good(tiny_dir: Path) -> None:
+    """They were told to come again (429) by an idle server, for ever."""
+    with serving(tiny_dir, "--kv-memory", "70KiB", "--max-waiting", "2") as small:
+        with pytest.raises(openai.BadRequestError, match="of which more than 2 would have to wait"):
+            small.client.completions.create(model=small.model, prompt="the fox", n=8, max_tokens=100)
+        assert small.metric("prompt_tokens_total") == 0
+        assert small.client.completions.create(model=small.model, prompt="the fox", n=3, max_tokens=9).choices
+
+
+@pytest.mark.parametrize(
+    ("host", "is_own"),
+    [("localhost", True), ("LOCALHOST", True), ("localhost.", True), ("127.0.0.2", True), ("[::1]", True),
+     ("::1", True), ("10.0.0.1", False), ("localhost.example", False), ("", False)],
+)  # fmt: skip
+def test_which_hosts_are_this_machine(host: str, is_own: bool) -> None:
+    """A server on 127.0.0.2 started, and then let nobody in."""
+    assert is_loopback(host) == is_own
 
 
 def test_what_cannot_be_served_is_one_line(

@@ -105,12 +105,12 @@ def serving(llm: LLM, most_waiting: int) -> Iterator[int]:
     try:
         import uvicorn
 
-        from minipyramid.serve.app import Limits, build_app
+        from minipyramid.serve.app import Limits, Service, build_app
     except ImportError as error:
         raise RequestError(
             '--served needs starlette and uvicorn; pip install "minipyramid[serve]"'
         ) from error
-    app = build_app(llm, "measured", Limits(max_waiting=most_waiting))
+    app = build_app(Service(llm, "measured", Limits(max_waiting=most_waiting)))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))

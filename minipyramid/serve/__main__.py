@@ -4,7 +4,6 @@ SIGINT and SIGTERM let what runs end within `--grace`, and then the exit status 
 """
 
 import argparse
-import ipaddress
 import os
 import socket
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from minipyramid import LLM, MiniPyramidError, RequestError
 from minipyramid.cli.loading import load
 from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, Signals, exit_status
+from minipyramid.serve.loopback import is_loopback
 
 BACKLOG = 2048  # connections that wait to be taken
 KEY_VARIABLE = "MINIPYRAMID_API_KEY"
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from minipyramid.serve.app import Limits, build_app
+        from minipyramid.serve.app import Limits, Service, build_app
+        from minipyramid.serve.ending import Server
     except ImportError as error:
         raise RequestError(
             'the server needs starlette and uvicorn; pip install "minipyramid[serve]"'
@@ -68,12 +69,8 @@ def run(args: argparse.Namespace) -> None:
         name = Path(args.model).name or args.model
         problem = chat_problem(llm)
         limits = Limits(api_key, args.max_waiting, args.max_new_tokens, chats=not problem)
-        config = uvicorn.Config(
-            build_app(llm, name, limits),
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=args.grace,
-        )
+        service = Service(llm, name, limits)
+        config = uvicorn.Config(build_app(service), log_level="warning", access_log=False)
         listening.listen(BACKLOG)  # from here on a client is not refused, so the address can be told
         if not args.quiet:
             host = f"[{args.host}]" if ":" in args.host else args.host
@@ -82,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
             if problem:
                 print(f"minipyramid: messages are refused, for {problem}", file=sys.stderr, flush=True)
         with Signals():
-            uvicorn.Server(config).run(sockets=[listening])
+            Server(config, service, args.grace).run(sockets=[listening])
 
 
 def check_memory(llm: LLM) -> None:
@@ -109,18 +106,14 @@ def check(args: argparse.Namespace, api_key: str | None) -> None:
         raise RequestError(f"--host {args.host} can be reached by others; give --api-key, or use 127.0.0.1")
     if not 0 <= args.port <= 65535:
         raise RequestError(f"--port is {args.port}, expected 0 to 65535")
-    if args.max_waiting < 0 or args.max_new_tokens < 1:
-        raise RequestError("--max-waiting is expected to be 0 or more, and --max-new-tokens 1 or more")
+    for flag, value, least in (
+        ("--max-waiting", args.max_waiting, 0),
+        ("--max-new-tokens", args.max_new_tokens, 1),
+    ):
+        if value < least:
+            raise RequestError(f"{flag} is {value}, expected at least {least}")
     if not 0 <= args.grace <= 1e6:
         raise RequestError(f"--grace is {args.grace}, expected seconds, 0 or more")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def bind(host: str, port: int) -> socket.socket:

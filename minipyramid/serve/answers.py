@@ -53,7 +53,9 @@ class Answer:
     def usage(self, completions: list[Completion]) -> dict[str, Any]:
         """Tokens; a prompt counts once, however many choices it has."""
         prompts, new = self.asked.prompt_tokens, sum(len(done.token_ids) for done in completions)
-        shared = {"cached_tokens": sum(done.shared_tokens for done in completions)}
+        choices = [completions[i : i + self.asked.n] for i in range(0, len(completions), self.asked.n)]
+        # The choice that computed most of a prompt tells what another request had computed of it.
+        shared = {"cached_tokens": sum(min(done.shared_tokens for done in each) for each in choices)}
         counts = {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
         return {**counts, "prompt_tokens_details": shared}
 

@@ -21,14 +21,15 @@ from minipyramid import LLM, MiniPyramidError
 from minipyramid.cli.json_input import json_object
 from minipyramid.serve.answers import Answer, error_body, sse
 from minipyramid.serve.fields import Asked, ModelNotFoundError, asked_of
+from minipyramid.serve.loopback import is_loopback
 from minipyramid.serve.metrics import Metrics
 from minipyramid.serve.page import PAGE
-from minipyramid.serve.worker import Event, Ticket, Worker
+from minipyramid.serve.worker import EndingError, Event, Ticket, Worker
 
 MOST_BYTES = 8 << 20  # of a body
 BODY_S = 30.0  # in which a body must have come
 OPEN = ("/", "/health")  # without a key: they tell nothing
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/")
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,24 @@ class Service:
         alive = self.worker.is_alive()
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 500)
 
-    async def told(self, _: HttpRequest) -> Response:
-        """The metrics."""
+    async def metrics_text(self, _: HttpRequest) -> Response:
+        """What was counted, for Prometheus."""
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self, _: HttpRequest) -> Response:
         """The one model."""
-        model = {"id": self.model, "object": "model", "created": 0, "owned_by": "minipyramid"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def one_model(self, request: HttpRequest) -> Response:
+        """The model, by its name."""
+        name = request.path_params["name"]
+        if name != self.model:
+            told = f"there is no model {name!r:.60}; expected {self.model!r}"
+            return JSONResponse(error_body(told, 404, "model_not_found"), 404)
+        return JSONResponse(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self.model, "object": "model", "created": 0, "owned_by": "minipyramid"}
 
     async def completions(self, request: HttpRequest) -> Response:
         """A prompt, or several, continued."""
@@ -108,6 +119,7 @@ class Service:
                 async with self.preparing:
                     asked, tickets = await run_in_threadpool(self.prepare, body, chat)
                 self.admit(tickets)
+                self.metrics.prompts += asked.prompt_tokens
             finally:
                 self.worker.coming -= 1
         except RefusedError as refused:
@@ -137,21 +149,32 @@ class Service:
             sequence = self.llm.engine.prepare(request)
             planned = self.llm.engine.scheduler.bytes_of(sequence)
             tickets.append(Ticket(sequence, i, planned, events, asked.picture))
-        self.metrics.prompts += asked.prompt_tokens
         return asked, tickets
 
     def admit(self, tickets: list[Ticket]) -> None:
         """Submit them, unless they would have to wait and too many do already."""
-        running_first = sorted(self.live, key=lambda ticket: ticket.sequence.row is None)
-        planned = accumulate(ticket.planned for ticket in (*running_first, *tickets))
-        memory = self.llm.engine.scheduler.memory
-        waiting = sum(so_far > memory for so_far in planned)  # behind the first that finds no room
-        if waiting > self.limits.max_waiting:
-            told = f"{waiting} sequences would wait for room, and {self.limits.max_waiting} may; try again"
+        most = self.limits.max_waiting
+        if self._waiting(tickets) > most:
+            told = f"the request is of {len(tickets)} sequences, of which more than {most} would have to wait"
+            raise RefusedError(400, f"{told}; ask for fewer at once")
+        there = [ticket for ticket in self.live if not ticket.sequence.ended]
+        running_first = sorted(there, key=lambda ticket: ticket.sequence.row is None)
+        waiting = self._waiting([*running_first, *tickets])
+        if waiting > most:
+            told = f"{waiting} sequences would wait for room, and {most} may; try again"
             raise RefusedError(429, told, "overloaded")
         for ticket in tickets:
             self.live[ticket] = None
             self.worker.submit(ticket)
+
+    def _waiting(self, tickets: list[Ticket]) -> int:
+        """How many would wait if these were all, in this order: from the first on that finds no room."""
+        memory = self.llm.engine.scheduler.memory
+        return sum(so_far > memory for so_far in accumulate(ticket.planned for ticket in tickets))
+
+    def end_all(self) -> None:
+        """End what runs and waits; each client is told so."""
+        self.worker.end_all()
 
     def leave(self, tickets: list[Ticket]) -> None:
         """Nobody waits for them any more, or they have ended."""
@@ -175,7 +198,8 @@ class Service:
             gone.cancel()
         for ticket in tickets:
             if ticket.sequence.error:
-                return JSONResponse(error_body(str(ticket.sequence.error), 500), 500)
+                status = 503 if isinstance(ticket.sequence.error, EndingError) else 500
+                return JSONResponse(error_body(str(ticket.sequence.error), status), status)
         return JSONResponse(answer.whole([ticket.sequence.completion for ticket in tickets]))
 
     async def pieces(self, answer: Answer, tickets: list[Ticket]) -> AsyncIterator[bytes]:
@@ -263,7 +287,7 @@ class Gate:
             if self.api_key is None:
                 host = headers.get(b"host", b"").decode("latin-1")
                 name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-                if name not in LOOPBACK:  # another page's script, say, behind a name of its own
+                if not is_loopback(name):  # another page's script, say, behind a name of its own
                     told = f"the host {host!r:.60} is not this machine's own; start the server with --api-key"
                     app = JSONResponse(error_body(told, 403), 403)
             elif scope["path"] not in OPEN:
@@ -279,22 +303,29 @@ class Gate:
 async def not_there(request: HttpRequest, error: Exception) -> Response:
     """Paths and methods that are none, in the clients' form."""
     status = getattr(error, "status_code", 500)
-    told = f"{request.method} {request.url.path} is not served here"
+    told = f"{request.method} {request.url.path} is not served here; expected one of {', '.join(PATHS)}"
     return JSONResponse(error_body(told, status), status)
 
 
-def build_app(llm: LLM, model: str, limits: Limits) -> ASGIApp:
+async def defect(_: HttpRequest, error: Exception) -> Response:
+    """An error of ours, in the clients' form; the operator gets its traceback."""
+    told = f"the server failed ({type(error).__name__}); its operator can read why"
+    return JSONResponse(error_body(told, 500), 500)
+
+
+def build_app(service: Service) -> ASGIApp:
     """The application that a server runs."""
-    service = Service(llm, model, limits)
     routes = [
         Route("/", service.page),
         Route("/health", service.health),
-        Route("/metrics", service.told),
+        Route("/metrics", service.metrics_text),
         Route("/v1/models", service.models),
+        Route("/v1/models/{name:path}", service.one_model),
         Route("/v1/completions", service.completions, methods=["POST"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
     ]
-    handlers: Any = {404: not_there, 405: not_there}
+    handlers: Any = {404: not_there, 405: not_there, 500: defect}
     return Gate(
-        Starlette(routes=routes, exception_handlers=handlers, lifespan=service.lifespan), limits.api_key
+        Starlette(routes=routes, exception_handlers=handlers, lifespan=service.lifespan),
+        service.limits.api_key,
     )

@@ -33,7 +33,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 MOST_CHOICES = 64  # of one request, prompts times n
+CHARACTERS_PER_TOKEN = 32  # that no text has; prose has some four
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Asked:
     """What one body asks for."""
 
     requests: list[Request]  # every prompt n times
+    n: int
     prompt_tokens: int
     chat: bool
     stream: bool
@@ -64,6 +67,10 @@ def asked_of(llm: LLM, body: dict[str, Any], chat: bool, model: str, most_new: i
     expect_type("n", n, int, "a whole number")
     options = values.get("stream_options", {})
     expect_type("stream_options", options, dict, "an object")
+    for name in options:
+        if name not in STREAM_OPTIONS:
+            raise RequestError(f"stream_options has {name!r:.60}; {nearest(name, STREAM_OPTIONS)}")
+    limit = limit_of(values)
     for name in ("stream", "kept_positions"):
         expect_type(name, values.get(name, False), bool, "true or false")
     if values.get("kept_positions") and not values.get("stream"):
@@ -71,27 +78,57 @@ def asked_of(llm: LLM, body: dict[str, Any], chat: bool, model: str, most_new: i
     logprobs = wants_logprobs(values, chat)
     given = {name: values[name] for name in OWN if name in values}
     params = SamplingParams(logprobs=logprobs, **given)
+    check_characters(values, llm.config.max_position_embeddings)
     prompts = prompts_of(llm, values, chat, params)
     if not 1 <= n * len(prompts) <= MOST_CHOICES:
         raise RequestError(f"{len(prompts)} prompts with n = {n}, expected 1 to {MOST_CHOICES} choices")
-    limits = [values[name] for name in MAX_TOKENS if name in values]
     requests = []
     for request in prompts:
         left = llm.config.max_position_embeddings - len(request.prompt)
-        new = limits[0] if limits else max(1, min(most_new, left))
+        new = max(1, min(most_new, left)) if limit is None else limit
         for i in range(n):
             seed = None if params.seed is None else (params.seed + i) % 2**63  # a choice of its own for each
             asked = replace(params, max_new_tokens=new, seed=seed)
             requests.append(replace(request, params=asked))
     return Asked(
-        requests,
-        sum(len(request.prompt) for request in prompts),
-        chat,
-        values.get("stream", False),
-        bool(options.get("include_usage", False)),
-        logprobs,
-        values.get("kept_positions", False),
+        requests=requests,
+        n=n,
+        prompt_tokens=sum(len(request.prompt) for request in prompts),
+        chat=chat,
+        stream=values.get("stream", False),
+        usage=bool(options.get("include_usage", False)),
+        logprobs=logprobs,
+        picture=values.get("kept_positions", False),
     )
+
+
+def limit_of(values: dict[str, Any]) -> int | None:
+    """The most new tokens, by either of its names; None where it is not given."""
+    given = [name for name in MAX_TOKENS if name in values]
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)} are both given; give one of them")
+    for name in given:
+        expect_type(name, values[name], int, "a whole number")
+        if values[name] < 1:
+            raise RequestError(f"{name} is {values[name]}, expected at least 1")
+    return values[given[0]] if given else None
+
+
+def check_characters(values: dict[str, Any], context: int) -> None:
+    """Refuse a text that cannot fit before it is made tokens of, which takes long and holds others up."""
+    most = CHARACTERS_PER_TOKEN * context
+    texts = [values.get("prompt"), *texts_of(values.get("prompt")), *texts_of(values.get("messages"))]
+    longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+    if longest > most:
+        problem = f"a text of {longest} characters is more than the context of {context} tokens can hold"
+        raise RequestError(f"{problem}; give at most {most}")
+
+
+def texts_of(given: Any) -> list[Any]:
+    """The members of a list; of a message its content."""
+    if not isinstance(given, list):
+        return []
+    return [one.get("content") if isinstance(one, dict) else one for one in given]
 
 
 def wants_logprobs(values: dict[str, Any], chat: bool) -> bool:

@@ -6,7 +6,7 @@ BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # of the ti
 
 
 class Metrics:
-    """Counted by the worker's thread, and read by the event loop."""
+    """Counted by the worker's thread (prompts by the event loop, which admits them), and read by the loop."""
 
     def __init__(self) -> None:
         self.running = self.waiting = self.planned = self.held = self.memory = 0

@@ -1,7 +1,7 @@
 """The thread that owns the engine: it submits, steps and cancels, and tells the event loop what is new.
 
-Everything that touches the engine's scheduler happens here, so the event loop never waits for a step, and
-what is read of the caches is read between two steps.
+Everything that changes what waits and runs happens here, so the event loop never waits for a step, and what
+is read of the caches is read between two steps.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from itertools import groupby
 
 from minipyramid.cache import Positions
 from minipyramid.engine import Engine, News
+from minipyramid.errors import RequestError
 from minipyramid.request import Sequence
 from minipyramid.serve.metrics import Metrics
 
@@ -23,6 +24,10 @@ NEXT_S, GATHER_S = 0.01, 0.1  # that an idle engine waits for a next request, an
 AFTER_ERROR_S = 0.1  # until a step is tried again
 
 Ranges = list[list[int]]  # first and last position of each run
+
+
+class EndingError(RequestError):
+    """The server is being stopped."""
 
 
 @dataclass(eq=False)
@@ -37,6 +42,7 @@ class Ticket:
     began: float = field(default_factory=time.monotonic)
     pictured: float = 0.0  # when a picture was last made
     told: int = 0  # tokens that events have told of
+    has_begun: bool = False  # has a first token
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,10 @@ class Worker(threading.Thread):
         """Nobody waits for it any more: its row is free before the next step."""
         self._order(lambda: self._leave(ticket))
 
+    def end_all(self) -> None:
+        """End what runs and waits."""
+        self._order(lambda: self._end_all(EndingError("the server is being stopped; ask again later")))
+
     def close(self) -> None:
         """End after the step that is being computed."""
         self._closing = True
@@ -104,17 +114,28 @@ class Worker(threading.Thread):
 
     def _work(self) -> bool:
         """Carry out orders, and take a step; returns whether anything is left to step."""
-        while self._orders:
-            self._orders.popleft()()
-        if self._tickets:
-            try:
-                self.engine.advance()
-            except Exception as error:  # those that ran are told by their sequence's error
-                print(f"minipyramid: a step failed: {error!r}", file=sys.stderr)
-                time.sleep(AFTER_ERROR_S)
-            self._tell()
-        self.metrics.look(self.engine.scheduler)
+        try:
+            while self._orders:
+                self._orders.popleft()()
+            if self._tickets:
+                self._step()
+                self._tell()
+            self.metrics.look(self.engine.scheduler)
+        except Exception as error:  # what was to be told is lost, and nobody may wait for it for ever
+            print(f"minipyramid: what was new could not be told: {error!r}", file=sys.stderr)
+            self._end_all(RequestError("the server failed between two steps; ask again"))
         return bool(self._tickets)
+
+    def _step(self) -> None:
+        try:
+            self.engine.advance()
+        except Exception as error:  # those that ran are told by their sequence's error
+            print(f"minipyramid: a step failed: {error!r}", file=sys.stderr)
+            time.sleep(AFTER_ERROR_S)
+        for ticket in self._tickets.values():
+            if not ticket.has_begun and ticket.sequence.completion.token_ids:
+                ticket.has_begun = True
+                self.metrics.first_token(time.monotonic() - ticket.began)
 
     def _submit(self, ticket: Ticket) -> None:
         self._tickets[ticket.sequence] = ticket
@@ -122,7 +143,21 @@ class Worker(threading.Thread):
 
     def _leave(self, ticket: Ticket) -> None:
         if self._tickets.pop(ticket.sequence, None):
+            self._count_tokens(ticket)
             self.engine.cancel(ticket.sequence)
+
+    def _end_all(self, error: RequestError) -> None:
+        """Give every row back, and tell each client why."""
+        tickets = list(self._tickets.values())
+        for ticket in tickets:
+            self._leave(ticket)
+            ticket.sequence.error = error
+        self._deliver([Event(ticket, "", ticket.told, ended=True) for ticket in tickets])
+
+    def _count_tokens(self, ticket: Ticket) -> None:
+        new = len(ticket.sequence.completion.token_ids)
+        self.metrics.generated += new - ticket.told
+        ticket.told = new
 
     def _tell(self) -> None:
         """Everything new of a step in one call of the event loop."""
@@ -135,15 +170,15 @@ class Worker(threading.Thread):
             if piece is None:
                 del self._tickets[sequence]
             events.append(self._event(ticket, piece, now))
+        self._deliver(events)
+
+    def _deliver(self, events: list[Event]) -> None:
         if events and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(deliver, events)
 
     def _event(self, ticket: Ticket, piece: str | None, now: float) -> Event:
         done, ended = ticket.sequence.completion, piece is None
-        if not ticket.told:
-            self.metrics.first_token(now - ticket.began)
-        self.metrics.generated += len(done.token_ids) - ticket.told
-        ticket.told = len(done.token_ids)
+        self._count_tokens(ticket)
         kept = None
         row = ticket.sequence.row
         if ticket.wants_picture and ended:
