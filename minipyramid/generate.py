@@ -173,7 +173,7 @@ def check_chat(args: argparse.Namespace) -> None:
     """Refuse flags that mean nothing with --chat, or without it."""
     if args.chat:
         others = {"a prompt": args.prompt is not None or args.prompts, "--prompt-file": args.prompt_file}
-        others |= {"--plan": args.plan, "--json": args.json, "--batch": args.batch}
+        others |= {"--plan": args.plan, "--json": args.json, "--batch": args.batch, "--lines": args.lines}
         for name, given in others.items():
             if given:
                 raise RequestError(f"--chat takes turns from stdin; leave {name} out")

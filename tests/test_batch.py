@@ -262,6 +262,36 @@ def test_messages_are_rendered_or_refused(tiny: LLM, tiny_dir: Path, tmp_path: P
     assert read(tmp_path / "told")[0]["text"] == expected
 
 
+def test_what_fails_while_it_runs_is_tried_once_more(
+    small: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that was short for a moment made an error of the line, which `--resume` took for done."""
+    compute, entries = small.engine._compute_prompts, prompts(6)
+    expected = [record["text"] for record in finished(small, entries, tmp_path / "expected")]
+
+    def failing(together: list[Any]) -> None:
+        for sequence, _ in together:
+            often = {"line 2": 1, "line 4": 9}.get(sequence.request.name, 0)
+            if tries[sequence.request.name] < often:
+                tries[sequence.request.name] += len(together) == 1
+                raise MemoryError("just now")
+        compute(together)
+
+    tries: Counter[str] = Counter()
+    monkeypatch.setattr(small.engine, "_compute_prompts", failing)
+    records = finished(small, entries, tmp_path / "out")
+    assert tries == {"line 2": 1, "line 4": 2}
+    assert [record.get("text") for record in records] == [*expected[:3], None, *expected[4:]]
+    assert "just now" in records[3]["error"]
+
+
+def finished(llm: LLM, entries: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """The records in the order of their lines."""
+    batch.run(llm, write(out.with_suffix(".in"), entries), out, SHORT)
+    order = [entry["id"] for entry in entries]
+    return sorted(read(out), key=lambda record: order.index(record["id"]))
+
+
 # --- as a command ---
 
 
@@ -282,7 +312,7 @@ def test_the_command_writes_records_and_tells_how_many(
         (["--resume", "a prompt"], "PROMPT does not go with --batch"),
         (["--resume", "--json"], "--json does not go with --batch"),
         (["--resume", "--plan"], "--plan does not go with --batch"),
-        (["--batch", "-"], "or /dev/stdin"),
+        (["--batch", "-"], "--batch - does not exist"),
     ):
         assert main([*flags, *more]) == 2
         error = capsys.readouterr().err

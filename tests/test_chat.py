@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import venv
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
+import torch
 from helpers import STEEP, say, write_checkpoint
 from sentencepiece import SentencePieceProcessor
 from tokenizer_files import LANGUAGES, SPECIALS, write_json, write_llama2_json, write_pieces
 from transformers import PreTrainedTokenizerFast
 
+import minipyramid
 from minipyramid import LLM, ConfigError, Conversation, RequestError, SamplingParams
 from minipyramid.formats.chat import ChatFormat
 from minipyramid.formats.templates import BUILT_IN, Renderer
@@ -406,11 +412,12 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         ("{{ open('/etc/passwd').read() }}", "UndefinedError"),
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ y.z }}", "UndefinedError"),
+        ("{{ raise_exception('a\nb') }}", "refuses the messages: a b"),
     ],
 )
 def test_a_template_that_misbehaves_ends_in_one_line(template: str, word: str) -> None:
     renderer = Renderer()
-    with pytest.raises(ConfigError, match=word) as error:
+    with pytest.raises((ConfigError, RequestError), match=word) as error:
         renderer.render(template, {"x": []})
     assert "\n" not in str(error.value)
     assert renderer.render("{{ 1 + 1 }}", {}) == "2"  # the next one is rendered all the same
@@ -470,6 +477,27 @@ def test_jinja2_that_is_missing_or_old_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("minipyramid.formats.templates.version", missing)
     with pytest.raises(ConfigError, match=r"pip install 'minipyramid\[chat\]'"):
         Renderer().render("a", {})
+
+
+def test_jinja2_is_found_where_this_process_has_it(tmp_path: Path) -> None:
+    """The process that renders ignores PYTHONPATH, and did not start where jinja2 was there alone."""
+    venv.create(tmp_path, with_pip=False)
+    packages = {str(Path(module.__file__ or "").parent.parent) for module in (jinja2, torch, minipyramid)}
+    script = "from minipyramid.formats.templates import Renderer; print(Renderer().render('{{ 1 + 1 }}', {}))"
+    python = tmp_path / ("Scripts" if os.name == "nt" else "bin") / "python"
+    env = {"PYTHONPATH": os.pathsep.join(packages), "PATH": os.environ["PATH"]}
+    ran = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False, env=env)
+    assert ran.stdout == "2\n", ran.stderr
+
+
+def test_a_process_that_was_ended_is_begun_anew() -> None:
+    """It was told as a template that takes too long."""
+    renderer = Renderer()
+    assert renderer.render("a", {}) == "a"
+    assert renderer._process
+    renderer._process.kill()
+    renderer._process.wait()
+    assert renderer.render("b", {}) == "b"
 
 
 def test_a_thread_waits_for_another_ones_template() -> None:

@@ -30,7 +30,7 @@ def check_flags(args: argparse.Namespace) -> None:
             raise RequestError(f"{flag} does not go with --batch; leave one of them out")
     if not Path(args.batch).exists():
         raise RequestError(
-            f"--batch {args.batch} does not exist; give a file with a JSON object on each line, or /dev/stdin"
+            f"--batch {args.batch} does not exist; give a file with a JSON object on each line"
         )
 
 

@@ -2,7 +2,7 @@
 
 Lines are prepared a little ahead of those that run, so the engine always has some to choose from, and no
 more of the file is in memory. A line that cannot be served becomes a record with its `error`, and the rest
-goes on.
+goes on. One that fails while it runs, which may be for want of memory just then, is tried once more.
 """
 
 from collections import deque
@@ -96,6 +96,7 @@ class Job:
         self.counts = Counts()
         self.lines: dict[Sequence, Line] = {}  # of all that wait and run
         self.news: deque[News] = deque()
+        self.failed: set[int] = set()  # numbers of lines that have failed once while they ran
 
     def run(self, lines: Iterator[Line], stop: Callable[[], bool], on_step: OnStep) -> Counts:
         """Until all lines have their record, or it is to stop."""
@@ -124,23 +125,33 @@ class Job:
             if self.output.ids.written(line.label):
                 self.counts.skipped += 1
                 continue
-            try:
-                sequence = self.llm.engine.prepare(line.request(self.llm, self.params))
-            except (MiniPyramidError, TypeError) as error:
-                self.write_error(line, error)
-                continue
-            self.lines[sequence] = line
-            self.llm.engine.submit(sequence, self.news)
-            ahead += 1
+            ahead += self.submit(line)
+
+    def submit(self, line: Line) -> bool:
+        """Let a line wait for room; returns whether it does, and has not become an error."""
+        try:
+            sequence = self.llm.engine.prepare(line.request(self.llm, self.params))
+        except (MiniPyramidError, TypeError) as error:
+            self.write_error(line, error)
+            return False
+        self.lines[sequence] = line
+        self.llm.engine.submit(sequence, self.news)
+        return True
 
     def write_finished(self) -> None:
         """A record for each that has ended."""
         while self.news:
             sequence, piece = self.news.popleft()
-            if piece is None and sequence.error:
-                self.write_error(self.lines.pop(sequence), sequence.error)
-            elif piece is None:
-                line = self.lines.pop(sequence)
+            if piece is not None:
+                continue
+            line = self.lines.pop(sequence)
+            if sequence.error and line.number not in self.failed:
+                self.failed.add(line.number)
+                self.submit(line)
+            elif sequence.error:
+                self.failed.discard(line.number)
+                self.write_error(line, sequence.error)
+            else:
                 self.output.append(line.label | describe(sequence.completion, line))
                 self.counts.finished += 1
 

@@ -56,7 +56,12 @@ class TerminalChat:
                 self.obey(line)
             elif line.strip():
                 self.asked += 1
-                self.answer(line, on_answer)
+                try:
+                    self.answer(line, on_answer)
+                except KeyboardInterrupt:  # before the answer began, or while what there is of it is kept
+                    if not typed:
+                        raise
+                    tell("(stopped; the question is forgotten)")
         if typed:
             tell("")
         elif self.answered < self.asked:

@@ -8,6 +8,7 @@ confirms them afterwards, and what was not confirmed is taken away when a run is
 
 import json
 from collections import deque
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from minipyramid.batch.job import describe
 from minipyramid.batch.lines import Line
 from minipyramid.engine import News
 from minipyramid.fleet.lines import Lines, files_of, line_of
+from minipyramid.formats.huggingface import read_config
+from minipyramid.hub import locate
 from minipyramid.request import Sequence
 
 LINES_AT_ONCE = 64  # that a worker gets; more of them lose more when it dies
@@ -55,17 +58,20 @@ def run(
 
     Raises:
         RequestError: a file cannot be read, or `target` holds records and is not to be resumed.
+        CheckpointError, ConfigError: the model cannot be run, told before Ray starts anything.
     """
     target = Path(target).absolute()
-    if not resume and target.is_dir() and any(target.iterdir()):
+    if not resume and target.is_dir() and any(path.is_file() for path in target.rglob("*")):
         raise RequestError(f"{target} holds something already; resume it, or name another directory")
+    check_model(model, options)
+    files = files_of(source)
     context = ray.data.DataContext.get_current()
     before = context.checkpoint_config
     context.checkpoint_config = CheckpointConfig(
         "label", str(target / NOTES), delete_checkpoint_on_success=False
     )
     try:
-        records = ray.data.read_datasource(Lines(files_of(source), lines_at_once)).map_batches(
+        records = ray.data.read_datasource(Lines(files, lines_at_once)).map_batches(
             Worker,
             fn_constructor_args=(str(model), params or SamplingParams(), options),
             batch_size=lines_at_once,
@@ -76,6 +82,12 @@ def run(
         records.write_datasink(Records(str(target), file_format="jsonl"))
     finally:
         context.checkpoint_config = before
+
+
+def check_model(model: str | Path, options: dict[str, Any]) -> None:
+    """Raise what every worker would fail by, as far as it can be told without weights."""
+    signature(LLM).bind(model, **options)
+    read_config(locate(model, options.get("revision")), options.get("quantize"))
 
 
 class Worker:

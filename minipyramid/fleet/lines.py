@@ -16,6 +16,7 @@ from ray.data.datasource import FileBasedDatasource
 
 from minipyramid.batch.ids import Ids
 from minipyramid.batch.lines import Line, numbered, read_line, read_lines
+from minipyramid.errors import RequestError
 
 SCHEMA = pyarrow.schema(
     [("label", pyarrow.string()), ("number", pyarrow.int64()), ("data", pyarrow.large_binary())]
@@ -66,9 +67,18 @@ def repeated(files: list[str]) -> set[Place]:
 
 
 def files_of(source: str | Path | list[str]) -> list[str]:
-    """The files, and those of directories, but hidden ones; absolute, as workers are in other directories."""
-    files = []
+    """The files, and those of directories; absolute, as workers are in other directories.
+
+    In a directory what begins with "." or "_" is left out, as are all files below it: notes, not lines.
+
+    Raises `RequestError` where there is none.
+    """
+    files: list[Path] = []
     for path in map(Path, source if isinstance(source, list) else [source]):
+        if not path.exists():
+            raise RequestError(f"{path} does not exist; give files with a JSON object on each line")
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        files += [str(p.absolute()) for p in inside if p == path or not p.name.startswith((".", "_"))]
-    return files
+        files += [p for p in inside if not any(n.startswith((".", "_")) for n in p.relative_to(path).parts)]
+    if not files:
+        raise RequestError(f"{source} holds no files; give some with a JSON object on each line")
+    return [str(path.absolute()) for path in files]

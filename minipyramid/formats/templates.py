@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from minipyramid.errors import CheckpointError, ConfigError, RequestError
 SECONDS = 1.5  # for a template to render; it takes milliseconds
 START_S = 60.0  # for its process to start, which takes a moment even on a busy machine
 OLDEST = (3, 1, 6)  # of jinja2: templates can leave the sandbox of older ones
+# The process's program: a file, with further places to look for packages in.
+RUN = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 DEFAULT = "default"  # the name of a checkpoint's template where it has only one
 
 # As Meta, Hugging Face and LMSYS publish them, for checkpoints that come without one.
@@ -88,7 +91,7 @@ def own_templates(directory: Path) -> dict[str, str]:
 
     Raises `ConfigError` for one that cannot be read.
     """
-    given = read_json(directory / "tokenizer_config.json", optional=True).get("chat_template")
+    given = tokenizer_settings(directory).get("chat_template")
     found = given if isinstance(given, list) else [{"name": DEFAULT, "template": given}] if given else []
     templates = {}
     for entry in found:
@@ -113,15 +116,19 @@ def own_templates(directory: Path) -> dict[str, str]:
 def special_texts(directory: Path) -> dict[str, str]:
     """What templates call `bos_token`, `eos_token` and so on, where the checkpoint says it."""
     texts = {}
-    try:
-        settings = read_json(directory / "tokenizer_config.json", optional=True)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
-    for name, given in settings.items():
+    for name, given in tokenizer_settings(directory).items():
         text = given.get("content") if isinstance(given, dict) else given
         if name.endswith("_token") and isinstance(text, str):
             texts[name] = text
     return texts
+
+
+def tokenizer_settings(directory: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` says, if there is one. Raises `ConfigError` if it cannot be read."""
+    try:
+        return read_json(directory / "tokenizer_config.json", optional=True)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
 
 
 class Renderer:
@@ -148,6 +155,8 @@ class Renderer:
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"the messages are no plain data ({error}); give texts") from error
         with self._lock:
+            if self._process and self._process.poll() is not None:  # somebody has ended it
+                self._process = None
             process = self._started()
             answer = self._ask(process, line, SECONDS)
             if not answer:
@@ -157,7 +166,7 @@ class Renderer:
                 raise ConfigError(f"the chat template {problem}")
         told: dict[str, str] = json.loads(answer)
         if "refused" in told:
-            raise RequestError(f"the chat template refuses the messages: {told['refused']}")
+            raise RequestError(f"the chat template refuses the messages: {' '.join(told['refused'].split())}")
         if "failed" in told:
             raise ConfigError(f"the chat template {told['failed']}")
         return told["text"]
@@ -165,8 +174,12 @@ class Renderer:
     def _started(self) -> "subprocess.Popen[str]":
         if self._process is None:
             _check_jinja2()
-            # Isolated, so that neither the user's directory nor this file's is searched for modules.
-            command = [sys.executable, "-I", str(Path(__file__).with_name("template_process.py"))]
+            # Isolated, so that neither the user's directory nor this file's is searched for modules; where
+            # the package is that was found here, the process is told.
+            found = [find_spec(name) for name in ("jinja2", "markupsafe")]
+            places = [str(Path(spec.origin).parent.parent) for spec in found if spec and spec.origin]
+            file = str(Path(__file__).with_name("template_process.py"))
+            command = [sys.executable, "-I", "-c", RUN, file, *places]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

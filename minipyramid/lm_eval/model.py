@@ -85,7 +85,7 @@ class MiniPyramidLM(TemplateLM):
             policy=policy,
             kv_memory=kv_memory,
             dtype=dtype,
-            device=device or "auto",
+            device=device_of(device),
             kv_dtype=kv_dtype,
             quantize=quantize,
             revision=revision,
@@ -101,8 +101,11 @@ class MiniPyramidLM(TemplateLM):
             raise ConfigError(f"max_length is {max_length}, expected 2 to the context of {context}")
         half = self.max_length // 2
         self.rolling_context = half if rolling_context is None else int(rolling_context)
-        if not 1 <= self.rolling_context <= self.max_length:
-            raise ConfigError(f"rolling_context is {rolling_context}, expected 1 to {self.max_length}")
+        if not 1 <= self.rolling_context < self.max_length:  # something must be left to score
+            raise ConfigError(f"rolling_context is {rolling_context}, expected 1 to {self.max_length - 1}")
+        if self.prefix_token_id < 0:
+            problem = "the checkpoint names no token that begins or ends a text"
+            raise ConfigError(f"{problem}, and the harness puts one before a text; add it to config.json")
         self.max_gen_toks = int(max_gen_toks)
         self.pretrained = pretrained
         self.held = Held()
@@ -117,8 +120,8 @@ class MiniPyramidLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before the first token of a text."""
-        return self.text.bos_id
+        """What stands before the first token of a text: the beginning, or else the end of another."""
+        return self.text.bos_id if self.text.bos_id >= 0 else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -146,8 +149,9 @@ class MiniPyramidLM(TemplateLM):
         counts = []
         for (text,) in (request.args for request in requests):
             ids = self.tok_encode(text, add_special_tokens=False)
+            # A window is one less than what fits, for the last token of its context is read by itself.
             rolling = utils.get_rolling_token_windows(
-                ids, self.prefix_token_id, self.max_length - 1, min(self.rolling_context, self.max_length - 1)
+                ids, self.prefix_token_id, self.max_length - 1, self.rolling_context
             )
             of_text = [(None, *utils.make_disjoint_window(window)) for window in rolling]
             windows += of_text
@@ -207,12 +211,18 @@ class MiniPyramidLM(TemplateLM):
             for sequence, piece in llm.engine.run(list(index)):
                 if piece is None:
                     done = sequence.completion
-                    held.add(Held(1, done.kv_bytes, done.kv_bytes_full))
+                    held.add(Held(requests=1, kv_bytes=done.kv_bytes, kv_bytes_full=done.kv_bytes_full))
                     yield index[sequence], sequence
         self.held.add(held)
         share = f"{held.kv_bytes} bytes of {held.kv_bytes_full}, {held.kv_share:.1%}"
         over = f"; {held.over_budget} were too short for the budget" if held.over_budget else ""
+        # The harness shows warnings alone, and these figures belong beside its scores.
         log.warning("minipyramid: %d requests held %s%s", held.requests, share, over)
+
+
+def device_of(given: str | None) -> str:
+    """What `LLM` is asked for; the harness's command line asks for CUDA by itself, whether there is any."""
+    return given if given and (torch.cuda.is_available() or not given.startswith("cuda")) else "auto"
 
 
 def sampling_of(how: dict[str, Any], max_gen_toks: int) -> SamplingParams:
