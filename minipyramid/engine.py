@@ -187,8 +187,7 @@ class Engine:
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer, where something cannot be done without one."""
         if self.tokenizer is None:
-            problem = "the checkpoint has no tokenizer.model or tokenizer.json"
-            raise TokenizerError(f"{problem}; add one, or give token ids (from Python, or by --batch)")
+            raise TokenizerError("the checkpoint has no tokenizer; give token ids, from Python or by --batch")
         return self.tokenizer
 
     # --- one step ---

@@ -4,13 +4,16 @@ Cache, token, endpoint and offline settings are those of huggingface_hub. Only w
 fetched: first what is small and can be looked at, then weights.
 """
 
+import contextlib
+import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils.tqdm import tqdm
 
 from minipyramid.errors import CheckpointError, expect_type
@@ -24,6 +27,7 @@ SETTINGS = (
 # Of weights the first kind that a repository has. `model*`, since it may hold the same weights again under
 # other names and in other layouts.
 WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "consolidated.*.pth")
+CONFIGURATIONS = ("config.json", "params.json")
 EXPECTED = "expected a checkpoint's directory or a hub repository id"
 
 # What huggingface_hub raises, and what the user is told. The first that fits counts: a GatedRepoError is a
@@ -71,7 +75,12 @@ def locate(
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name} does not exist; {EXPECTED}")
     at = f" at revision {revision!r}" if revision else ""
-    return _download(name, revision, wanted, progress, f"{name}{at}")
+    directory = _download(name, revision, wanted, progress, f"{name}{at}")
+    if wanted == SETTINGS and not any((directory / file).exists() for file in CONFIGURATIONS):
+        files = " (GGUF files are not read)" if _has_gguf(name, revision) else ""
+        expected = f"expected {' or '.join(CONFIGURATIONS)}, as in the Hugging Face layout"
+        raise CheckpointError(f"{name} has no configuration{files}; {expected}")
+    return directory
 
 
 def fetch_weights(model: str | Path, revision: str | None, directory: Path, progress: bool = False) -> None:
@@ -95,13 +104,37 @@ def _download(name: str, revision: str | None, wanted: str, progress: bool, told
     bars = tqdm if progress and sys.stderr.isatty() else _NoBar
     which: dict[str, Any] = {"revision": revision, "allow_patterns": wanted.split()}
     try:
-        _check_room(name, which)
-        return Path(snapshot_download(name, tqdm_class=bars, **which))
+        with _without_remarks():
+            _check_room(name, which)
+            return Path(snapshot_download(name, tqdm_class=bars, **which))
     except CheckpointError:
         raise
     # What a download may raise differs by huggingface_hub's version (requests or httpx, the disk, a proxy).
     except Exception as error:
         raise CheckpointError(f"{told_as} {_told(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without huggingface_hub's lines on patterns that no file has, which is how kinds of files are tried."""
+    log = logging.getLogger("huggingface_hub._snapshot_download")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "No files matched" not in record.getMessage()
+
+    log.addFilter(wanted)
+    try:
+        yield
+    finally:
+        log.removeFilter(wanted)
+
+
+def _has_gguf(name: str, revision: str | None) -> bool:
+    """Whether a repository holds GGUF files, if the hub tells."""
+    try:
+        return any(file.endswith(".gguf") for file in HfApi().list_repo_files(name, revision=revision))
+    except Exception:  # out of reach, say
+        return False
 
 
 def _check_room(name: str, which: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from minipyramid.formats.chat import ChatFormat
     from minipyramid.plan import Plan
 
+    Formats = dict[str | None, ChatFormat]  # of chats, by the name that was asked for
+
 AnyPolicy = str | Path | Policy  # a name, a file, or a policy
 Memory = int | str | None  # bytes, or as in "2GiB"
 Messages = list[dict[str, Any]]  # of a chat
@@ -88,28 +90,27 @@ class LLM:
         config = holding(read_config(directory, quantize), kv_dtype)
         chosen = pick_policy(policy, directory, config.num_hidden_layers)
         on = pick_device(device)
-        tokenizer = load_tokenizer(directory, config.vocab_size)
+        tokenizer, numbers = load_tokenizer(directory, config.vocab_size), pick_dtype(dtype, config.dtype, on)
         fetch_weights(model, revision, directory, progress is not None)  # now that the rest can be used
-        weights = checkpoint.load(directory, config, pick_dtype(dtype, config.dtype, on), on, progress)
+        weights = checkpoint.load(directory, config, numbers, on, progress)
         if compile:
             from minipyramid.compiled import compile_step
 
             compile_step(weights)
-        self._use(Engine(weights, tokenizer, chosen, kv_budget, kv_memory), directory)
+        self._use(Engine(weights, tokenizer, chosen, kv_budget, kv_memory), directory, {})
         if chat_format is not None:
             self._chat_formats[None] = self.chat_format(chat_format)
 
-    def _use(self, engine: Engine, directory: Path) -> None:
-        self.engine, self.directory = engine, directory
-        self._chat_formats: dict[str | None, ChatFormat] = {}
+    def _use(self, engine: Engine, directory: Path, formats: "Formats") -> None:
+        self.engine, self.directory, self._chat_formats = engine, directory, formats
         self.model, self.tokenizer, self.config = engine.model, engine.tokenizer, engine.config
         self.device, self.dtype = engine.device, engine.dtype
 
     @classmethod
-    def of(cls, engine: Engine, directory: Path) -> "LLM":
+    def of(cls, engine: Engine, directory: Path, formats: "Formats | None" = None) -> "LLM":
         """An LLM on an engine that is there; `directory` is where a settings file would be."""
         llm = cls.__new__(cls)
-        llm._use(engine, directory)
+        llm._use(engine, directory, {} if formats is None else formats)
         return llm
 
     def under(self, policy: AnyPolicy, *, kv_budget: float | None = None, kv_memory: Memory = None) -> "LLM":
@@ -117,9 +118,8 @@ class LLM:
         from minipyramid.policies import pick_policy
 
         chosen = pick_policy(policy, self.directory, self.config.num_hidden_layers)
-        other = LLM.of(Engine(self.model, self.tokenizer, chosen, kv_budget, kv_memory), self.directory)
-        other._chat_formats = self._chat_formats  # the same tokenizer, so the same ids
-        return other
+        engine = Engine(self.model, self.tokenizer, chosen, kv_budget, kv_memory)
+        return LLM.of(engine, self.directory, self._chat_formats)
 
     def generate(self, prompts: Prompts, params: Params = None) -> list[Completion]:
         """Continue any number of prompts; texts or token ids in, completions in their order out.
@@ -131,8 +131,8 @@ class LLM:
             RequestError: a prompt is empty, too long, not of this vocabulary, or needs more than `kv_memory`.
             TokenizerError: texts are given to a checkpoint without a readable tokenizer.
         """
-        finished = dict(self.completions(prompts, params))
-        return [finished[i] for i in sorted(finished)]
+        # By the index, which no two share.
+        return [done for _, done in sorted(self.completions(prompts, params))]
 
     def completions(self, prompts: Prompts, params: Params = None, on_step: OnStep = None) -> Finished:
         """Like `generate`, but each as it is finished, with its prompt's index.
@@ -232,6 +232,8 @@ class LLM:
         With a `conversation` one prompt is its next turn, to which nothing is replied.
         """
         listed, prefills = request.as_list(prompts), []
+        if conversation and len(listed) != 1:
+            raise RequestError(f"{len(listed)} prompts are given for one conversation; give one")
         defaults = [SamplingParams()] * len(listed)
         for sequence in self._prepare(listed, defaults, conversation=conversation, continuation=[]):
             logits, kept = self._run_to_logits(sequence), sequence.completion

@@ -21,8 +21,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from helpers import TINY, lines_of, random_tensors
+from helpers import TINY, lines_of, random_tensors, train_pieces
 from safetensors.torch import save
+from test_formats import write_meta
 
 import minipyramid
 from minipyramid import LLM, SamplingParams
@@ -218,7 +219,7 @@ def run_all(commands: dict[str, list[str]], env: dict[str, str], cwd: Path) -> d
 
 
 @pytest.fixture(scope="module")
-def hub(tiny_dir: Path) -> Iterator[Hub]:
+def hub(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A hub with a whole checkpoint, the same in shards, and what can go wrong with either."""
     files = {path.name: path.read_bytes() for path in tiny_dir.iterdir()}
     files |= dict.fromkeys(UNWANTED, b"must not be fetched")
@@ -237,6 +238,9 @@ def hub(tiny_dir: Path) -> Iterator[Hub]:
     torch.save(tensors, pickled)
     in_bin = {name: files[name] for name in ("config.json", "tokenizer.model", "pyramid.json")}
     in_bin["pytorch_model.bin"] = pickled.getvalue()
+    write_meta(metas := tmp_path_factory.mktemp("metas"), 1, False, vocab_size=-1)
+    in_metas = {path.name: path.read_bytes() for path in metas.iterdir()}
+    in_metas["tokenizer.model"] = train_pieces(tmp_path_factory.mktemp("pieces")).read_bytes()
     of_profile = {"pyramid.json": profile, "pyramid.safetensors": save({"lines": lines_of(3)})}
     repos = {
         "acme/tiny": Repo(files),
@@ -250,6 +254,11 @@ def hub(tiny_dir: Path) -> Iterator[Hub]:
         "acme/gemma": Repo(files | {"config.json": json.dumps({**TINY, "model_type": "gemma"}).encode()}),
         "acme/spoilt": Repo(files | {"tokenizer.model": b"\nx"}),
         "acme/large": Repo(files),
+        "acme/wordless": Repo({name: body for name, body in files.items() if "tokenizer" not in name}),
+        "acme/flagged": Repo(files),
+        "acme/silent": Repo(files),
+        "acme/gguf": Repo({"model.Q4_K_M.gguf": b"GGUF", "README.md": b"x"}),
+        "acme/meta": Repo(in_metas),
         "acme/shard-lost": Repo(sharded, absent={SHARDS[1]}),
         "acme/shard-unlisted": Repo({name: body for name, body in sharded.items() if name != SHARDS[1]}),
     }
@@ -297,6 +306,10 @@ FAILING = {
     "acme/two words": command("acme/two words"),
     "acme/gemma": command("acme/gemma"),
     "acme/spoilt": command("acme/spoilt"),
+    "acme/wordless": command("acme/wordless"),
+    "acme/flagged": command("acme/flagged", "--dtype", "float8"),
+    "acme/silent": ["--chat", "--model", "acme/silent"],
+    "acme/gguf": command("acme/gguf"),
     "acme/broken": command("acme/broken"),
     "acme/shard-lost": command("acme/shard-lost"),
     "acme/shard-unlisted": command("acme/shard-unlisted"),
@@ -306,7 +319,7 @@ FAILING = {
 @pytest.fixture(scope="module")
 def online(hub: Hub, home: Path, elsewhere: Path) -> dict[str, Result]:
     """Every command without a token, the hub within reach."""
-    whole = ("acme/tiny", "acme/sharded", "acme/bin")
+    whole = ("acme/tiny", "acme/sharded", "acme/bin", "acme/meta")
     commands = {name: command(name) for name in whole} | FAILING
     commands["planned"] = ["--model", "acme/profiled", "--plan", "--prompt-tokens", "90"]
     commands["acme/profiled"] = command("acme/profiled")
@@ -340,22 +353,34 @@ def offline(
         }
 
 
-def test_bin_files_are_fetched_where_there_are_no_safetensors(online: dict[str, Result], text: str) -> None:
-    assert online["acme/bin"].status == 0, online["acme/bin"].stderr
-    assert online["acme/bin"].stdout.rstrip("\n") == text.rstrip("\n")
+@pytest.mark.parametrize("name", ["acme/bin", "acme/meta"])
+def test_other_kinds_are_fetched_where_there_are_no_safetensors(
+    name: str, online: dict[str, Result], text: str
+) -> None:
+    """Meta's Llama 2 leaves its vocabulary's size to the tokenizer, and was asked of missing weights."""
+    assert (online[name].status, online[name].stderr) == (0, "")
+    if name == "acme/bin":
+        assert online[name].stdout.rstrip("\n") == text.rstrip("\n")
 
 
 def test_what_is_wrong_is_said_before_weights_are_fetched(
     hub: Hub, home: Path, elsewhere: Path, online: dict[str, Result]
 ) -> None:
-    """A configuration that is not run, a tokenizer that cannot be read, a disk without room."""
-    no_room = "import shutil; shutil.disk_usage = lambda _: type('Disk', (), {'free': 1000}); "
+    """A configuration that is not run, a tokenizer that is missing or cannot be read, a flag, a chat with no
+    template, a disk with room for all but weights.
+    """
+    no_room = "import shutil; shutil.disk_usage = lambda _: type('Disk', (), {'free': 50_000}); "
     code = f"{no_room}from minipyramid.generate import main; main({command('acme/large')})"
     large = python(["-c", code], environment(hub.url, home), elsewhere)
+    assert "config.json" in hub.files_asked("acme/large")
     for name, result, word in (
         ("acme/gemma", online["acme/gemma"], "model_type"),
         ("acme/spoilt", online["acme/spoilt"], "sentencepiece"),
-        ("acme/large", large, "have|has room for"),
+        ("acme/wordless", online["acme/wordless"], "has no tokenizer"),
+        ("acme/flagged", online["acme/flagged"], "float8"),
+        ("acme/silent", online["acme/silent"], "no chat template"),
+        ("acme/gguf", online["acme/gguf"], "GGUF files are not read"),
+        ("acme/large", large, r"0\.0 GiB are to be fetched"),
     ):
         assert re.search(word, result.stderr), result.stderr
         assert result.stderr.count("\n") == 1
