@@ -75,6 +75,17 @@ def test_scores_and_greedy_tokens_equal_transformers(family: str, tmp_path: Path
     assert ours.token_ids == out[0, 200:].tolist()
 
 
+def test_a_stretched_context_is_as_long_as_it_was_stretched(tmp_path: Path) -> None:
+    """Vicuna's configuration for 16,384 tokens names 4,096, and a factor of 4; more was refused."""
+    reference = make(tmp_path, "Vicuna 7B 16k")
+    llm = LLM(tmp_path, policy="full", dtype="float32")
+    assert llm.config.max_position_embeddings == 16384
+    prompt = torch.randint(3, 211, (4200,)).tolist()
+    with torch.no_grad():
+        expected = reference(torch.tensor([prompt])).logits[0, -1]
+    torch.testing.assert_close(llm.prefill([prompt])[0].logits, expected, atol=5e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("model_type", ["gemma", "gemma2", "mixtral", "qwen2_moe", "phi3"])
 def test_other_families_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)

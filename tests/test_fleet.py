@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from minipyramid import LLM, RequestError, SamplingParams, batch
+from minipyramid import LLM, MiniPyramidError, RequestError, SamplingParams, batch
 
 ray = pytest.importorskip("ray", reason="needs the extra fleet")
 fleet = pytest.importorskip("minipyramid.fleet", reason="needs the extra fleet")
@@ -55,6 +56,32 @@ def of_one_engine(tiny: LLM, source: Path, params: SamplingParams = SHORT) -> li
     target.unlink(missing_ok=True)
     batch.run(tiny, source, target, params)
     return sorted(target.read_text().splitlines())
+
+
+def test_what_is_no_input_or_no_model_is_told_before_anything_starts(
+    cluster: None, tiny_dir: Path, source: Path, tmp_path: Path
+) -> None:
+    """They ended in pages of Ray's, and what it had noted was then in the way of the corrected run."""
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    for wrong, problem in (
+        ({"source": tmp_path / "nowhere"}, "nowhere does not exist"),
+        ({"source": tmp_path / "empty"}, "empty holds no files"),
+        ({"model": tmp_path / "empty"}, "config.json is missing"),
+    ):
+        with pytest.raises(MiniPyramidError, match=problem):
+            fleet.run(**{"source": source, "target": out, "model": tiny_dir, **wrong})
+    with pytest.raises(TypeError, match="polcy"):
+        fleet.run(source, out, tiny_dir, polcy="full")
+    assert not out.exists()
+
+
+def test_notes_in_a_directory_are_no_input(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "_finished/x", ".checkpoints/a.jsonl", ".hidden", "deep/b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    found = importlib.import_module("minipyramid.fleet.lines").files_of(tmp_path)
+    assert found == [str(tmp_path / "a.jsonl"), str(tmp_path / "deep/b.jsonl")]
 
 
 def workers() -> list[int]:

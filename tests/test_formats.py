@@ -13,6 +13,7 @@ import torch
 from helpers import TINY, random_tensors, train_pieces, write_checkpoint
 
 from minipyramid import LLM, CheckpointError, ConfigError, MiniPyramidError
+from minipyramid.formats.meta import config_fields
 
 CONFIG = {**TINY, "intermediate_size": 96, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 PARAMS = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "norm_eps": 1e-5}
@@ -157,8 +158,6 @@ def test_metas_files_give_the_scores_of_safetensors(tmp_path: Path, count: int, 
 def test_the_feed_forwards_size_is_metas(
     tmp_path: Path, dim: int, multiple_of: int, factor: float | None, expected: int
 ) -> None:
-    from minipyramid.formats.meta import config_fields
-
     params = {"dim": dim, "multiple_of": multiple_of, "ffn_dim_multiplier": factor, "n_heads": 32,
               "n_layers": 2, "norm_eps": 1e-5, "vocab_size": 32000}  # fmt: skip
     (tmp_path / "params.json").write_text(json.dumps(params))
@@ -183,6 +182,26 @@ def test_what_metas_files_do_not_say_is_refused(
     write_meta(tmp_path, 1, False, vocab_size=320, **change)
     with pytest.raises(kind, match=word):
         LLM(tmp_path)
+
+
+def test_a_shard_of_another_shape_is_told(tmp_path: Path) -> None:
+    """It ended in an IndexError."""
+    write_meta(tmp_path, 2, True, vocab_size=320, rope_theta=500000.0)
+    file = tmp_path / "consolidated.01.pth"
+    tensors = torch.load(file, weights_only=True)
+    tensors["layers.0.attention.wo.weight"] = torch.zeros(4)
+    torch.save(tensors, file)
+    with pytest.raises(CheckpointError, match=r"wo\.weight has the shape .* in a shard"):
+        LLM(tmp_path)
+
+
+def test_the_first_llamas_largest_is_told_from_llama_2(tmp_path: Path) -> None:
+    """It has Llama 2's eps, but every head its own keys and values."""
+    for kv_heads, context in ((None, 2048), (8, 4096)):
+        params = {"dim": 8192, "multiple_of": 4096, "n_heads": 64, "n_kv_heads": kv_heads, "n_layers": 80,
+                  "norm_eps": 1e-5, "vocab_size": 32000}  # fmt: skip
+        (tmp_path / "params.json").write_text(json.dumps(params))
+        assert config_fields(tmp_path)["max_position_embeddings"] == context
 
 
 def test_a_missing_shard_of_metas_is_told(tmp_path: Path) -> None:

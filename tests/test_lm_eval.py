@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import STEEP, WEIGHTS
+from helpers import STEEP, WEIGHTS, write_checkpoint
+from tokenizer_files import SPECIALS, write_json
 
-from minipyramid import LLM, RequestError, SamplingParams
+from minipyramid import LLM, ConfigError, RequestError, SamplingParams
 from minipyramid.eval.context import HeldContext
 from minipyramid.eval.tasks import RecallInside, Text, planted, texts
 from minipyramid.policy import FULL
@@ -81,6 +82,60 @@ def test_scores_equal_the_harness_s_transformers_model(tiny_dir: Path) -> None:
     for (score, greedy), (score_theirs, greedy_theirs) in zip(left, right, strict=True):
         assert score == pytest.approx(score_theirs, abs=1e-3)
         assert greedy == greedy_theirs
+
+
+def test_texts_are_scored_and_continued_as_by_the_harness_s_transformers_model(tmp_path: Path) -> None:
+    """From a checkpoint's directory and by the names that a command line gives, texts and not ids."""
+    pytest.importorskip("accelerate")
+    from lm_eval.api.registry import get_model
+
+    size = write_json(tmp_path)
+    write_checkpoint(tmp_path, vocab_size=size, max_position_embeddings=512)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIALS[0],
+        "eos_token": SPECIALS[1],
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = get_model("minipyramid").create_from_arg_string(
+        f"pretrained={tmp_path},policy=full,dtype=float32", {"batch_size": 4, "device": "cuda:0"}
+    )
+    theirs = get_model("hf").create_from_arg_string(
+        f"pretrained={tmp_path},dtype=float32,add_bos_token=True,max_length=512",
+        {"batch_size": 1, "device": "cpu"},
+    )
+    texts = [
+        ("The fox said:", " who is there?"),
+        ("Once upon a", " time"),
+        (PROSE, " And then"),
+        ("", "The fox"),
+    ]
+    scored = [model.loglikelihood([asked(*pair) for pair in texts]) for model in (ours, theirs)]
+    for (score, greedy), (score_theirs, greedy_theirs) in zip(*scored, strict=True):
+        assert score == pytest.approx(score_theirs, abs=1e-3)
+        assert greedy == greedy_theirs
+    how = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
+    told = [model.generate_until([asked("The fox said:", dict(how))]) for model in (ours, theirs)]
+    assert told[0] == told[1]
+    theirs.add_bos_token = False  # it would stand there twice, for a window begins with it
+    rolled = [model.loglikelihood_rolling([asked(PROSE)]) for model in (ours, theirs)]
+    assert rolled[0] == pytest.approx(rolled[1], abs=1e-2)
+
+
+def test_a_checkpoint_without_a_beginning_of_text_begins_with_an_end(tmp_path: Path) -> None:
+    """The harness was given -1 for what stands before a text."""
+    size = write_json(tmp_path)
+    write_checkpoint(tmp_path, vocab_size=size, eos_token_id=7)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, "post_processor": None}))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    model = MiniPyramidLM(str(tmp_path), policy="full")
+    assert model.prefix_token_id == 7
+    assert model.loglikelihood_rolling([asked("The fox")])[0] < 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    with pytest.raises(ConfigError, match="names no token that begins or ends a text"):
+        MiniPyramidLM(str(tmp_path), policy="full")
 
 
 def word_tokenizer() -> Any:

@@ -86,12 +86,14 @@ def test_layers_of_one_projection_that_are_not_alike_are_joined(tmp_path: Path) 
     assert error(scores(stored), scores(plain)) < 1e-2
 
 
-def test_biases_norms_and_a_tied_head_stay_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["awq", "gptq"])
+def test_biases_norms_and_a_tied_head_stay_as_they_are(layout: str, tmp_path: Path) -> None:
+    """GPTQ's files may have biases of their own, and those of Qwen2 were taken for such."""
     for kind, parts in (
         ("qwen2", ("q_proj.bias", "k_proj.bias", "v_proj.bias")),
         ("qwen3", ("q_norm", "k_norm")),
     ):
-        both = write_both(tmp_path / kind, "awq", tie_word_embeddings=True, model_type=kind)
+        both = write_both(tmp_path / kind, layout, tie_word_embeddings=True, model_type=kind)
         for directory in both:
             tensors = load_file(directory / "model.safetensors")
             for i, part in enumerate(parts):
@@ -230,6 +232,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
         "holds torch.int64, expected torch.int32",
     ),
     "scales not finite": ("awq", lambda t: t[f"{Q}.scales"].fill_(torch.inf), "scales that are not finite"),
+    "float8 that is no number": (
+        "float8",
+        lambda t: t[f"{Q}.weight"].view(torch.uint8).fill_(0x7F),
+        "holds values that are not finite in torch.float32",
+    ),
     "another shape said": ("int4", lambda t: t[f"{Q}.weight_shape"].fill_(1), r"has weight_shape \[1, 1\]"),
     "act-order": ("gptq", lambda t: t.update({f"{Q}.g_idx": t[f"{Q}.g_idx"].flip(0)}), "groups in act-order"),
     "left over": ("awq", lambda t: t.update({f"{Q}.odd": torch.zeros(1)}), f"holds {Q}.odd"),

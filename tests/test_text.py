@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 
 from minipyramid import LLM, RequestError, SamplingParams, TokenizerError
 from minipyramid.formats.sentencepiece import SentencePieceTokenizer
+from minipyramid.formats.tokenizers import check_size
 from minipyramid.tokenizer import TextStream, Tokenizer
+
+ADDED = {"<|im_start|>": True, "<think>": False}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,30 @@ def test_added_tokens_are_laid_over_the_model(tiny_dir: Path, tmp_path: Path) ->
     assert size + 2 in ids
     assert tokenizer.decode(ids) == "the fox<think>went"
     assert tokenizer.decode([size + 1, 10_000]) == ""
+
+
+def test_tokens_that_a_json_file_beside_it_adds_are_known(tmp_path: Path) -> None:
+    """A fine-tune saved by transformers 5 has them nowhere else, and its marks of turns were plain text."""
+    size = sentencepiece.SentencePieceProcessor(model_file=str(train_pieces(tmp_path))).vocab_size()
+    added = [{"id": size + i, "content": c, "special": s} for i, (c, s) in enumerate(ADDED.items())]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "normalizer": None}))
+    tokenizer = SentencePieceTokenizer(tmp_path, size + 2)
+    ids = tokenizer.encode("<|im_start|>the fox<think>")
+    assert (ids[1], ids[-1]) == (size, size + 1)
+    assert tokenizer.decode(ids) == "the fox<think>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": size}]}))
+    with pytest.raises(TokenizerError, match="added tokens are malformed"):
+        SentencePieceTokenizer(tmp_path, size + 2)
+
+
+def test_embeddings_may_be_padded(tmp_path: Path) -> None:
+    """By a fortieth of them in DeepSeek's first, whose tokenizer was refused."""
+    file = tmp_path / "tokenizer.json"
+    check_size(file, 100_015, 102_400)
+    check_size(file, 320, 320 + 511)
+    for size, vocab_size in ((100_015, 104_000), (320, 320 + 512), (321, 320)):
+        with pytest.raises(TokenizerError, match=f"has {size} tokens, but the model has {vocab_size}"):
+            check_size(file, size, vocab_size)
 
 
 def test_ids_equal_those_of_transformers_for_the_embedded_tokenizer() -> None:
@@ -206,9 +233,9 @@ def test_a_stop_string_ends_with_reason_stop(tiny: LLM) -> None:
 def test_a_checkpoint_without_a_tokenizer_runs_on_ids_and_says_so_on_text(tmp_path: Path) -> None:
     llm = LLM(write_checkpoint(tmp_path))
     assert len(llm.generate([[5, 6]], SamplingParams(max_new_tokens=3, ignore_eos=True))[0].token_ids) == 3
-    with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
+    with pytest.raises(TokenizerError, match="has no tokenizer; give token ids"):
         llm.generate("text")
-    with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
+    with pytest.raises(TokenizerError, match="has no tokenizer; give token ids"):
         llm.generate([[5, 6]], SamplingParams(stop="x"))
 
 

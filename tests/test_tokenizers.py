@@ -16,12 +16,11 @@ import regex
 import sentencepiece
 import tokenizers
 from helpers import train_pieces, write_checkpoint
-from tokenizer_files import LANGUAGES, SPECIALS, trained, write_json, write_llama2_json, write_pieces
+from tokenizer_files import LANGUAGES, SPECIALS, WORDS, trained, write_json, write_llama2_json, write_pieces
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minipyramid import LLM, SamplingParams, TokenizerError
 from minipyramid.cli.terminal import DEFAULT_TEXT
-from minipyramid.formats.ranks import ENDS, SPECIAL, WORDS
 from minipyramid.tokenizer import TextStream, Tokenizer, load_tokenizer
 
 
@@ -32,7 +31,7 @@ def texts() -> list[str]:
     prose = DEFAULT_TEXT.read_text(encoding="utf-8")
     code = Path(__file__).read_text(encoding="utf-8")
     listed = ["", " ", "\n", "a", " a", "  a", "a ", "\n\n a", "1234567", "'s 'S 'Ll", "\u2581a", "<0x41>"]
-    for source, count in ((prose, 900), (code, 300), ("".join(LANGUAGES), 900)):
+    for source, count in ((prose, 1100), (code, 500), ("".join(LANGUAGES), 1200)):
         for _ in range(count):
             start = lots.randrange(len(source))
             listed.append(source[start : start + lots.choice([3, 10, 40, 120])])
@@ -47,7 +46,7 @@ def texts() -> list[str]:
     listed += ["".join(lots.choices(letters, k=lots.randrange(1, 25))) for _ in range(700)]
     pieces = [*SPECIALS, "<s>", "</s>", "<unk>", " ", "\n", "fox", " fox "]
     listed += ["".join(lots.choices(pieces, k=lots.randrange(1, 6))) for _ in range(300)]
-    return [*listed, prose[:20_000], code, " " * 500, "ab" * 1000]
+    return list(dict.fromkeys([*listed, prose[:20_000], code, " " * 500, "ab" * 1000]))
 
 
 @functools.cache
@@ -147,11 +146,12 @@ def reference(kind: str, directory: Path) -> Callable[[str], list[int]]:
 def test_ids_equal_the_references_on_thousands_of_texts(
     kind: str, directory: Path, tokenizer: Tokenizer
 ) -> None:
-    assert len(texts()) >= 3000
     expected = reference(kind, directory)
-    for text in texts():
-        if kind == "sentencepiece" and any(special in text for special in ("<s>", "</s>")):
-            continue  # plain characters there, and tokens here
+    # Of sentencepiece's own marks its library knows nothing; tests/test_chat.py has them.
+    marks = ("<s>", "</s>") if kind == "sentencepiece" else ()
+    compared = [text for text in texts() if not any(mark in text for mark in marks)]
+    assert len(compared) >= 3000
+    for text in compared:
         assert tokenizer.encode(text) == expected(text), repr(text[:80])
 
 
@@ -236,7 +236,8 @@ def test_a_rank_file_ends_a_text_in_three_ways_and_takes_names_from_the_settings
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(given))
     tokenizer = load_tokenizer(tmp_path, size + 3)
     assert tokenizer
-    assert tokenizer.eos_ids == tuple(first + SPECIAL.index(name) for name in ENDS)
+    ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    assert tokenizer.eos_ids == tuple(first + SPECIALS.index(name) for name in ends)
     assert tokenizer.special_tokens["<|mine|>"] == first + 2
     assert tokenizer.special_tokens["<|reserved_special_token_5|>"] == size + 2
 

@@ -12,9 +12,17 @@ from helpers import train_pieces
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minipyramid.cli.terminal import DEFAULT_TEXT
-from minipyramid.formats.ranks import SPECIAL, WORDS
 
-SPECIALS = [f"<|{name}|>" for name in SPECIAL]
+# As Meta's code for Llama 3 has them: a second time, for the engine's own are compared with these.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+SPECIALS = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+]  # fmt: skip
 LANGUAGES = """
 The quick brown fox doesn't jump; it'll walk, they've said I'M SURE we'd've known.
 Der Fluß war groß, über 1234567 Ängste. Ça va? Où est-il allé, l'été dernier?

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import lm_eval.models  # noqa: F401  # the harness registers its own only while there is no other
 import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
