@@ -26,9 +26,9 @@ WORTH_WAITING = 100
 def next_together(
     left: list[tuple[Sequence, Row]], running: Iterable[Sequence], most: int
 ) -> list[tuple[Sequence, Row]]:
-    """The first of those that are left to compute, with the beginnings that they share in their rows.
+    """The first of those that are left to compute; the beginnings that they take are copied into their rows.
 
-    They are as many as have `most` tokens to compute, and at least one. Of several that begin alike the first
+    As many as have at most `most` tokens to compute, and at least one. Of several that begin alike the first
     is computed before the others, which then take its beginning.
     """
     together: list[tuple[Sequence, Row]] = []

@@ -44,13 +44,17 @@ class Row:
             layers.append(heads if len(heads) > 1 else heads[0])
         return layers
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values that are held.  two of [K, n, D]"""
+    def held(self, layer: int) -> tuple[Slab, Slab]:
+        """Keys and values in the layer's slabs.  two of [K, n, D]"""
         n = self.lengths[layer]
-        keys, values, dtype = self.cache.keys[layer], self.cache.values[layer], self.cache.dtype
-        return keys[self.index, :, :n].to(dtype), values[self.index, :, :n].to(dtype)
+        return self.cache.keys[layer][self.index, :, :n], self.cache.values[layer][self.index, :, :n]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The same in the model's dtype.  two of [K, n, D]"""
+        k, v = self.held(layer)
+        return k.to(self.cache.dtype), v.to(self.cache.dtype)
+
+    def write(self, layer: int, k: Slab, v: Slab, positions: Tensor) -> None:
         """Append tokens; k and v [K, T, D], positions [T], or [K, T] where heads hold different ones."""
         start = self.lengths[layer]
         end = start + k.shape[1]
@@ -72,7 +76,7 @@ class Row:
         """All that is held, apart from the slabs."""
         layers = []
         for layer, kept in enumerate(self.kept_positions()):
-            k, v = (held.clone() for held in self.read(layer))
+            k, v = (slab.clone() for slab in self.held(layer))
             layers.append((k, v, torch.tensor(kept, device=k.device)))
         return HeldTokens(self.cache.config, layers, self.position, list(self.lengths))
 
@@ -200,7 +204,7 @@ class HeldTokens:
     """The keys and values of one sequence, between two turns of a conversation."""
 
     config: ModelConfig
-    layers: list[tuple[Tensor, Tensor, Tensor]]  # keys and values [K, n, D], positions [n] or [K, n]
+    layers: list[tuple[Slab, Slab, Tensor]]  # keys and values [K, n, D], positions [n] or [K, n]
     position: int  # of the next token
     lengths: list[int]  # [layer]
 

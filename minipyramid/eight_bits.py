@@ -1,9 +1,10 @@
 """Keys and values in 8 bits: whole numbers from -127 to 127, and a scale for each token and key/value head.
 
 A key or value x of D components is held as round(x / scale) with scale = max |x| / 127, so no component is
-off by more than half a scale. The scale takes two bytes: with D = 64 that is (64 + 2) / 128 = 51.6 % of
-bf16's bytes. A prompt's tokens attend to each other's exact keys, and policies choose from these; only what
-is held is rounded.
+off by more than half a scale. (Where max |x| is below 0.008, float16 rounds the scale, too.) The scale takes
+two bytes: with D = 64 that is (64 + 2) / 128 = 51.6 % of bf16's bytes. A prompt's tokens attend to each
+other's exact keys, and policies choose from these; only what is held is rounded, and that once: from turn to
+turn of a conversation it stays in 8 bits.
 
 A decode step has no product of 8-bit numbers with others to call, so it turns them into the model's dtype
 first: see `attend_each`. With 540 tokens a sequence a whole step took 1.11 times as long as with float32's
@@ -24,8 +25,8 @@ LARGEST = 127
 SMALLEST = 2**-24  # above 0 in float16
 # Heads whose numbers a CPU turns into the model's dtype at a time, always in the same place, so that they are
 # still near the processor when they are multiplied. Of 8 rows of 576 slots and 12 heads attention took 3.4 ms
-# with four rows at a time and a new place for each, and 1.8 so; plain float32 took 1.3 (two cores). In bf16 a
-# product's call alone takes longer than that.
+# with four rows at a time and a new place for each, and 1.8 so; plain float32 took 1.3 (two cores). In bf16
+# each call takes longer, so that more heads go into one. A head here is a key/value head of one row.
 HEADS = {torch.float32: 8, torch.bfloat16: 24, torch.float16: 24}
 
 
@@ -69,6 +70,15 @@ class EightBits:
         held = rounded(x) if isinstance(x, Tensor) else x
         self.numbers[where], self.scales[where] = held.numbers, held.scales
 
+    def clone(self) -> "EightBits":
+        """The same numbers and scales, apart from these."""
+        return EightBits(self.numbers.clone(), self.scales.clone())
+
+    @property
+    def nbytes(self) -> int:
+        """Of numbers and scales."""
+        return self.numbers.nbytes + self.scales.nbytes
+
     def to(self, dtype: torch.dtype) -> Tensor:
         """The numbers times their scales.  [..., D]"""
         return self.numbers.to(dtype) * self.scales.to(dtype)[..., None]
@@ -78,7 +88,7 @@ def rounded(x: Tensor) -> EightBits:
     """To the nearest multiple of each vector's scale.  [..., D]"""
     exact = x.float()
     scales = (exact.abs().amax(-1) / LARGEST).half()
-    # Where a scale is 0, for all is too small for one, any numbers stand for zeros.
+    # A vector too small for a scale above 0 is held as zeros: whatever its numbers are, 0 times them is 0.
     steps = exact / scales.float().clamp_min_(SMALLEST)[..., None]
     return EightBits(steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scales)
 
@@ -103,10 +113,10 @@ def attend_each(
 def _in_turn(left: Tensor, numbers: Tensor) -> Tensor:
     """[B, K, G, n] times [B, K, n, m]  ->  [B, K, G, m], some heads at a time."""
     heads = HEADS[left.dtype] if left.device.type == "cpu" else len(left) * left.shape[1]
-    parts = torch.split(numbers.flatten(0, 1), heads)
-    place = torch.empty_like(parts[0], dtype=left.dtype)
-    lefts = torch.split(left.flatten(0, 1), heads)
+    parts = torch.split(numbers.flatten(0, 1), heads)  # each [heads, n, m]
+    lefts = torch.split(left.flatten(0, 1), heads)  # each [heads, G, n]
     # The numbers of the next part are put into the same place.
+    place = torch.empty_like(parts[0], dtype=left.dtype)
     products = [torch.bmm(a, place[: len(b)].copy_(b)) for a, b in zip(lefts, parts, strict=True)]
     return torch.cat(products).view(*left.shape[:-1], -1)
 

@@ -60,7 +60,7 @@ class Engine:
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         self.scheduler = Scheduler(self.config, self.dtype, self.device, kv_memory)
         self.planner = Planner(self.config, policy, kv_budget, self.scheduler.per_token)
-        self._step_over = threading.Condition()  # guards the two fields below; free during a step
+        self._step_over = threading.Condition()  # guards the three fields below; free during a step
         self._stepping = 0  # the thread that is in a step
         self._cancelled: deque[Sequence] = deque()
         self._news: deque[News] = deque()  # of what was added by `add`
@@ -173,7 +173,7 @@ class Engine:
         if sequence.prepared_by is not self:
             raise RequestError(f"{sequence.request.name} was taken before or is another engine's; prepare it")
         sequence.prepared_by, sequence.news = None, news
-        self.scheduler.waiting.append(sequence)  # safe beside a step, which takes from the other end
+        self.scheduler.waiting.append(sequence)  # safe beside a step, which does not look at the end
 
     def encode(self, text_or_ids: Prompt, name: str, continues: bool = False) -> list[int]:
         """Token ids of a text or of ids; neither may be empty."""

@@ -1,8 +1,9 @@
 """Weights in 8 and 4 bits: what they mean, the forms that torch multiplies as they are, the products.
 
 torch's operators for a CPU are private, and quick in bfloat16 alone: one row times 2,048 x 5,632 in 8 bits
-took 1.4 ms with AVX-512, and 17 ms in float32 and in float16. So every product here rounds what it reads and
-what it gives to bfloat16, however many rows there are; else a row's result would depend on the others.
+took 1.4 ms with AVX-512, and 17 ms in float32 and in float16. So a product by an operator rounds what it
+reads and what it gives to bfloat16, and so does that of more rows, which goes without it: else a row's result
+would depend on the others. (Where there is no operator `by_pieces` computes in the model's dtype.)
 
 With that rounding from float32 and back the row took 1.5 ms in 8 bits and 1.0 in 4; with plain weights 4.8 in
 float32 and 3.2 in bfloat16 (2.3 in oneDNN's packed form). One thread each.

@@ -93,6 +93,7 @@ class Scheduler:
             if free and earlier <= room:
                 room -= earlier
                 self._begin(sequence, min(free, key=lambda cache: cache.need.bytes(self.per_token)))
+            # With nothing else in flight there is never more room than now, and it would wait for ever.
             elif needed <= room or not (self.caches or fresh):
                 fresh.setdefault(sequence.need, []).append(sequence)
                 room -= needed

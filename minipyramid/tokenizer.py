@@ -71,10 +71,8 @@ class TextStream:
         self, tokenizer: Tokenizer | None, stop: Iterable[str] = (), *, at_start: bool = False
     ) -> None:
         """`at_start`: no text stands before this one, so it begins without the tokenizer's space."""
-        self.tokenizer = tokenizer
-        self.stop = tuple(stop)
+        self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
         self.at_start = at_start and tokenizer is not None and tokenizer.adds_space
-        self.stopped = False
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # The end of the text, while it may begin a stop string.
         self._uncertain = ""

@@ -92,7 +92,7 @@ def test_its_bytes_are_counted_with_their_scales(eight: LLM) -> None:
 
 
 def test_a_conversation_carries_them_on(eight: LLM) -> None:
-    """Turn by turn the text is that of a run whose earlier turns were rounded just as often: once."""
+    """What earlier turns have left stays in 8 bits: it was rounded once more at every turn."""
     first, second = prompts_of([40, 12])
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
     conversation = Conversation()
@@ -103,8 +103,10 @@ def test_a_conversation_carries_them_on(eight: LLM) -> None:
     for _ in eight.stream(second, params, conversation):
         pass
     for (k, v, _), (old_k, old_v) in zip(conversation.held.layers, before, strict=True):
-        torch.testing.assert_close(k[:, : old_k.shape[1]], old_k)
-        torch.testing.assert_close(v[:, : old_v.shape[1]], old_v)
+        for new, old in ((k, old_k), (v, old_v)):
+            assert torch.equal(new.numbers[:, : old.shape[1]], old.numbers)
+            assert torch.equal(new.scales[:, : old.shape[1]], old.scales)
+    assert conversation.held.bytes == eight.config.kv_bytes_per_token(4) * sum(conversation.held.lengths)
 
 
 def test_the_embedded_checkpoint_hardly_notices() -> None:

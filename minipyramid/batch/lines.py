@@ -29,7 +29,7 @@ def label_of(record: dict[str, Any]) -> Label:
 
 @dataclass(frozen=True)
 class Line:
-    """A line that is not blank; `problem` says why it cannot even be told by an id."""
+    """A line that is not blank; `problem` says why its record names it by its number."""
 
     number: int  # from 1
     values: dict[str, Any]
@@ -40,13 +40,13 @@ class Line:
         """How its record names it."""
         return {"line": self.number} if self.problem else {"id": self.values["id"]}
 
-    def without_id(self, problem: str) -> "Line":
-        """The same line, told by its number."""
+    def by_number(self, problem: str) -> "Line":
+        """The same line, whose record names it by its number."""
         return replace(self, problem=f"line {self.number} {problem}")
 
     def repeated(self) -> "Line":
         """The same line, whose id an earlier one has."""
-        return self.without_id(f"has the id {self.values['id']!r} of an earlier line")
+        return self.by_number(f"has the id {self.values['id']!r} of an earlier line; give each its own")
 
     def request(self, llm: LLM, defaults: SamplingParams) -> Request:
         """What it asks for; raises `RequestError`, or `TypeError` for a field of the wrong type."""
@@ -95,7 +95,7 @@ def numbered(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 def read_line(number: int, data: bytes | None) -> Line:
     """A line as far as its id; without its bytes it is one that is too long."""
     if data is None:
-        return Line(number, {}).without_id(f"is longer than {MOST_BYTES >> 20} MiB; give less")
+        return Line(number, {}).by_number(f"is longer than {MOST_BYTES >> 20} MiB; give less")
     try:
         line = Line(number, json_object(data, f"line {number}"))
     except RequestError as error:
@@ -103,7 +103,7 @@ def read_line(number: int, data: bytes | None) -> Line:
     name = line.values.get("id")
     if isinstance(name, bool) or not isinstance(name, (str, int)):
         found = "no id" if "id" not in line.values else f"the id {name!r:.60}"
-        return line.without_id(f"has {found}; give a text or a whole number")
+        return line.by_number(f"has {found}; give a text or a whole number")
     if len(str(name)) > LONGEST_ID:
-        return line.without_id(f"has an id of more than {LONGEST_ID} characters; give a shorter one")
+        return line.by_number(f"has an id of more than {LONGEST_ID} characters; give a shorter one")
     return line

@@ -1,7 +1,8 @@
-"""The file of records: whole lines only, whatever ends the run that writes them.
+"""The file of records: whole lines only, however the run that writes them ends.
 
-A record is handed to the system in one write, so a run that is killed leaves at most its last line torn. That
-one is dropped when the file is opened again, and its prompt is asked again.
+A record is handed to the system before the next step, in one write but where a disk is full, so a run that is
+killed leaves at most its last line torn. That one is dropped when the file is opened again, and its prompt is
+asked again. (So is what the system had not yet put on the disk when the machine itself went down.)
 """
 
 import fcntl
@@ -59,7 +60,7 @@ class Output:
             for number, data in enumerate(file, 1):
                 if data.endswith(b"\n"):
                     yield json_object(data, f"line {number} of {self.path}")
-                    self._whole += len(data)
+                    self._whole += len(data)  # after the caller has taken it for a record
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record; where there is no room for all of it, none of it stays."""

@@ -28,8 +28,8 @@ METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized")
 STRATEGIES = ("channel", "tensor", "group", "block")
-# What would change results, and what is in a file that does not ask for it.
-UNUSED = ("kv_cache_scheme", "sparsity_config", "transform_config")
+# These would change results. Files also hold them empty, and then they are ignored.
+MUST_BE_EMPTY = ("kv_cache_scheme", "sparsity_config", "transform_config")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class PackedRows:
 
 def layout_of(settings: Settings) -> Layout:
     """What `quantization_config` says. Raises `ConfigError` for what is not implemented."""
-    for name in UNUSED:
-        _refuse(settings, name)
+    for name in MUST_BE_EMPTY:
+        _refuse_unless_empty(settings, name)
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         count = len(groups) if isinstance(groups, dict) else "none"
@@ -102,7 +102,7 @@ def layout_of(settings: Settings) -> Layout:
     return Scaled(f"{METHOD} int{bits}", "weight_scale", torch.int8, bits, blocks, symmetric)
 
 
-def _refuse(settings: Settings, name: str) -> None:
+def _refuse_unless_empty(settings: Settings, name: str) -> None:
     value = settings.get(name)
     dense = (
         isinstance(value, dict) and value.get("format", "dense") == "dense" and not value.get("config_groups")
