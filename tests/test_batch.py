@@ -403,7 +403,7 @@ while True:
         os._exit(0)
     if killed < kills:
         # While it starts, or some time after the first record.
-        more, deadline = rng.choice([0, 1, 1]), time.monotonic() + 20
+        more, deadline = rng.choice([0, 0, 1]), time.monotonic() + 20
         while size() < before + more and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.01 if more else 0.1))
@@ -428,7 +428,7 @@ def test_two_hundred_kills_lose_and_repeat_nothing(tiny_dir: Path, tiny: LLM, tm
     assert done.returncode == 0, done.stderr
     killed, progressed = map(int, done.stdout.split())
     assert killed == 200
-    assert progressed > 80
+    assert progressed > 40
     records = read(out)
     assert Counter(record["id"] for record in records) == Counter(entry["id"] for entry in entries)
     batch.run(tiny.under("full"), file, tmp_path / "undisturbed", SamplingParams(ignore_eos=True))

@@ -17,12 +17,16 @@ def tokens_of(tokenizer: Tokenizer, prompt: str, prompt_ids: list[int], new_ids:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     start = int(tokenizer.add_bos)
     tokens = []
+    spaced = [start]  # indices of tokens before which a space was set that the prompt does not have
     for i, token in enumerate(prompt_ids + new_ids):
         data = tokenizer.token_bytes(token)
         written = specials.get(token, "") if start <= i < len(prompt_ids) else ""
         text = decoder.decode(data) or written
+        if written and tokenizer.adds_space_again:
+            spaced.append(i + 1)
         tokens.append(Token(text, text or specials.get(token) or "".join(f"<0x{byte:02X}>" for byte in data)))
-    # sentencepiece sets a space before a text.
-    if "".join(token.text for token in tokens[: len(prompt_ids)]) == " " + prompt:
-        tokens[start] = replace(tokens[start], text=tokens[start].text[1:])
+    if "".join(token.text for token in tokens[: len(prompt_ids)]) != prompt:
+        for i in spaced:
+            if i < len(prompt_ids):
+                tokens[i] = replace(tokens[i], text=tokens[i].text.removeprefix(" "))
     return tokens

@@ -2,7 +2,8 @@
 
 try:
     from minipyramid.fleet.job import run
-except ImportError as error:
-    raise ImportError('minipyramid.fleet needs Ray Data; pip install "minipyramid[fleet]"') from error
+except ModuleNotFoundError as error:
+    needed = 'minipyramid.fleet needs Ray Data; pip install "minipyramid[fleet]"'
+    raise ModuleNotFoundError(f"{needed} ({error})", name=error.name) from error
 
 __all__ = ["run"]

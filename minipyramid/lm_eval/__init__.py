@@ -2,9 +2,8 @@
 
 try:
     from minipyramid.lm_eval.model import MiniPyramidLM
-except ImportError as error:
-    raise ImportError(
-        'minipyramid.lm_eval needs lm-evaluation-harness; pip install "minipyramid[lm-eval]"'
-    ) from error
+except ModuleNotFoundError as error:
+    needed = 'minipyramid.lm_eval needs lm-evaluation-harness; pip install "minipyramid[lm-eval]"'
+    raise ModuleNotFoundError(f"{needed} ({error})", name=error.name) from error
 
 __all__ = ["MiniPyramidLM"]
