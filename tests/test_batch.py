@@ -395,6 +395,7 @@ llm = LLM(model, policy="full", kv_memory="20KiB")
 job.AHEAD = 4  # so that the first record comes soon
 rng, killed, progressed = random.Random(1), 0, 0
 size = lambda: target.stat().st_size if target.exists() else 0
+whole_lines = lambda: target.read_bytes().count(b"\\n") if target.exists() else 0
 while True:
     before = size()
     child = os.fork()  # a process of its own, without the seconds that a start takes
@@ -402,11 +403,13 @@ while True:
         batch.run(llm, source, target, SamplingParams(ignore_eos=True), resume=True)
         os._exit(0)
     if killed < kills:
-        # While it starts, or some time after the first record.
-        more, deadline = rng.choice([0, 0, 1]), time.monotonic() + 20
-        while size() < before + more and time.monotonic() < deadline:
+        # After its first record, or while it starts, or at once where few lines are left for the kills.
+        spare = 300 - whole_lines() - (kills - killed)
+        deadline = time.monotonic() + 20
+        awaits = spare > 20 and rng.random() < 0.5
+        while awaits and size() == before and time.monotonic() < deadline:
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.01 if more else 0.1))
+        time.sleep(rng.uniform(0, 0.01 if awaits else 0.1) if spare > 10 else 0)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     killed += os.WIFSIGNALED(status)
