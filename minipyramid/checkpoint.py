@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minipyramid.config import ModelConfig
-from minipyramid.linear import pack
+from minipyramid.linear import reorder
 from minipyramid.model import Model
 
 # Is called with the number of parameters that are assigned, and of all.
@@ -41,4 +41,4 @@ def load(
         take_packed(model, state)
     model.load_state_dict(state, strict=True, assign=True)
     model.inv_freq = model.inv_freq.to(device)
-    return model.requires_grad_(False).apply(pack)
+    return model.requires_grad_(False).apply(reorder)

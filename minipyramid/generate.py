@@ -229,7 +229,7 @@ def describe(completion: Completion, policy: str) -> dict[str, Any]:
         "decode_s": completion.decode_s,
         "tokens_per_s": new / completion.decode_s,
         "policy": policy,
-        "pyramid": policy,
+        "pyramid": policy,  # the same, by the name that it had first
         "kept_positions": completion.kept_positions,
     }
 

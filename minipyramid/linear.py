@@ -1,8 +1,8 @@
 """A linear layer whose weight lies in memory in the order in which the machine multiplies it fastest.
 
-A plain linear layer on a CPU reorders its weight at every call; oneDNN's packed form is reordered once, at
-load. All linear layers of a 12-layer model with hidden size 768 took, in float32 on two AVX2 cores, plain
-against packed: 97 / 33 ms for 8 rows, 143 / 70 ms for 32, 718 / 642 ms for 512.
+A plain linear layer on a CPU reorders its weight at every call; here oneDNN reorders it once, at load. All
+linear layers of a 12-layer model with hidden size 768 took, in float32 on two AVX2 cores, plain against
+reordered: 97 / 33 ms for 8 rows, 143 / 70 ms for 32, 718 / 642 ms for 512.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from minipyramid.device import has_bf16
 
 # oneDNN's product as our own operator, opaque to `torch.compile`. The compiler refuses weights that it has
-# not packed itself, and its own products took 68 ms where these took 26 (8 rows through all linear layers of
-# the model above). It is defined here and not at first use, since an operator can be defined only once and
+# not reordered itself, and its own products took 68 ms where these took 26 (8 rows through all linear layers
+# of the model above). It is defined here and not at first use, since an operator can be defined only once and
 # models may be loaded in several threads.
-NAME = "minipyramid::packed_product"
+NAME = "minipyramid::reordered_product"
 mkldnn = torch.ops.mkldnn
 # It exists already when this file is imported again.
-if not hasattr(torch.ops.minipyramid, "packed_product"):
+if not hasattr(torch.ops.minipyramid, "reordered_product"):
     torch.library.define(NAME, "(Tensor x, Tensor w) -> Tensor")
     torch.library.impl(NAME, "default", lambda x, w: mkldnn._linear_pointwise(x, w, None, "none", [], ""))
     # `shape[0]` and not `len`, which would fix the number of rows and compile a graph for each.
@@ -42,15 +42,15 @@ class Linear(nn.Module):
         return self.product(x, self.weight)
 
 
-def pack(module: nn.Module) -> None:
-    """Pack the weight of a linear layer if the machine can; for `nn.Module.apply`."""
+def reorder(module: nn.Module) -> None:
+    """Reorder the weight of a linear layer if the machine can; for `nn.Module.apply`."""
     # Both operators are private, so a build of torch may lack them.
-    can_pack = hasattr(mkldnn, "_reorder_linear_weight") and hasattr(mkldnn, "_linear_pointwise")
-    if can_pack and isinstance(module, Linear) and isinstance(module.weight, Tensor):
+    can_reorder = hasattr(mkldnn, "_reorder_linear_weight") and hasattr(mkldnn, "_linear_pointwise")
+    if can_reorder and isinstance(module, Linear) and isinstance(module.weight, Tensor):
         weight = module.weight.detach()
         is_quick = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_bf16())
         if is_quick and weight.device.type == "cpu":
             del module.weight
             # Tuned for the 8 rows of a decode step; for a prompt it hardly matters (8 or 512: within 10 %).
             module.weight = mkldnn._reorder_linear_weight(weight, 8)
-            module.product = torch.ops.minipyramid.packed_product
+            module.product = torch.ops.minipyramid.reordered_product

@@ -15,7 +15,7 @@ from minipyramid.eight_bits import holding
 from minipyramid.formats.huggingface import read_config
 from minipyramid.formats.names import parameter_sources
 from minipyramid.formats.weights import parameter_of
-from minipyramid.linear import pack
+from minipyramid.linear import reorder
 from minipyramid.model import Model
 from minipyramid.policies import pick_policy
 from minipyramid.quantised import Packed, take_packed
@@ -74,7 +74,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     take_packed(model, state)
     model.load_state_dict(state, assign=True)
     model.inv_freq = model.inv_freq.to(device)
-    return model.requires_grad_(False).apply(pack)
+    return model.requires_grad_(False).apply(reorder)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

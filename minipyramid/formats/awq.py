@@ -17,7 +17,7 @@ from minipyramid.formats.layout import (
     expect,
     group_size,
     size_of,
-    unpack,
+    unpack_ints,
 )
 from minipyramid.quantised import Quantised
 
@@ -53,7 +53,7 @@ class Awq:
 
 
 def _unpack(packed: Tensor) -> Tensor:
-    in_order = unpack(packed, BITS, 1).view(len(packed), -1, 8)[..., ORDER]
+    in_order = unpack_ints(packed, BITS, 1).view(len(packed), -1, 8)[..., ORDER]
     return in_order.flatten(1)
 
 

@@ -19,7 +19,7 @@ from minipyramid.formats.layout import (
     expect,
     group_size,
     size_of,
-    unpack,
+    unpack_ints,
 )
 from minipyramid.formats.scaled import FLOAT8, Blocks, Scaled, block_of
 from minipyramid.quantised import Quantised
@@ -59,12 +59,12 @@ class PackedRows:
         """See `Layout`."""
         if parts["weight_shape"].tolist() != [rows, columns]:
             raise ValueError(f"has weight_shape {parts['weight_shape'].tolist()}, expected {[rows, columns]}")
-        values = unpack(parts["weight_packed"], self.bits, 1)[:, :columns] - (1 << self.bits - 1)
+        values = unpack_ints(parts["weight_packed"], self.bits, 1)[:, :columns] - (1 << self.bits - 1)
         scales = self.blocks.spread(parts["weight_scale"].float(), rows)
         zeros = torch.zeros_like(scales, dtype=torch.int16)
         if (given := parts.get("weight_zero_point")) is not None:
             if given.dtype == torch.int32:
-                given = unpack(given, self.bits, 0) - (1 << self.bits - 1)
+                given = unpack_ints(given, self.bits, 0) - (1 << self.bits - 1)
             zeros = self.blocks.spread(given[:rows].to(torch.int16), rows)
         group = size_of(self.blocks.columns, columns)
         return Quantised(values.to(torch.int8), scales, zeros, group, self.bits)

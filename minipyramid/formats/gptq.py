@@ -18,7 +18,7 @@ from minipyramid.formats.layout import (
     expect,
     group_size,
     size_of,
-    unpack,
+    unpack_ints,
 )
 from minipyramid.quantised import Quantised
 
@@ -53,8 +53,8 @@ class Gptq:
             raise ValueError("has groups in act-order, which is not implemented")
         if bias is not None and bias.any():  # some files have one of zeros for every layer
             raise ValueError("has a bias, which is not implemented")
-        values = unpack(parts["qweight"], self.bits, 0)[:columns] - half
-        zeros = unpack(parts["qzeros"], self.bits, 1)[:, :rows] - half + self.zeros_less_one
+        values = unpack_ints(parts["qweight"], self.bits, 0)[:columns] - half
+        zeros = unpack_ints(parts["qzeros"], self.bits, 1)[:, :rows] - half + self.zeros_less_one
         scales = parts["scales"].float()
         return Quantised(
             values.to(torch.int8).T.contiguous(), scales.T, zeros.to(torch.int16).T, group, self.bits

@@ -76,7 +76,7 @@ def size_of(block: int, whole: int) -> int:
     return whole if block == -1 else block
 
 
-def unpack(packed: Tensor, bits: int, axis: int) -> Tensor:
+def unpack_ints(packed: Tensor, bits: int, axis: int) -> Tensor:
     """Whole numbers of 4 or 8 bits that lie in numbers of 32, the first in the lowest bits.
 
     Along the axis there are 32 / bits times as many then.
