@@ -285,6 +285,32 @@ def test_what_fails_while_it_runs_is_tried_once_more(
     assert "just now" in records[3]["error"]
 
 
+def test_a_step_that_is_broken_off_is_gone_on_with(
+    small: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended the run, with a traceback."""
+    step, calls, entries = small.model.step, [0], prompts(30)
+    expected = finished(small, entries, tmp_path / "expected")
+
+    def failing(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise RuntimeError("out of memory")
+        return step(*args)
+
+    monkeypatch.setattr(small.model, "step", failing)
+    assert finished(small, entries, tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("text", ["my thesis in one line", '{"precious": 1}', '{"id": 1, "text": "a"}\nmine'])
+def test_a_file_of_another_kind_is_not_resumed(small: LLM, tmp_path: Path, text: str) -> None:
+    """A last line without its end was taken for a torn record, and cut off."""
+    (tmp_path / "out").write_text(text)
+    with pytest.raises(RequestError, match="no record; name another file"):
+        batch.run(small, write(tmp_path / "in", prompts(2)), tmp_path / "out", SHORT, resume=True)
+    assert (tmp_path / "out").read_text() == text
+
+
 def finished(llm: LLM, entries: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     """The records in the order of their lines."""
     batch.run(llm, write(out.with_suffix(".in"), entries), out, SHORT)

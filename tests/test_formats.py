@@ -189,9 +189,12 @@ def test_a_shard_of_another_shape_is_told(tmp_path: Path) -> None:
     write_meta(tmp_path, 2, True, vocab_size=320, rope_theta=500000.0)
     file = tmp_path / "consolidated.01.pth"
     tensors = torch.load(file, weights_only=True)
-    tensors["layers.0.attention.wo.weight"] = torch.zeros(4)
-    torch.save(tensors, file)
-    with pytest.raises(CheckpointError, match=r"wo\.weight has the shape .* in a shard"):
+    for other in (torch.zeros(4), torch.zeros(33, 16), torch.zeros(())):
+        torch.save({**tensors, "layers.0.attention.wo.weight": other}, file)
+        with pytest.raises(CheckpointError, match=r"wo\.weight has the shape .* in a shard"):
+            LLM(tmp_path)
+    file.rename(tmp_path / "consolidated.02.pth")
+    with pytest.raises(CheckpointError, match=r"lacks consolidated\.01\.pth, but has consolidated\.02\.pth"):
         LLM(tmp_path)
 
 

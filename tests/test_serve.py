@@ -242,6 +242,8 @@ def test_a_stop_text_ends_a_choice(server: Server, tiny: LLM) -> None:
      ({"prompt": "\ud800"}, "prompt"), ({"kept_positions": True}, "told by a stream"),
      ({"zzz": 1}, "kept_positions, prompt"), ({"max_tokens": 3, "max_completion_tokens": 3}, "both given"),
      ({"max_tokens": 0}, "max_tokens is 0"), ({"stream_options": {"usage": True}}, "stream_options has"),
+     ({"stream_options": {"include_usage": "false"}}, "include_usage is 'false'"),
+     ({"stop": ["x"] * 65}, "stop has 65 texts"),
      ({"prompt": "a" * 9000}, "a text of 9000 characters is more")],
     ids=str,
 )  # fmt: skip
@@ -491,6 +493,23 @@ def test_what_runs_longer_than_the_grace_is_cut(tiny_dir: Path) -> None:
             list(stream)
         assert server.process.stderr
         assert "Traceback" not in server.process.stderr.read()
+
+
+def test_a_request_that_comes_too_late_is_told_so(tiny_dir: Path) -> None:
+    """One whose body was still coming at the end of the grace was taken, and cut off without an answer."""
+    with serving(tiny_dir, "--grace", "0.3") as server:
+        data = json.dumps({"prompt": "the fox", "max_tokens": 200, "ignore_eos": True}).encode()
+        with socket.create_connection((server.host, server.port), timeout=30) as raw:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            raw.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data[:5])
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(1.5)
+            raw.sendall(data[5:])
+            answer = raw.recv(65536).decode()
+        assert " 503 " in answer.splitlines()[0]
+        assert "the server is being stopped" in answer
+        assert server.process.wait(timeout=30) == 143
 
 
 def test_a_failure_between_two_steps_leaves_nobody_waiting(tiny_dir: Path) -> None:

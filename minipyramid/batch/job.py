@@ -106,7 +106,7 @@ class Job:
                 self.take(lines, stop)
                 if not self.lines:
                     break
-                engine.advance()
+                self.step()
                 self.write_finished()
                 if on_step:
                     on_step(engine.scheduler)
@@ -114,6 +114,14 @@ class Job:
             for sequence in self.lines:
                 engine.cancel(sequence)
         return self.counts
+
+    def step(self) -> None:
+        """A step; one that is broken off leaves each that ran with its error, and those to be tried again."""
+        try:
+            self.llm.engine.advance()
+        except Exception:
+            if not self.news:  # it would be so for ever
+                raise
 
     def take(self, lines: Iterator[Line], stop: Callable[[], bool]) -> None:
         """Prepare lines until enough of them wait."""

@@ -17,6 +17,8 @@ from minipyramid.batch.lines import label_of
 from minipyramid.cli.json_input import json_object
 from minipyramid.errors import RequestError
 
+BEGINNINGS = (b'{"id": ', b'{"line": ')  # of every record
+
 
 class Output:
     """Appends records to a file, and knows which it held before.
@@ -58,6 +60,10 @@ class Output:
         """Records up to the last line that has its end; `_whole` counts their bytes."""
         with self.path.open("rb") as file:
             for number, data in enumerate(file, 1):
+                if not data.endswith(b"\n") and not any(
+                    data.startswith(begin[: len(data)]) for begin in BEGINNINGS
+                ):
+                    raise RequestError(f"{self.path} ends with {data!r:.60}, no record; name another file")
                 if data.endswith(b"\n"):
                     yield json_object(data, f"line {number} of {self.path}")
                     self._whole += len(data)  # after the caller has taken it for a record

@@ -43,7 +43,7 @@ class BpeTokenizer:
         except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:
             raise TokenizerError(f"{file} is damaged ({type(error).__name__}); fetch it again") from error
         for token, entry in added.items():
-            self._bytes[token] = b"" if entry.special else entry.content.encode()
+            self._bytes[token] = b"" if entry.special else entry.content.encode(errors="replace")
         self.special_tokens: dict[str, int] = {entry.content: token for token, entry in added.items()}
         settings = read_json(file.parent / "tokenizer_config.json", optional=True)
         begin = library.encode("").ids

@@ -74,8 +74,10 @@ class ChatFormat:
         self._renderer.check(self._template)
         self.ends = tuple(special[t] for t in ENDS_OF_TURN if t in special and t in self._template)
         # An added token that is not left out of output, as `</think>`, marks no turn: an answer may hold it.
+        self._marks_no_turn = {text for text, i in special.items() if tokenizer.token_bytes(i)}
+        self._special_ids = {i for text, i in special.items() if text not in self._marks_no_turn}
         self._special = _one_of(special)
-        self._in_answers = _one_of(t for t, i in special.items() if not tokenizer.token_bytes(i))
+        self._in_answers = _one_of(special.keys() - self._marks_no_turn)
 
     def encode(
         self, messages: Messages, *, after: int | None = None, variables: dict[str, Any] | None = None
@@ -90,10 +92,11 @@ class ChatFormat:
             ConfigError: the template fails.
         """
         checked = [_checked(message, i) for i, message in enumerate(_as_messages(messages))]
-        signs = _signs(checked)
-        turn = [
-            self._apart(message, message["role"], signs) | {"role": message["role"]} for message in checked
-        ]
+        try:
+            signs = _signs(checked)
+            turn = [self._apart(m, m["role"], signs) | {"role": m["role"]} for m in checked]
+        except RecursionError as error:
+            raise RequestError("the messages are nested too deep; give texts") from error
         if after is not None:
             # What stands before the new messages was rendered in its own turn; only its end matters here.
             place = {"role": "assistant", "content": signs.place}
@@ -118,20 +121,24 @@ class ChatFormat:
     def _apart(self, value: Any, role: str, signs: "Signs") -> Any:
         """A message, or a part of it, with a sign behind the first character of every special token.
 
-        Another stands at both ends of a text, for a token may be cut between two messages; inside the white
-        space there, which templates take away.
+        Another stands at an end of a text that a token might be made of together with what the template
+        writes there; inside the white space, which templates take away.
         """
         if isinstance(value, dict):
-            return {name: self._apart(part, role, signs) for name, part in value.items()}
-        if isinstance(value, list):
+            named = ((self._apart(name, role, signs), part) for name, part in value.items())
+            return {name: self._apart(part, role, signs) for name, part in named}
+        if isinstance(value, (list, tuple)):
             return [self._apart(part, role, signs) for part in value]
         if not isinstance(value, str):
             return value
-        in_answer = role == "assistant"
-        special = self._in_answers if in_answer else self._special
-        marked = re.sub(f"(?={special})(.)", rf"\1{signs.inside}", value, flags=re.DOTALL)
+        special = self._in_answers if role == "assistant" else self._special
+        # In any case of letters, for a template may change that.
+        marked = re.sub(f"(?={special})(.)", rf"\1{signs.inside}", value, flags=re.DOTALL | re.IGNORECASE)
         inner = marked.strip()
-        return marked if in_answer or not inner else marked.replace(inner, signs.end + inner + signs.end, 1)
+        known = [text for text in self._tokenizer.special_tokens if text not in self._marks_no_turn]
+        begins = any(inner.startswith(text[i:]) for text in known for i in range(1, len(text)))
+        ends = any(inner.endswith(text[:i]) for text in known for i in range(1, len(text)))
+        return marked.replace(inner, signs.end * begins + inner + signs.end * ends, 1) if inner else marked
 
     def _ids(self, text: str, signs: "Signs", *, continues: bool) -> list[int]:
         """Ids of a rendered text: special tokens are the template's, everything between them is plain."""
@@ -146,9 +153,17 @@ class ChatFormat:
 
     def _plain(self, text: str, signs: "Signs", continues: bool) -> list[int]:
         plain = text.replace(signs.inside, "").replace(signs.end, "")
-        if not plain:
+        ids = self._literal(plain, continues)
+        if any(i in self._special_ids for i in ids):
+            # The vocabulary itself has the token's text; cut where it was taken apart, it is not found.
+            parts = [part for part in text.replace(signs.end, "").split(signs.inside) if part]
+            ids = [i for k, part in enumerate(parts) for i in self._literal(part, continues or k > 0)]
+        return ids
+
+    def _literal(self, text: str, continues: bool) -> list[int]:
+        if not text:
             return []
-        ids = self._tokenizer.encode(plain, "the messages", continues=continues, literal=True)
+        ids = self._tokenizer.encode(text, "the messages", continues=continues, literal=True)
         # Templates write the beginning of text themselves.
         return ids[1:] if self._tokenizer.add_bos and not continues else ids
 
@@ -186,7 +201,7 @@ class Signs(NamedTuple):
     """Characters that stand in no message."""
 
     inside: str  # a message's special token, behind its first character
-    end: str  # of a message's text
+    end: str  # of a message's text, where it might be a part of one
     place: str  # in which an earlier answer would stand
 
 
@@ -203,6 +218,6 @@ def _texts(value: Any) -> Iterator[str]:
     """Every text in a message, or in a list of them."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (dict, list)):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, (dict, list, tuple)):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from _texts(part)

@@ -94,14 +94,13 @@ def _model(raw: Fields, more_eos: Any) -> ModelConfig:
     if head_dim % 2:
         raise ConfigError(f"head_dim is {head_dim}, expected an even number for rotary positions")
     rope = _rope(raw, context)
-    if (
-        rope.rope_type == "linear"
-    ):  # the length that was stretched, as FastChat reads it, where Vicuna comes from
-        context = int(context * rope.factor)
     window = _positive(raw, "sliding_window", context)
     if window < context:
         problem = f"sliding_window {window} is not implemented below max_position_embeddings {context}"
         raise ConfigError(f"{problem}; lower that to {window} to run within the window")
+    if rope.rope_type == "linear" and "sliding_window" not in raw:
+        # What was stretched, unless the file names the whole: so FastChat reads it, of Vicuna's makers.
+        context = max(context, int(min(rope.original_max_position_embeddings * rope.factor, 2**31)))
     dtype: Any = raw.get("dtype", raw.get("torch_dtype", "float32"))
     _expect_one_of("dtype", dtype, DTYPES)
     tie = raw.get("tie_word_embeddings", False)

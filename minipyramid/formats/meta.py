@@ -36,6 +36,7 @@ IN_LAYER: dict[str, tuple[str, int | None]] = {
     "feed_forward.w2.weight": ("mlp.down_proj.weight", 1),
 }
 EMBEDDING = "tok_embeddings.weight"
+IN_FIRST = "layers.0.attention.wq.weight"
 # The context that each generation was trained for, which params.json leaves out, by what tells them apart.
 CONTEXT_OF_THETA = {500000.0: 8192, 1000000.0: 16384}  # Llama 3, CodeLlama
 CONTEXT_OF_EPS = {1e-5: 4096, 1e-6: 2048}  # Llama 2, the first Llama
@@ -99,7 +100,8 @@ def open_tensors(directory: Path, config: ModelConfig) -> dict[str, Stored]:
         if not all(meta in part for part in parts):
             raise CheckpointError(f"{directory}: {meta} is not in every shard; fetch them again")
         shape = list(first[meta].shape)
-        if any(part[meta].dim() != len(shape) for part in parts) or len(shape) <= (axis or 0):
+        others = [[n for i, n in enumerate(part[meta].shape) if i != axis] for part in parts]
+        if len(shape) <= (axis or 0) or any(other != others[0] for other in others):
             raise CheckpointError(f"{directory}: {meta} has the shape {shape} in a shard; fetch them again")
         if axis is not None:
             shape[axis] = sum(part[meta].shape[axis] for part in parts)
@@ -132,7 +134,11 @@ def _load_all(directory: Path) -> list[dict[str, Tensor]]:
 
 def _check_complete(directory: Path, parts: list[dict[str, Tensor]], config: ModelConfig) -> None:
     """Raise `CheckpointError` where a shard is missing: together they have every row of a query matrix."""
-    rows = sum(len(part.get("layers.0.attention.wq.weight", ())) for part in parts)
+    names = [f"consolidated.{i:02}.pth" for i in range(len(parts))]
+    for path, name in zip(shards(directory), names, strict=True):
+        if path.name != name:
+            raise CheckpointError(f"{directory} lacks {name}, but has {path.name}; fetch it")
+    rows = sum(part[IN_FIRST].shape[:1].numel() for part in parts if IN_FIRST in part)
     expected = config.num_attention_heads * config.head_dim
     if 0 < rows < expected:
         problem = f"{len(parts)} files consolidated.*.pth hold {rows} of {expected} rows of a matrix"

@@ -80,7 +80,7 @@ class SentencePieceTokenizer:
                 raise TokenizerError(f"{directory}: {problem}")
             if content:
                 self._bytes += [b""] * (token + 1 - len(self._bytes))
-                self._bytes[token] = b"" if silent else content.encode()
+                self._bytes[token] = b"" if silent else content.encode(errors="replace")
                 self.special_tokens[content] = token
 
     def encode(

@@ -63,7 +63,7 @@ def parts_of(given: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(given, dict):
         return []
     parts = given.get(name, []) if given.get("type") == "Sequence" else [given]
-    return [part for part in parts if isinstance(part, dict)]
+    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
 
 
 def prefixes_each_part(spec: dict[str, Any]) -> bool:

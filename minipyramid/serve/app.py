@@ -59,6 +59,7 @@ class Service:
         self.live: dict[Ticket, None] = {}  # in the order in which they came
         self.preparing = asyncio.Lock()  # one at a time, for it takes a processor from the engine
         self.worker: Worker
+        self.ending = False
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -153,6 +154,8 @@ class Service:
 
     def admit(self, tickets: list[Ticket]) -> None:
         """Submit them, unless they would have to wait and too many do already."""
+        if self.ending:
+            raise RefusedError(503, "the server is being stopped; ask again later")
         most = self.limits.max_waiting
         if self._waiting(tickets) > most:
             told = f"the request is of {len(tickets)} sequences, of which more than {most} would have to wait"
@@ -173,7 +176,8 @@ class Service:
         return sum(so_far > memory for so_far in accumulate(ticket.planned for ticket in tickets))
 
     def end_all(self) -> None:
-        """End what runs and waits; each client is told so."""
+        """End what runs and waits, and take nothing more; each client is told so."""
+        self.ending = True
         self.worker.end_all()
 
     def leave(self, tickets: list[Ticket]) -> None:

@@ -16,7 +16,7 @@ class Server(uvicorn.Server):
     """uvicorn's, which would break off what runs in the middle of an answer."""
 
     def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
-        config.timeout_graceful_shutdown = grace + MORE_S  # type: ignore[assignment]  # a float will do
+        config.timeout_graceful_shutdown = grace + 2 * MORE_S  # type: ignore[assignment]  # a float will do
         super().__init__(config)
         self.service, self.grace = service, grace
         self._end_at_once = asyncio.Event()
@@ -35,6 +35,9 @@ class Server(uvicorn.Server):
         ending.cancel()
 
     async def _end_what_is_left(self) -> None:
+        # uvicorn itself waits as long at most, in case that this fails.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._end_at_once.wait(), self.grace)
         self.service.end_all()
+        await asyncio.sleep(MORE_S)
+        self.force_exit = True  # a client that does not read keeps nobody waiting

@@ -33,6 +33,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+MOST_STOPS = 64  # texts
 STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 MOST_CHOICES = 64  # of one request, prompts times n
 CHARACTERS_PER_TOKEN = 32  # that no text has; prose has some four
@@ -70,6 +71,9 @@ def asked_of(llm: LLM, body: dict[str, Any], chat: bool, model: str, most_new: i
     for name in options:
         if name not in STREAM_OPTIONS:
             raise RequestError(f"stream_options has {name!r:.60}; {nearest(name, STREAM_OPTIONS)}")
+        expect_type(f"stream_options.{name}", options[name], (bool, type(None)), "true or false")
+    if isinstance(values.get("stop"), list) and len(values["stop"]) > MOST_STOPS:
+        raise RequestError(f"stop has {len(values['stop'])} texts, expected at most {MOST_STOPS}")
     limit = limit_of(values)
     for name in ("stream", "kept_positions"):
         expect_type(name, values.get(name, False), bool, "true or false")
@@ -117,18 +121,22 @@ def limit_of(values: dict[str, Any]) -> int | None:
 def check_characters(values: dict[str, Any], context: int) -> None:
     """Refuse a text that cannot fit before it is made tokens of, which takes long and holds others up."""
     most = CHARACTERS_PER_TOKEN * context
-    texts = [values.get("prompt"), *texts_of(values.get("prompt")), *texts_of(values.get("messages"))]
-    longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+    given = values.get("prompt")
+    prompts = given if isinstance(given, list) else [given]
+    longest = max((len(text) for text in prompts if isinstance(text, str)), default=0)
+    longest = max(longest, characters_of(values.get("messages")))  # which are one prompt
     if longest > most:
         problem = f"a text of {longest} characters is more than the context of {context} tokens can hold"
         raise RequestError(f"{problem}; give at most {most}")
 
 
-def texts_of(given: Any) -> list[Any]:
-    """The members of a list; of a message its content."""
-    if not isinstance(given, list):
-        return []
-    return [one.get("content") if isinstance(one, dict) else one for one in given]
+def characters_of(given: Any) -> int:
+    """Characters of messages, in all their contents and the parts of these."""
+    if isinstance(given, list):
+        return sum(map(characters_of, given))
+    if isinstance(given, dict):
+        return characters_of(given.get("content")) + characters_of(given.get("text"))
+    return len(given) if isinstance(given, str) else 0
 
 
 def wants_logprobs(values: dict[str, Any], chat: bool) -> bool:
