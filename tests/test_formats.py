@@ -222,6 +222,9 @@ def test_a_gguf_file_is_refused_by_name(tmp_path: Path) -> None:
         LLM(file)
     with pytest.raises(ConfigError, match="holds a GGUF file, which is not read"):
         LLM(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(CheckpointError, match="holds GGUF files, which are not read"):
+        LLM(tmp_path)
 
 
 def test_a_directory_without_weights_says_what_is_read(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ confirms them afterwards, and what was not confirmed is taken away when a run is
 """
 
 import json
+import logging
 from collections import deque
 from inspect import signature
 from pathlib import Path
@@ -26,6 +27,7 @@ from minipyramid.formats.huggingface import read_config
 from minipyramid.hub import locate
 from minipyramid.request import Sequence
 
+log = logging.getLogger("minipyramid")
 LINES_AT_ONCE = 64  # that a worker gets; more of them lose more when it dies
 NOTES = "_finished"  # Ray's, in the target
 
@@ -53,7 +55,7 @@ def run(
         params: what lines do not say.
         resume: go on with a `target` that an earlier run has left; what it holds is not repeated.
         lines_at_once: lines that a worker gets at once.
-        cpus, gpus: of each worker.
+        cpus, gpus: of each worker. Ray needs a CPU more, to read and to write.
         options: those of `LLM`.
 
     Raises:
@@ -65,6 +67,11 @@ def run(
         raise RequestError(f"{target} holds something already; resume it, or name another directory")
     check_model(model, options)
     files = files_of(source)
+    if not ray.is_initialized():
+        ray.init()
+    there = ray.cluster_resources().get("CPU", 0)
+    if workers * cpus >= there:  # a cluster may grow, so this is no error
+        log.warning("minipyramid: the workers take all of %g CPUs, and Ray waits for one to read by", there)
     context = ray.data.DataContext.get_current()
     before = context.checkpoint_config
     context.checkpoint_config = CheckpointConfig(

@@ -105,6 +105,8 @@ def _open(directory: Path, config: ModelConfig, stack: ExitStack) -> dict[str, S
             return tensors
     if meta.shards(directory):
         return meta.open_tensors(directory, config)
+    if any(directory.glob("*.gguf")):
+        raise CheckpointError(f"{directory} holds GGUF files, which are not read; take safetensors")
     expected = f"expected {safetensors.WHOLE} or shards with {safetensors.INDEX}, {torch_files.WHOLE}"
     raise CheckpointError(f"{directory} has no weights; {expected} or {meta.FIRST}")
 

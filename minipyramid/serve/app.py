@@ -307,7 +307,9 @@ class Gate:
 async def not_there(request: HttpRequest, error: Exception) -> Response:
     """Paths and methods that are none, in the clients' form."""
     status = getattr(error, "status_code", 500)
-    told = f"{request.method} {request.url.path} is not served here; expected one of {', '.join(PATHS)}"
+    told = f"{request.url.path} is not served here; expected one of {', '.join(PATHS)}"
+    if status == 405:
+        told = f"{request.url.path} is not served here to {request.method}; the API's clients know by what"
     return JSONResponse(error_body(told, status), status)
 
 

@@ -85,7 +85,7 @@ def asked_of(llm: LLM, body: dict[str, Any], chat: bool, model: str, most_new: i
     check_characters(values, llm.config.max_position_embeddings)
     prompts = prompts_of(llm, values, chat, params)
     if not 1 <= n * len(prompts) <= MOST_CHOICES:
-        raise RequestError(f"{len(prompts)} prompts with n = {n}, expected 1 to {MOST_CHOICES} choices")
+        raise RequestError(f"n = {n} for each prompt ({len(prompts)}), expected 1 to {MOST_CHOICES} choices")
     requests = []
     for request in prompts:
         left = llm.config.max_position_embeddings - len(request.prompt)
