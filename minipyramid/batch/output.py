@@ -60,13 +60,11 @@ class Output:
         """Records up to the last line that has its end; `_whole` counts their bytes."""
         with self.path.open("rb") as file:
             for number, data in enumerate(file, 1):
-                if not data.endswith(b"\n") and not any(
-                    data.startswith(begin[: len(data)]) for begin in BEGINNINGS
-                ):
-                    raise RequestError(f"{self.path} ends with {data!r:.60}, no record; name another file")
                 if data.endswith(b"\n"):
                     yield json_object(data, f"line {number} of {self.path}")
                     self._whole += len(data)  # after the caller has taken it for a record
+                elif not any(data.startswith(begin[: len(data)]) for begin in BEGINNINGS):
+                    raise RequestError(f"{self.path} ends with {data!r:.60}, no record; name another file")
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record; where there is no room for all of it, none of it stays."""

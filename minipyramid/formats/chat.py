@@ -74,10 +74,11 @@ class ChatFormat:
         self._renderer.check(self._template)
         self.ends = tuple(special[t] for t in ENDS_OF_TURN if t in special and t in self._template)
         # An added token that is not left out of output, as `</think>`, marks no turn: an answer may hold it.
-        self._marks_no_turn = {text for text, i in special.items() if tokenizer.token_bytes(i)}
-        self._special_ids = {i for text, i in special.items() if text not in self._marks_no_turn}
-        self._special = _one_of(special)
-        self._in_answers = _one_of(special.keys() - self._marks_no_turn)
+        marks = {text: i for text, i in special.items() if not tokenizer.token_bytes(i)}
+        self._special, self._in_answers = _one_of(special), _one_of(marks)
+        self._special_ids = set(marks.values())
+        self._heads = tuple(text[:i] for text in marks for i in range(1, len(text)))
+        self._tails = tuple(text[i:] for text in marks for i in range(1, len(text)))
 
     def encode(
         self, messages: Messages, *, after: int | None = None, variables: dict[str, Any] | None = None
@@ -135,10 +136,10 @@ class ChatFormat:
         # In any case of letters, for a template may change that.
         marked = re.sub(f"(?={special})(.)", rf"\1{signs.inside}", value, flags=re.DOTALL | re.IGNORECASE)
         inner = marked.strip()
-        known = [text for text in self._tokenizer.special_tokens if text not in self._marks_no_turn]
-        begins = any(inner.startswith(text[i:]) for text in known for i in range(1, len(text)))
-        ends = any(inner.endswith(text[:i]) for text in known for i in range(1, len(text)))
-        return marked.replace(inner, signs.end * begins + inner + signs.end * ends, 1) if inner else marked
+        if not inner:
+            return marked
+        before, behind = signs.end * inner.startswith(self._tails), signs.end * inner.endswith(self._heads)
+        return marked.replace(inner, before + inner + behind, 1)
 
     def _ids(self, text: str, signs: "Signs", *, continues: bool) -> list[int]:
         """Ids of a rendered text: special tokens are the template's, everything between them is plain."""

@@ -44,7 +44,7 @@ class SentencePieceTokenizer:
         self.eos_ids: tuple[int, ...] = (sp.eos_id(),) if sp.eos_id() >= 0 else ()
         self.adds_space: bool = "".join(sp.encode("a", out_type=str)).startswith(SPACE)
         beside = read_json(directory / "tokenizer.json", optional=True)
-        self.adds_space_again = self.adds_space and _adds_space_again(directory, beside)
+        self.adds_space_again = self.adds_space and _adds_space_again(directory, settings, beside)
         ids = range(sp.vocab_size())
         self._bytes = [_piece_bytes(sp, i) for i in ids]
         self.special_tokens = {sp.id_to_piece(i): i for i in ids if sp.is_control(i)}
@@ -124,7 +124,7 @@ def open_model(file: Path) -> SentencePieceProcessor:
     return pieces
 
 
-def _adds_space_again(directory: Path, beside: dict[str, Any]) -> bool:
+def _adds_space_again(directory: Path, settings: dict[str, Any], beside: dict[str, Any]) -> bool:
     """Whether a text behind a special token gets a space as one at the beginning does.
 
     In Meta's own code it does, for that encodes each turn of a chat by itself. Where there are files of
@@ -132,8 +132,7 @@ def _adds_space_again(directory: Path, beside: dict[str, Any]) -> bool:
     """
     if beside:
         return prefixes_each_part(beside)
-    settings = directory / "tokenizer_config.json"
-    return not settings.exists() or read_json(settings).get("legacy") is True
+    return not (directory / "tokenizer_config.json").exists() or settings.get("legacy") is True
 
 
 def _piece_bytes(sp: SentencePieceProcessor, i: int) -> bytes:

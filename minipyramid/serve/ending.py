@@ -16,6 +16,7 @@ class Server(uvicorn.Server):
     """uvicorn's, which would break off what runs in the middle of an answer."""
 
     def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
+        # Longer than what is below takes, for it cuts without an answer.
         config.timeout_graceful_shutdown = grace + 2 * MORE_S  # type: ignore[assignment]  # a float will do
         super().__init__(config)
         self.service, self.grace = service, grace
@@ -35,7 +36,6 @@ class Server(uvicorn.Server):
         ending.cancel()
 
     async def _end_what_is_left(self) -> None:
-        # uvicorn itself waits as long at most, in case that this fails.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._end_at_once.wait(), self.grace)
         self.service.end_all()
