@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 # One thread for each worker and for every process that a test starts: two workers with two threads each on
 # two cores wait for each other, and take many times as long. Torch reads it once, as it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell lets its background jobs ignore Ctrl-C, and what they start with them; tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest
