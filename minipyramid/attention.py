@@ -64,21 +64,31 @@ def attend_each(q: Tensor, keys: Any, values: Any, is_held: Tensor | None) -> tu
     q [B, H, D] dense and divided by sqrt(D) (once for all caches), keys and values [B, K, S, D], is_held [B,
     S] bool, None where all are  ->  [B, H * D], and the probabilities [B, H, S]
     """
-    if not isinstance(keys, Tensor):
-        from minipyramid import eight_bits
-
-        return eight_bits.attend_each(q, keys, values, is_held)
-    (B, H, D), K = q.shape, keys.shape[1]
-    # `@` on four axes reshapes by itself, which took 5 % of a step (12 caches of one sequence, float32).
-    scores = torch.bmm(q.view(B * K, H // K, D), keys.flatten(0, 1).mT)  # [B * K, G, S]
-    scores = scores.view(B, H, -1)
+    scores = scores_of(q, keys)
     if is_held is not None:
         scores.masked_fill_(~is_held[:, None], float("-inf"))
     # The sum over many slots loses digits in bf16.
     probs = scores.softmax(-1, dtype=torch.float32)
-    weights = probs.to(q.dtype).view(B * K, H // K, -1)
-    mixed = torch.bmm(weights, values.flatten(0, 1))  # [B * K, G, D]
-    return mixed.view(B, H * D), probs
+    return mixed(probs.to(q.dtype), values).flatten(1), probs
+
+
+def scores_of(q: Tensor, keys: Any) -> Tensor:
+    """Each query's product with the keys of its row.  [B, H, D], [B, K, S, D] -> [B, H, S]"""
+    if not isinstance(keys, Tensor):
+        of_other: Tensor = keys.scores_of(q)
+        return of_other
+    (B, H, D), K = q.shape, keys.shape[1]
+    # `@` on four axes reshapes by itself, which took 5 % of a step (12 caches of one sequence, float32).
+    return torch.bmm(q.view(B * K, H // K, D), keys.flatten(0, 1).mT).view(B, H, -1)
+
+
+def mixed(weights: Tensor, values: Any) -> Tensor:
+    """The values of each row, added up by weight.  [B, H, S], [B, K, S, D] -> [B, H, D]"""
+    if not isinstance(values, Tensor):
+        by_other: Tensor = values.mixed_by(weights)
+        return by_other
+    (B, H, S), K = weights.shape, values.shape[1]
+    return torch.bmm(weights.view(B * K, H // K, S), values.flatten(0, 1)).view(B, H, -1)
 
 
 def looks(q: Tensor, keys: Tensor, logsumexp: Tensor | None, context: int) -> Iterator[tuple[slice, Tensor]]:

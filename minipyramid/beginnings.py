@@ -12,6 +12,8 @@ bits are not taken, either: a prompt looks at its own before they are rounded, a
 
 from collections.abc import Iterable
 
+import torch
+
 from minipyramid.cache import Row
 from minipyramid.policy import FULL
 from minipyramid.request import Sequence
@@ -43,10 +45,18 @@ def next_together(
         if together and (most < 0 or waits):
             break
         if source:
-            row.copy_beginning(source, shared)
+            copy_beginning(row, source, shared)
             sequence.completion.shared_tokens = shared
         together.append((sequence, row))
     return together
+
+
+def copy_beginning(row: Row, source: Row, count: int) -> None:
+    """Let a row hold the first `count` tokens of another, of which nothing was dropped, and nothing else."""
+    for layer in range(len(row.lengths)):
+        k, v = source.read(layer)
+        row.write(layer, k[:, :count], v[:, :count], torch.arange(count, device=k.device))
+    row.position = count
 
 
 def longest(sequence: Sequence, row: Row, running: Iterable[Sequence]) -> tuple[Row | None, int]:

@@ -8,16 +8,20 @@ the recent ones have voted on them.
 """
 
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minipyramid.attention import attend_each
 from minipyramid.config import ModelConfig
 from minipyramid.need import Need
 from minipyramid.policy import FULL, PendingTokens, Policy, top_scored, votes_to_cast
 
-Slab = Any  # keys or values of a layer: a Tensor, or an `EightBits` in its place
+Slab = Any  # keys or values of a layer: a Tensor, or an `EightBits` or `Paged` in its place
+# Weights of the new tokens' votes, and the slots they are for, two of [B, U]; None where nothing is voted on.
+Cast = tuple[Tensor, Tensor] | None
 Positions = list[int] | list[list[int]]  # of a layer: of all its heads alike, or one list per key/value head
 
 
@@ -27,6 +31,7 @@ class Row:
 
     cache: "KVCache"
     index: int  # of the slabs' rows
+    need: Need  # what it may come to hold
     lengths: list[int]  # [layer] tokens held
     # [layer] positions of the prompt's tokens and of those generated ones that survived a compaction,
     # ascending. One line for all heads, or a line per head where heads hold different tokens.
@@ -65,13 +70,6 @@ class Row:
         lines = max(len(head) for head in heads)
         self.kept[layer] = torch.cat([head.expand(lines, -1) for head in heads], dim=1)
 
-    def copy_beginning(self, other: "Row", count: int) -> None:
-        """Hold the first `count` tokens of another row, of which nothing was dropped, and nothing else."""
-        for layer in range(len(self.lengths)):
-            k, v = other.read(layer)
-            self.write(layer, k[:, :count], v[:, :count], torch.arange(count, device=k.device))
-        self.position = count
-
     def copy_out(self) -> "HeldTokens":
         """All that is held, apart from the slabs."""
         layers = []
@@ -95,9 +93,7 @@ class KVCache:
     size.
 
     A layer's keys stand as [B, K, S, D], so a decode step reads them in one batched product, without a copy.
-    Where `slots_adjacent` (float32 on a CPU), the slots of a component lie side by side instead of the
-    components of a slot: a step's attention over 768 slots of 32 sequences with 12 heads took 6.6 ms in place
-    of 9.4. What lies beyond a row's length is stale but finite, and masked.
+    What lies beyond a row's length is stale but finite, and masked.
     """
 
     keys: list[Slab]  # per layer [capacity, K, S, D]
@@ -108,30 +104,22 @@ class KVCache:
     dtype: torch.dtype  # that keys and values are read in
     bytes_per_token: int  # of one token in one layer
     capacity: int  # rows allotted
-    slots_adjacent: bool
     rows: list[Row] = field(default_factory=list)  # in use
 
     @classmethod
     def allot(
-        cls, config: ModelConfig, need: Need, rows: int, dtype: torch.dtype, device: torch.device
+        cls, config: ModelConfig, needs: list[Need], dtype: torch.dtype, device: torch.device
     ) -> "KVCache":
-        """Room for `rows` sequences; nothing ever grows."""
-        K, D = config.num_key_value_heads, config.head_dim
-        slots_adjacent = device.type == "cpu" and dtype == torch.float32 and config.kv_dtype == "auto"
-
-        def slabs() -> list[Slab]:
-            if config.kv_dtype == "int8":
-                from minipyramid.eight_bits import EightBits  # most do without
-
-                return [EightBits.zeros((rows, K, S, D), device) for S in need.slots]
-            # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
-            if slots_adjacent:
-                return [torch.zeros(rows, K, D, S).mT for S in need.slots]
-            return [torch.zeros(rows, K, S, D, dtype=dtype, device=device) for S in need.slots]
-
+        """Room for sequences of these needs, each in a row as large as all; nothing ever grows."""
+        need, rows = reduce(Need.covering, needs), len(needs)
+        k, v = ([empty_slab(config, rows, S, dtype, device) for S in need.slots] for _ in range(2))
         votes = [torch.zeros(rows, need.pending, device=device) for _ in need.slots]
-        per_token = config.kv_bytes_per_token(dtype.itemsize)
-        return cls(slabs(), slabs(), votes, config, need, dtype, per_token, rows, slots_adjacent)
+        return cls(k, v, votes, config, need, dtype, config.kv_bytes_per_token(dtype.itemsize), rows)
+
+    @property
+    def bytes(self) -> int:
+        """Of keys, values and votes, in use or not."""
+        return self.capacity * self.need.bytes(self.bytes_per_token)
 
     def takes(self, need: Need) -> bool:
         """Whether a row is free and has the room."""
@@ -139,13 +127,13 @@ class KVCache:
         pending = need.pending == 0 or (need.group == self.need.group and need.pending <= self.need.pending)
         return fits and pending and len(self.rows) < self.capacity
 
-    def add_row(self, pending: PendingTokens | None = None) -> Row:
-        """Take the next free row."""
+    def add_row(self, need: Need | None = None, pending: PendingTokens | None = None) -> Row:
+        """Take the next free row, for what the cache `takes`; without a need all of it."""
         index, layers = len(self.rows), len(self.keys)
         for votes in self.votes:
             votes[index] = 0
         nothing = torch.zeros(1, 0, dtype=torch.int32, device=self.keys[0].device)
-        self.rows.append(Row(self, index, [0] * layers, [nothing] * layers, pending))
+        self.rows.append(Row(self, index, need or self.need, [0] * layers, [nothing] * layers, pending))
         return self.rows[-1]
 
     def begin_step(self) -> "list[LayerCache]":
@@ -156,13 +144,12 @@ class KVCache:
         # All rows have pending tokens or none has, for policies are an engine's.
         pending = [row.pending for row in self.rows if row.pending]
         to_cast = votes_to_cast(pending, ends, self.need.pending)
-        in_use = len(self.rows)
-        layers = zip(self.keys, self.values, self.votes, lengths, ends, to_cast, strict=True)
-        layer_caches = []
-        for k, v, votes, held, end, cast in layers:
-            slabs = (k[:in_use], v[:in_use], votes[:in_use])
-            layer_caches.append(LayerCache(*slabs, held, end, cast, self.slots_adjacent))
-        return layer_caches
+        return [self.layer(i, *found) for i, found in enumerate(zip(lengths, ends, to_cast, strict=True))]
+
+    def layer(self, number: int, lengths: tuple[int, ...], ends: Tensor, cast: Cast) -> "LayerCache":
+        """One layer, the rows in use."""
+        k, v, votes = (slab[number][: len(lengths)] for slab in (self.keys, self.values, self.votes))
+        return LayerCache(k, v, votes, lengths, ends, cast)
 
     def end_step(self) -> None:
         """Count the token that was written in every layer, and compact the rows where a group is due."""
@@ -194,9 +181,30 @@ class KVCache:
         """Free a row; the last one moves into its place, so that those in use stay the first."""
         last = self.rows.pop()
         if last is not row:
-            for slab in (*self.keys, *self.values, *self.votes):
-                slab[row.index] = slab[last.index]
+            self.renumber(last.index, row.index)
             self.rows[row.index], last.index = last, row.index
+
+    def renumber(self, old: int, new: int) -> None:
+        """What is held in one row stands in another from now on."""
+        for slab in (*self.keys, *self.values, *self.votes):
+            slab[new] = slab[old]
+
+
+def empty_slab(config: ModelConfig, rows: int, S: int, dtype: torch.dtype, device: torch.device) -> Slab:
+    """Room for keys or values.  [rows, K, S, D]
+
+    In float32 on a CPU the slots of a component lie side by side instead of the components of a slot: a
+    step's attention over 768 slots of 32 sequences with 12 heads took 6.6 ms in place of 9.4.
+    """
+    K, D = config.num_key_value_heads, config.head_dim
+    if config.kv_dtype == "int8":
+        from minipyramid.eight_bits import EightBits  # most do without
+
+        return EightBits.zeros((rows, K, S, D), device)
+    # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
+    if device.type == "cpu" and dtype == torch.float32:
+        return torch.zeros(rows, K, D, S).mT
+    return torch.zeros(rows, K, S, D, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -223,9 +231,19 @@ class LayerCache:
     votes: Tensor  # [B, U]
     lengths: tuple[int, ...]  # [B] tokens held
     ends: Tensor  # [B] the same on the device: the new token's slot
-    # Weights of the new tokens' votes, and the slots they are for, two of [B, U].
-    to_cast: tuple[Tensor, Tensor] | None
-    slots_adjacent: bool
+    to_cast: Cast
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One new token of every row looks at what its row holds and at itself, and votes.
+
+        q [B, H, D] as `attend_each` takes it, k and v [B, K, D]  ->  [B, H * D]
+        """
+        out, probs = attend_each(q, *self.append(k, v))
+        if self.to_cast is not None:
+            weights, slots = self.to_cast
+            # The heads' sum stands for their mean, since only the order of votes counts.
+            self.votes.addcmul_(weights, probs.sum(1).gather(1, slots))
+        return out
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Slab, Slab, Tensor | None]:
         """Write one token of every row, k and v [B, K, D], after what the row holds.
@@ -236,7 +254,7 @@ class LayerCache:
         """
         keys, values = self.keys, self.values
         # A compiled graph must not depend on how many are held, or each token would need another.
-        if self.slots_adjacent and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and isinstance(keys, Tensor) and keys.stride(2) == 1:
             longest = max(self.lengths)
             keys, values = keys[:, :, : longest + 1], values[:, :, : longest + 1]
             if longest == min(self.lengths):
@@ -246,15 +264,6 @@ class LayerCache:
         keys[rows, :, self.ends] = k
         values[rows, :, self.ends] = v
         return keys, values, torch.arange(keys.shape[2], device=k.device) <= self.ends[:, None]
-
-    def vote(self, probs: Tensor) -> None:
-        """Add the newest token's vote to every row's sums; probs [B, H, S].
-
-        The heads' sum stands for their mean, since only the order of votes counts.
-        """
-        if self.to_cast is not None:
-            weights, slots = self.to_cast
-            self.votes.addcmul_(weights, probs.sum(1).gather(1, slots))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipyramid.attention import attend, attend_each
+from minipyramid.attention import attend
 from minipyramid.cache import KVCache, LayerCache, Span
 from minipyramid.config import ModelConfig
 from minipyramid.linear import Linear
@@ -88,9 +88,7 @@ class Layer(nn.Module):
         by_cache = [torch.split(t, counts) for t in (q / math.sqrt(self.config.head_dim), k, v)]
         attended = []
         for cache, query, key, value in zip(caches, *by_cache, strict=True):
-            out, probs = attend_each(query, *cache.append(key, value))  # [rows of this cache, H * D]
-            cache.vote(probs)
-            attended.append(out)
+            attended.append(cache.attend(query, key, value))  # [rows of this cache, H * D]
         return self.add_attention_and_mlp(x, torch.cat(attended))
 
 

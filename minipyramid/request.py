@@ -104,7 +104,7 @@ class Sequence:
         if self.request.continuation is None:  # what is scored is never dropped
             generation = self.policy.generation(len(self.prompt), len(cache.keys))
             pending = PendingTokens(generation, self.new_tokens) if generation else None
-        self.row = cache.add_row(pending)
+        self.row = cache.add_row(self.need, pending)
         return self.row
 
     def accept(self, token: int, logprob: float | None) -> str:

@@ -1,14 +1,13 @@
 """Which requests run: as many as their planned bytes leave room for, in their order.
 
 Nothing is guessed: what a request will need at its longest is known before it starts, so none that runs is
-ever swapped out or started over, and the memory is never exceeded. Requests of nearly one size that start
-together are rows of one cache and attend in one product; those of other sizes, or while somebody waits for
-the bytes that the smaller would leave unused, have their own. The next starts when a row is free that is
-large enough for it, or when a cache whose rows have all ended has given back its bytes.
+ever swapped out or started over, and the memory is never exceeded. Requests that start together are rows of
+one cache and attend in one product: of slabs where they are of one size, in pages otherwise. The next starts
+when a cache has room for it, or when a cache whose rows have all ended has given back its bytes.
 """
 
 from collections import deque
-from operator import sub
+from collections.abc import Callable
 
 import torch
 
@@ -18,10 +17,7 @@ from minipyramid.errors import RequestError
 from minipyramid.need import Need
 from minipyramid.request import Sequence
 
-# Slots of a layer that a row may leave unused, so that it shares a cache. A cache of its own costs a step as
-# much as 130 more slots (12 key/value heads of 64, float32, one core): 12 rows of 20 to 120 tokens took 26 ms
-# in 12 caches and 16 in one (the embedded checkpoint).
-UNUSED = 128
+Allot = Callable[[ModelConfig, list[Need], torch.dtype, torch.device], KVCache]  # as `KVCache.allot`
 
 
 class Scheduler:
@@ -63,7 +59,7 @@ class Scheduler:
     def bytes_in_flight(self) -> int:
         """Of all caches, and of what earlier turns of the conversations that run have left."""
         earlier = sum(s.earlier.bytes for s in self.running.values() if s.earlier)
-        return earlier + sum(cache.capacity * cache.need.bytes(self.per_token) for cache in self.caches)
+        return earlier + sum(cache.bytes for cache in self.caches)
 
     def bytes_of(self, sequence: Sequence) -> int:
         """What it needs at its longest, with what earlier turns have left until it ends."""
@@ -82,53 +78,52 @@ class Scheduler:
 
         Returns those taken; one whose cache could not be allotted has `error` set.
         """
-        admitted: list[Sequence] = []
-        fresh: dict[Need, list[Sequence]] = {}  # caches to be allotted: a row's need, and who shares it
-        room, passed = self.memory - self.bytes_in_flight, 0  # `passed` of those that wait get a fresh cache
-        while passed < len(self.waiting):
-            sequence = self.waiting[passed]
+        begun: list[Sequence] = []
+        fresh: list[Sequence] = []  # the first of those that wait, who get a new cache
+        room = self.memory - self.bytes_in_flight
+        while len(fresh) < len(self.waiting):
+            sequence = self.waiting[len(fresh)]
             needed = self.bytes_of(sequence)
             earlier = needed - sequence.need.bytes(self.per_token)
             free = [cache for cache in self.caches if cache.takes(sequence.need)]
             if free and earlier <= room:
                 room -= earlier
                 self._begin(sequence, min(free, key=lambda cache: cache.need.bytes(self.per_token)))
+                begun.append(sequence)
             # With nothing else in flight there is never more room than now, and it would wait for ever.
             elif needed <= room or not (self.caches or fresh):
-                fresh.setdefault(sequence.need, []).append(sequence)
                 room -= needed
-                passed += 1
+                fresh.append(sequence)
             else:
                 break
-            admitted.append(sequence)
-        for need, together in self._merged(fresh, 0 if passed < len(self.waiting) else room):
-            try:
-                cache = KVCache.allot(self.config, need, len(together), self.dtype, self.device)
-            except Exception as error:
-                problem = f"the keys and values do not fit into memory ({error!r:.80})"
-                for sequence in together:
-                    sequence.error = RequestError(f"{problem}; give a smaller kv_memory")
-                continue
-            self.caches.append(cache)
-            for sequence in together:
-                self._begin(sequence, cache)
-        return admitted
+        for together, allot in self._shares(fresh, room):
+            begun += together
+            self._begin_together(together, allot)
+        return begun
 
-    def _merged(self, fresh: dict[Need, list[Sequence]], room: int) -> list[tuple[Need, list[Sequence]]]:
-        """The caches to allot: of needs that differ little one, as far as there is room for what it adds."""
-        merged: list[tuple[Need, list[Sequence]]] = []
-        for need, alike in sorted(fresh.items(), key=lambda item: -sum(item[0].slots)):
-            larger, others = merged[-1] if merged else (need, [])
-            both, together = larger.covering(need), others + alike
-            sizes = [n.bytes(self.per_token) for n in (both, larger, need)]
-            added = sizes[0] * len(together) - sizes[1] * len(others) - sizes[2] * len(alike)
-            unused = max(map(sub, both.slots, need.slots))
-            if others and larger.group == need.group and unused <= UNUSED and added <= room:
-                room -= added
-                merged[-1] = both, together
-            else:
-                merged.append((need, alike))
-        return merged
+    def _shares(self, fresh: list[Sequence], room: int) -> list[tuple[list[Sequence], Allot]]:
+        """Those that start, by cache, and how it is allotted."""
+        if len({sequence.need for sequence in fresh}) < 2:
+            return [(fresh, KVCache.allot)] if fresh else []
+        from minipyramid.sharing import shared  # sequences of one size do without
+
+        return shared(fresh, self.per_token, room, others_wait=len(fresh) < len(self.waiting))
+
+    def _begin_together(self, sequences: list[Sequence], allot: Allot) -> None:
+        """Allot a cache and start them in it."""
+        try:
+            cache = allot(self.config, [sequence.need for sequence in sequences], self.dtype, self.device)
+        except Exception as error:
+            if len(sequences) > 1:  # there may be memory for some of them
+                for sequence in sequences:
+                    self._begin_together([sequence], KVCache.allot)
+                return
+            problem = f"the keys and values do not fit into memory ({error!r:.80})"
+            sequences[0].error = RequestError(f"{problem}; give a smaller kv_memory")
+            return
+        self.caches.append(cache)
+        for sequence in sequences:
+            self._begin(sequence, cache)
 
     def _begin(self, sequence: Sequence, cache: KVCache) -> None:
         """Move a sequence from those that wait to those that run, so that no interruption loses it."""

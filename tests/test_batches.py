@@ -120,7 +120,7 @@ def test_retired_rows_leave_the_others_whole(lengths: list[int], steps: list[int
     """Keys, values, lengths and positions of the rows that stay are what they were, under new numbers."""
     config = config_of(TINY)
     device = torch.device("cpu")
-    cache = KVCache.allot(config, Need((8, 8, 8), 2), len(lengths), torch.float32, device)
+    cache = KVCache.allot(config, [Need((8, 8, 8), 2)] * len(lengths), torch.float32, device)
     for row, n in enumerate(lengths):
         assert cache.add_row().index == row
         cache.rows[row].position = n

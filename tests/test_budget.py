@@ -220,7 +220,7 @@ def test_a_plan_counts_what_is_allotted(tiny: LLM) -> None:
     llm = tiny.under(PyramidConfig(recent_ratio=0.1, min_context_length=4, exceed_length_to_compress=8))
     plan = llm.plan([70], 50)
     (need,) = plan.needs
-    cache = KVCache.allot(llm.config, need, 1, llm.dtype, llm.device)
+    cache = KVCache.allot(llm.config, [need], llm.dtype, llm.device)
     slabs = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values))
     votes = sum(t.numel() * t.element_size() for t in cache.votes)
     assert slabs == plan.kv_bytes + plan.slack_bytes

@@ -28,7 +28,7 @@ def positions_of(conversation: Conversation) -> list[list[int]]:
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(tiny: LLM, pieces: list[int]) -> None:
     (prompt,) = prompts_of([sum(pieces)])
     expected = tiny.prefill([prompt])[0].logits
-    cache = KVCache.allot(tiny.config, Need((len(prompt),) * 3), 1, tiny.dtype, tiny.device)
+    cache = KVCache.allot(tiny.config, [Need((len(prompt),) * 3)], tiny.dtype, tiny.device)
     row = cache.add_row()
     with torch.inference_mode():
         for n, ids in zip(pieces, torch.tensor(prompt).split(pieces), strict=True):

@@ -86,7 +86,7 @@ def test_its_bytes_are_counted_with_their_scales(eight: LLM) -> None:
     config = LLM(WEIGHTS, policy="full", kv_dtype="int8").config
     of_bf16 = holding(config, "auto").kv_bytes_per_token(2)
     assert config.kv_bytes_per_token(4) == config.kv_bytes_per_token(2) < 0.53 * of_bf16
-    cache = KVCache.allot(eight.config, Need((7, 5, 3)), 2, torch.float32, torch.device("cpu"))
+    cache = KVCache.allot(eight.config, [Need((7, 5, 3))] * 2, torch.float32, torch.device("cpu"))
     slabs = [part for slab in cache.keys + cache.values for part in (slab.numbers, slab.scales)]
     assert sum(part.nbytes for part in slabs) == 2 * cache.need.bytes(eight.config.kv_bytes_per_token(4))
 

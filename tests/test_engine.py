@@ -29,7 +29,7 @@ def in_use(engine: Engine) -> int:
     """Bytes of the tensors themselves."""
     caches = engine.scheduler.caches
     tensors = [t for cache in caches for t in (*cache.keys, *cache.values, *cache.votes)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.nbytes for t in tensors)
 
 
 def is_idle(engine: Engine) -> bool:
@@ -186,17 +186,23 @@ def test_a_step_that_breaks_off_ends_what_ran_and_nothing_else(
 def test_what_cannot_be_allotted_fails_alone(
     tiny: LLM, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever says so: a request waited for ever where it was neither RuntimeError nor TypeError."""
-    allot = KVCache.allot
+    """Whatever says so: a request waited for ever where it was neither RuntimeError nor TypeError.
 
-    def short(config: Any, need: Any, rows: int, *others: Any) -> KVCache:
-        if max(need.slots) > 200:
+    Where there is no memory for the pages of both, each is tried by itself.
+    """
+    from minipyramid import cache, pages
+
+    empty_slab = cache.empty_slab
+
+    def short(config: Any, rows: int, slots: int, *others: Any) -> Any:
+        if rows * slots > 200:
             raise error("out of memory")
-        return allot(config, need, rows, *others)
+        return empty_slab(config, rows, slots, *others)
 
-    monkeypatch.setattr(KVCache, "allot", short)
+    for module in (cache, pages):
+        monkeypatch.setattr(module, "empty_slab", short)
     llm = tiny.under("full")
-    small, large = prompts_of([20, 220])  # so different that each has a cache of its own
+    small, large = prompts_of([20, 220])
     engine = llm.engine
     handles = [engine.add(Request(prompt, FEW)) for prompt in (large, small)]
     while not is_idle(engine):

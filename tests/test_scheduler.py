@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minipyramid import LLM, Conversation, Request, RequestError, SamplingParams
 from minipyramid.generate import main
+from minipyramid.pages import Paging
 from minipyramid.scheduler import Scheduler
 from minipyramid.sizes import parse_bytes
 
@@ -24,7 +25,7 @@ def limited(llm: LLM, memory: int | None) -> LLM:
 def in_use(scheduler: Scheduler) -> int:
     """Bytes of the tensors themselves."""
     tensors = [t for cache in scheduler.caches for t in (*cache.keys, *cache.values, *cache.votes)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.nbytes for t in tensors)
 
 
 REQUESTS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 30)), min_size=1, max_size=12)
@@ -127,15 +128,15 @@ def test_too_little_memory_is_one_line(tiny_dir: Path, capsys: pytest.CaptureFix
     assert not out
 
 
-def test_requests_of_nearly_one_size_share_a_cache_while_nobody_waits(tiny: LLM) -> None:
-    """A step over many caches of one short sequence was many small products."""
+def test_requests_of_different_sizes_share_a_cache(tiny: LLM) -> None:
+    """A step over many caches of one sequence each was many small products."""
     prompts = prompts_of([20, 25, 90, 31, 230])
     few = SamplingParams(max_new_tokens=3, ignore_eos=True)
     llm = tiny.under("full")
     sequences = [llm.engine.add(Request(prompt, few)) for prompt in prompts]
     llm.engine.step()
-    sizes = [(cache.need.slots[0], cache.capacity) for cache in llm.engine.scheduler.caches]
-    assert sorted(sizes) == [(93, 4), (233, 1)]  # 233 slots are more than 128 too many for the next
+    (cache,) = llm.engine.scheduler.caches
+    assert len(cache.rows) == 5
     while not all(sequence.ended for sequence in sequences):
         llm.engine.step()
     for sequence, prompt in zip(sequences, prompts, strict=True):
@@ -144,13 +145,15 @@ def test_requests_of_nearly_one_size_share_a_cache_while_nobody_waits(tiny: LLM)
 
 
 @pytest.mark.parametrize("spare", [0, 1])
-def test_a_shared_cache_takes_no_bytes_that_are_not_there(tiny: LLM, spare: int) -> None:
+def test_whole_pages_take_no_bytes_that_are_not_there(tiny: LLM, spare: int) -> None:
     """What was planned for all of them is enough for all of them, to the byte."""
     prompts, few = prompts_of([20, 25, 30]), SamplingParams(max_new_tokens=5, ignore_eos=True)
     plan = tiny.under("full").plan(map(len, prompts), 5)
     exact = sum(need.bytes(plan.bytes_per_token) for need in plan.needs)
-    shared = 3 * plan.needs[-1].bytes(plan.bytes_per_token)
-    llm = tiny.under("full", kv_memory=shared if spare else exact)
+    paging = Paging.of(plan.needs)
+    in_pages = sum(paging.rounded(need).bytes(plan.bytes_per_token) for need in plan.needs)
+    llm = tiny.under("full", kv_memory=in_pages if spare else in_pages - 1)
+    assert exact < in_pages - 1
     sequences = [llm.engine.add(Request(prompt, few)) for prompt in prompts]
     llm.engine.step()
     scheduler = llm.engine.scheduler
@@ -160,15 +163,39 @@ def test_a_shared_cache_takes_no_bytes_that_are_not_there(tiny: LLM, spare: int)
         llm.engine.cancel(sequence)
 
 
-def test_nobody_waits_for_bytes_that_a_larger_row_leaves_unused(tiny: LLM) -> None:
-    prompts, few = prompts_of([20, 40, 100, 100]), SamplingParams(max_new_tokens=5, ignore_eos=True)
-    needs = tiny.under("full").plan(map(len, prompts), 5).needs
-    per_token = tiny.config.kv_bytes_per_token(4)
-    # Room for three, and for the first two in rows of one size.
-    llm = tiny.under("full", kv_memory=sum(need.bytes(per_token) for need in (needs[1], *needs[1:3])))
+def test_the_last_that_would_start_waits_for_whole_pages_where_others_wait_too(tiny: LLM) -> None:
+    """So that a step is one product. It starts later, and in order."""
+    prompts, few = prompts_of([60, 70, 80, 90, 100]), SamplingParams(max_new_tokens=5, ignore_eos=True)
+    plan = tiny.under("full").plan(map(len, prompts), 5)
+    memory = sum(need.bytes(plan.bytes_per_token) for need in plan.needs[:3])
+    llm = tiny.under("full", kv_memory=memory)
     sequences = [llm.engine.add(Request(prompt, few)) for prompt in prompts]
     llm.engine.step()
-    assert len(llm.engine.scheduler.waiting) == 1
-    assert llm.engine.scheduler.bytes_in_flight == sum(need.bytes(per_token) for need in needs[:3])
-    for sequence in sequences:
-        llm.engine.cancel(sequence)
+    scheduler = llm.engine.scheduler
+    assert [len(cache.rows) for cache in scheduler.caches] == [2]
+    assert list(scheduler.waiting) == sequences[2:]
+    while not all(sequence.ended for sequence in sequences):
+        assert in_use(scheduler) == scheduler.bytes_in_flight <= memory
+        llm.engine.step()
+
+
+def test_one_that_starts_later_takes_the_pages_of_one_that_has_ended(tiny: LLM) -> None:
+    """And it may be larger than any that started first: pages are nobody's by size."""
+    prompts = prompts_of([40, 60, 50, 90])
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (3, 3, 20, 5)]
+    needs = [tiny.under("full").plan([n], new).needs[0] for n, new in ((40, 3), (60, 3), (50, 20))]
+    rounded, per_token = Paging.of(needs).rounded, tiny.config.kv_bytes_per_token(4)
+    llm = tiny.under("full", kv_memory=sum(rounded(need).bytes(per_token) for need in needs))
+    sequences = [llm.engine.add(Request(*both)) for both in zip(prompts, params, strict=True)]
+    llm.engine.step()
+    (cache,) = llm.engine.scheduler.caches
+    assert sequences[3] in llm.engine.scheduler.waiting
+    while not sequences[3].row:
+        llm.engine.step()
+    assert sequences[3].row.cache is cache
+    assert not sequences[2].ended
+    while not sequences[3].ended:
+        llm.engine.step()
+    (alone,) = tiny.under("full").generate(prompts[3], params[3])
+    assert sequences[3].completion.token_ids == alone.token_ids
+    llm.engine.cancel(sequences[2])

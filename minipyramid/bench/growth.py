@@ -58,7 +58,7 @@ def filled_cache(llm: LLM, batch: int, held: int) -> KVCache:
     layers = llm.config.num_hidden_layers
     need = Need((held + STEPS,) * layers)
     try:
-        cache = KVCache.allot(llm.config, need, batch, llm.dtype, llm.device)
+        cache = KVCache.allot(llm.config, [need] * batch, llm.dtype, llm.device)
     except RuntimeError as error:
         told = f"{batch} sequences of {held} tokens do not fit into memory"
         raise RequestError(f"{told}; give a smaller --batch-size") from error

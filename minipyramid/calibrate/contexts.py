@@ -111,7 +111,7 @@ class Contexts:
         longest = max(len(w.context) + len(w.following) for w in self.windows)
         need = Need((longest,) * self.llm.config.num_hidden_layers)
         rows = 2 * len(self.windows)
-        cache = KVCache.allot(self.llm.config, need, rows, self.llm.dtype, self.llm.device)
+        cache = KVCache.allot(self.llm.config, [need] * rows, self.llm.dtype, self.llm.device)
         return [(cache.add_row(), cache.add_row()) for _ in self.windows]
 
     @torch.inference_mode()
