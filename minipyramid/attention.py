@@ -73,7 +73,7 @@ def attend_each(q: Tensor, keys: Any, values: Any, is_held: Tensor | None) -> tu
 
 
 def scores_of(q: Tensor, keys: Any) -> Tensor:
-    """Each query's product with the keys of its row.  [B, H, D], [B, K, S, D] -> [B, H, S]"""
+    """Each query's product with the keys of its row, or page.  [B, H, D], [B, K, S, D] -> [B, H, S]"""
     if not isinstance(keys, Tensor):
         of_other: Tensor = keys.scores_of(q)
         return of_other
@@ -83,7 +83,7 @@ def scores_of(q: Tensor, keys: Any) -> Tensor:
 
 
 def mixed(weights: Tensor, values: Any) -> Tensor:
-    """The values of each row, added up by weight.  [B, H, S], [B, K, S, D] -> [B, H, D]"""
+    """The values of each row, or page, added up by weight.  [B, H, S], [B, K, S, D] -> [B, H, D]"""
     if not isinstance(values, Tensor):
         by_other: Tensor = values.mixed_by(weights)
         return by_other

@@ -27,10 +27,10 @@ Positions = list[int] | list[list[int]]  # of a layer: of all its heads alike, o
 
 @dataclass(eq=False)
 class Row:
-    """What is held of one sequence, in one row of a cache's slabs."""
+    """What is held of one sequence: one row of a cache."""
 
     cache: "KVCache"
-    index: int  # of the slabs' rows
+    index: int  # its number among the cache's rows
     need: Need  # what it may come to hold
     lengths: list[int]  # [layer] tokens held
     # [layer] positions of the prompt's tokens and of those generated ones that survived a compaction,
@@ -124,8 +124,9 @@ class KVCache:
     def takes(self, need: Need) -> bool:
         """Whether a row is free and has the room."""
         fits = all(have >= asked for have, asked in zip(self.need.slots, need.slots, strict=True))
-        pending = need.pending == 0 or (need.group == self.need.group and need.pending <= self.need.pending)
-        return fits and pending and len(self.rows) < self.capacity
+        # Either all rows of a cache vote, in groups of one size, or none does.
+        alike = need.group == self.need.group and (need.pending > 0) == (self.need.pending > 0)
+        return fits and alike and need.pending <= self.need.pending and len(self.rows) < self.capacity
 
     def add_row(self, need: Need | None = None, pending: PendingTokens | None = None) -> Row:
         """Take the next free row, for what the cache `takes`; without a need all of it."""
@@ -141,7 +142,7 @@ class KVCache:
         lengths = list(zip(*(row.lengths for row in self.rows), strict=True))  # [layer][B]
         # Of all layers in one copy to the device.
         ends = torch.tensor(lengths, device=self.keys[0].device)  # [L, B]
-        # All rows have pending tokens or none has, for policies are an engine's.
+        # All rows have pending tokens or none has, by `takes`.
         pending = [row.pending for row in self.rows if row.pending]
         to_cast = votes_to_cast(pending, ends, self.need.pending)
         return [self.layer(i, *found) for i, found in enumerate(zip(lengths, ends, to_cast, strict=True))]

@@ -23,11 +23,11 @@ from minipyramid.errors import ConfigError, expect_type
 
 LARGEST = 127
 SMALLEST = 2**-24  # above 0 in float16
-# Heads whose numbers a CPU turns into the model's dtype at a time, always in the same place, so that they are
-# still near the processor when they are multiplied. Of 8 rows of 576 slots and 12 heads attention took 3.4 ms
-# with four rows at a time and a new place for each, and 1.8 so; plain float32 took 1.3 (two cores). In bf16
-# each call takes longer, so that more heads go into one. A head here is a key/value head of one row.
-HEADS = {torch.float32: 8, torch.bfloat16: 24, torch.float16: 24}
+# Numbers that a CPU turns into the model's dtype at a time, always in the same place, so that they are still
+# near the processor when they are multiplied: 8 heads of 576 slots, or 24. Of 8 rows of 576 slots and 12
+# heads attention took 3.4 ms with four rows at a time and a new place for each, and 1.8 so; plain float32
+# took 1.3 (two cores). In bf16 each call takes longer, so that more heads go into one.
+AT_ONCE = {torch.float32: 8 * 576 * 64, torch.bfloat16: 24 * 576 * 64, torch.float16: 24 * 576 * 64}
 
 
 def holding(config: ModelConfig, kv_dtype: str) -> ModelConfig:
@@ -84,7 +84,7 @@ class EightBits:
         return self.numbers.to(dtype) * self.scales.to(dtype)[..., None]
 
     def scores_of(self, q: Tensor) -> Tensor:
-        """`attention.scores_of` of these keys; a key's scale is left out of its product."""
+        """`attention.scores_of` of these keys; a key's scale multiplies its score, after the product."""
         grouped = q.view(len(q), self.shape[1], -1, q.shape[2])  # [B, K, G, D]
         scores = _product(grouped, self.numbers.mT) * self.scales.to(q.dtype)[:, :, None]
         return scores.flatten(1, 2)
@@ -112,7 +112,9 @@ def _product(left: Tensor, numbers: Tensor) -> Tensor:
 
 def _in_turn(left: Tensor, numbers: Tensor) -> Tensor:
     """`_product`, some heads at a time."""
-    heads = HEADS[left.dtype] if left.device.type == "cpu" else len(left) * left.shape[1]
+    heads = len(left) * left.shape[1]
+    if left.device.type == "cpu":
+        heads = max(1, AT_ONCE[left.dtype] // numbers[0, 0].numel())
     parts = torch.split(numbers.flatten(0, 1), heads)  # each [heads, n, m]
     lefts = torch.split(left.flatten(0, 1), heads)  # each [heads, G, n]
     # The numbers of the next part are put into the same place.

@@ -4,7 +4,8 @@ A slab [B, K, S, D] has as many slots for every row. With sequences of 20 and of
 stay unused, and with a slab for each a step is as many small products. So here a row holds its tokens in
 *pages* of P slots, anywhere among the layer's pages, as PagedAttention does (Kwon et al. 2023). A step
 multiplies every page with the query of the row that owns it, and the pages of a row are added up under one
-softmax. A row takes a page when a token needs it, but only starts where all that it may need are free.
+softmax. A row takes a page when a token needs it. It starts only if the pages that it and the rows in use may
+fill at their longest are there.
 
 400 prompts of 20 to 1,500 tokens under a memory for 12 of the longest: 277 tokens a second, and 204 in fixed
 batches of 12, in pages as well. With 80 of them: 265 in pages, and 184 with a slab for each size (the
@@ -29,7 +30,9 @@ from minipyramid.need import VOTE_BYTES, Need
 # Pages that a row of average size fills: with more of them less is unused, with fewer a step is quicker.
 PAGES = 8
 SMALLEST, LARGEST = 16, 128  # slots of a page
-ROWS = 2  # for each that starts: shorter ones may follow, for whose votes there is room
+# Rows allotted for each sequence that starts, for shorter ones may follow it in its pages. A row costs only
+# its votes; without votes there may be as many rows as pages.
+ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Paging:
         return [-(-slots // size) for slots, size in zip(need.slots, self.sizes, strict=True)]
 
     def rounded(self, need: Need) -> Need:
-        """The need with all that it adds to the cache."""
+        """What a row adds to a cache's bytes: whole pages, and the votes of `ROWS` rows."""
         slots = tuple(count * size for count, size in zip(self.pages(need), self.sizes, strict=True))
         return replace(need, slots=slots, pending=ROWS * self.pending)
 
@@ -65,7 +68,7 @@ class Pages:
     values: Slab  # [N, K, P, D]
     of_row: list[list[int]]  # [row] its pages, in the order of its tokens
     owners: list[int]  # [page in use] its row
-    found: tuple[Tensor, Tensor, Tensor] | None = None  # by `index`, until pages change
+    found: tuple[Tensor, Tensor] | None = None  # by `index`, until pages change
 
     @property
     def size(self) -> int:
@@ -97,18 +100,14 @@ class Pages:
         for page in self.of_row[new]:
             self.owners[page] = new
 
-    def index(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Who owns each page in use [N], each row's last page [B], and all of its pages in order [B, pages].
+    def index(self, rows: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Who owns each page in use [N], and the last pages of each row, `count` of them [B, count].
 
         Copied to the device only where pages have changed, which a row's do once in P steps.
         """
         if self.found is None:
-            of_row = self.of_row[:rows]
-            most = max(map(len, of_row))
-            table = [pages + [0] * (most - len(pages)) for pages in of_row]
-            lists = (self.owners, [pages[-1] for pages in of_row], table)
-            owners, last, in_order = (torch.tensor(numbers, device=device) for numbers in lists)
-            self.found = owners, last, in_order
+            last = [([0] * count + pages)[-count:] for pages in self.of_row[:rows]]
+            self.found = torch.tensor(self.owners, device=device), torch.tensor(last, device=device)
         return self.found
 
 
@@ -164,8 +163,8 @@ class PagedCache(KVCache):
         cls, paging: Paging, config: ModelConfig, needs: list[Need], dtype: torch.dtype, device: torch.device
     ) -> "PagedCache":
         """Room for sequences of these needs, all at once."""
-        rows, layers = ROWS * len(needs), []
         counts = [sum(pages) for pages in zip(*map(paging.pages, needs), strict=True)]
+        rows, layers = ROWS * len(needs) if paging.pending else min(counts), []
         for count, size in zip(counts, paging.sizes, strict=True):
             k, v = (empty_slab(config, count, size, dtype, device) for _ in range(2))
             layers.append(Pages(k, v, [[] for _ in range(rows)], []))
@@ -196,14 +195,17 @@ class PagedCache(KVCache):
         return super().takes(need) and all(map(le, counts, self.paging.pages(self.need)))
 
     def layer(self, number: int, lengths: tuple[int, ...], ends: Tensor, cast: Cast) -> LayerCache:
-        """One layer, in which every row has the page that its next token needs, and none behind that."""
+        """One layer, in which every row has the page that its next token needs.
+
+        It has none behind that, since `attend` takes a row's last page for the one that is partly used.
+        """
         pages, rows = self.layers[number], len(self.rows)
         for row, length in enumerate(lengths):
             pages.take(row, length + 1)
             pages.give_back(row, length + 1)
-        owners, last, table = pages.index(rows, ends.device)
+        owners, last = pages.index(rows, self.need.pending // pages.size + 2, ends.device)
         k, v, votes = pages.keys[: len(owners)], pages.values[: len(owners)], self.votes[number][:rows]
-        return PagedLayer(k, v, votes, lengths, ends, cast, owners=owners, last=last, table=table)
+        return PagedLayer(k, v, votes, lengths, ends, cast, owners=owners, last=last)
 
     def retire(self, row: Row) -> None:
         """Free a row and its pages."""
@@ -220,11 +222,13 @@ class PagedCache(KVCache):
 
 @dataclass(frozen=True, kw_only=True)
 class PagedLayer(LayerCache):
-    """One layer as a decode step finds it; keys and values are those of its pages [N, K, P, D] in use."""
+    """One layer as a decode step finds it; keys and values are those of its pages [N, K, P, D] in use.
+
+    A row's new token goes into its last page; all others are full. Pending tokens are in the last few.
+    """
 
     owners: Tensor  # [N] each page's row
-    last: Tensor  # [B] each row's last page, where its new token goes: all others are full
-    table: Tensor  # [B, pages] each row's pages, in the order of its tokens
+    last: Tensor  # [B, count] each row's last pages, in the order of its tokens
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`LayerCache.attend`, by pages.  q [B, H, D], k and v [B, K, D] -> [B, H * D]
@@ -233,21 +237,21 @@ class PagedLayer(LayerCache):
         pages of what each page finds by itself.
         """
         (B, H, D), size = q.shape, self.keys.shape[2]
-        offset = self.ends % size  # [B]
-        self.keys[self.last, :, offset], self.values[self.last, :, offset] = k, v
+        offset, newest = self.ends % size, self.last[:, -1]  # [B]
+        self.keys[newest, :, offset], self.values[newest, :, offset] = k, v
         scores = scores_of(q[self.owners], self.keys).float()  # [N, H, P]
         unused = torch.arange(size, device=q.device) > offset[:, None]  # [B, P]
-        scores[self.last] = scores[self.last].masked_fill(unused[:, None], float("-inf"))
+        scores[newest] = scores[newest].masked_fill(unused[:, None], float("-inf"))
         owners = self.owners[:, None].expand(-1, H)  # [N, H]
         highest = scores.new_full((B, H), float("-inf")).scatter_reduce(0, owners, scores.amax(-1), "amax")
-        weights = scores.sub_(highest[self.owners][..., None]).exp_()
-        # A product with ones adds up in the same order every time.
-        owned = (self.owners == torch.arange(B, device=q.device)[:, None]).float()  # [B, N]
-        total = owned @ weights.sum(-1)  # [B, H]
-        found = mixed(weights.to(q.dtype), self.values).float()  # [N, H, D]
-        out = (owned @ found.flatten(1)).view(B, H, D) / total[..., None]
+        probs = scores.sub_(highest[self.owners][..., None]).exp_()
+        total = probs.new_zeros(B, H).index_add_(0, self.owners, probs.sum(-1))
+        probs = probs.div_(total[self.owners][..., None])
+        found = mixed(probs.to(q.dtype), self.values).float()  # [N, H, D]
         if self.to_cast is not None:
-            cast, slots = self.to_cast  # two of [B, U]
-            probs = (weights / total[self.owners][..., None]).sum(1)  # [N, P]
-            self.votes.addcmul_(cast, probs[self.table.gather(1, slots // size), slots % size])
+            weights, slots = self.to_cast  # two of [B, U]
+            place = slots // size - self.ends[:, None] // size - 1  # counted from the last page, which is -1
+            pages = self.last.gather(1, place + self.last.shape[1])
+            self.votes.addcmul_(weights, probs.sum(1)[pages, slots % size])
+        out = found.new_zeros(B, H, D).index_add_(0, self.owners, found)
         return out.to(q.dtype).flatten(1)

@@ -215,7 +215,7 @@ def votes_to_cast(
 
     Which compaction a token falls into, and who votes in it, follow from its index. So one running sum is
     enough: 4 bytes per token and layer, where its key and value take hundreds. All groups have one size, for
-    `KVCache.takes` lets no others share a cache.
+    `KVCache.takes` and `sharing.shared` let no others share a cache.
 
     lengths [L, B] are what the layers hold before the token; U is the cache's `room` for pending tokens.
     """

@@ -2,7 +2,7 @@
 
 Nothing is guessed: what a request will need at its longest is known before it starts, so none that runs is
 ever swapped out or started over, and the memory is never exceeded. Requests that start together are rows of
-one cache and attend in one product: of slabs where they are of one size, in pages otherwise. The next starts
+one cache and attend in one product: in slabs if all are of one size, in pages otherwise. The next starts
 when a cache has room for it, or when a cache whose rows have all ended has given back its bytes.
 """
 
@@ -75,6 +75,8 @@ class Scheduler:
 
     def admit(self) -> list[Sequence]:
         """Start waiting sequences in their order, up to the first that has no room.
+
+        Of those that get a new cache the last may wait for whole pages (`minipyramid/sharing.py`).
 
         Returns those taken; one whose cache could not be allotted has `error` set.
         """

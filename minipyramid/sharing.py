@@ -1,13 +1,14 @@
 """Which of the sequences that start together share a cache.
 
-Those of one size are rows of one slab. Those of different sizes share a cache in pages
-(`minipyramid/pages.py`), for whose last, partly used pages there must be room. If somebody waits for bytes
-anyway, the last of those that would have started waits with them. If all could start, all do, if need be in a
-cache for each size.
+If all are of one size, they are rows of one slab. Else they share a cache in pages (`minipyramid/pages.py`),
+as far as there is room for their last, partly used pages. Those for whom there is none start in slabs of
+their own, if everybody can start. If somebody waits for bytes anyway, they wait as well, unless there is
+still room for exactly what they need.
 """
 
 from collections.abc import Callable, Hashable
 from functools import partial
+from itertools import accumulate
 
 from minipyramid.cache import KVCache
 from minipyramid.pages import PagedCache, Paging
@@ -23,20 +24,26 @@ def shared(
     `room` are the bytes that are left when each has what it needs, `per_token` those of a token in a layer.
     """
     caches: list[tuple[list[Sequence], Allot]] = []
-    # Rows of a cache drop generated tokens in groups of one size.
-    for together in split(fresh, lambda sequence: sequence.need.group):
+    # Rows of a cache drop generated tokens in groups of one size, or all of them drop none.
+    for together in split(fresh, lambda sequence: (sequence.need.group, sequence.need.pending > 0)):
         paging = Paging.of([sequence.need for sequence in together])
         sizes = [s.need.bytes(per_token) for s in together]
         added = [paging.rounded(s.need).bytes(per_token) - n for s, n in zip(together, sizes, strict=True)]
-        missing = sum(added) - room
-        while others_wait and missing > 0 and len(together) > 1:
-            together.pop()
-            missing -= sizes.pop() + added.pop()
-        if missing <= 0:
-            room = -missing
-            caches.append((together, partial(PagedCache.allot_pages, paging)))
-        else:
-            caches += [(alike, KVCache.allot) for alike in split(together, lambda sequence: sequence.need)]
+        missing, end = sum(added) - room, len(together)
+        while missing > 0 and end:
+            end -= 1
+            missing -= added[end] + (sizes[end] if others_wait else 0)
+        room = -missing
+        alone = together[end:]
+        if others_wait:
+            alone = [s for s, left in zip(alone, accumulate(sizes[end:]), strict=True) if left <= room]
+            room -= sum(s.need.bytes(per_token) for s in alone)
+        in_pages = together[:end]
+        if len({sequence.need for sequence in in_pages}) < 2:
+            in_pages, alone = [], in_pages + alone
+        if in_pages:
+            caches.append((in_pages, partial(PagedCache.allot_pages, paging)))
+        caches += [(alike, KVCache.allot) for alike in split(alone, lambda sequence: sequence.need)]
     return caches
 
 

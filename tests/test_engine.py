@@ -19,7 +19,7 @@ from helpers import PROFILE, STEEP, prompts_of, say, write_checkpoint
 from minipyramid import LLM, ConfigError, Conversation, Engine, Policy, Request, RequestError, SamplingParams
 from minipyramid.cache import KVCache
 from minipyramid.policies.held_share import HeldShare
-from minipyramid.policy import Seen
+from minipyramid.policy import Generation, Seen
 from minipyramid.request import Sequence
 
 FEW = SamplingParams(max_new_tokens=6, ignore_eos=True)
@@ -376,6 +376,19 @@ def test_a_layer_may_hold_nothing_of_a_prompt(tiny: LLM) -> None:
     (completion,) = tiny.under(OneLayer()).generate(prompts_of([30]), FEW)
     assert completion.kv_lengths == [6, 36, 6]
     assert completion.kept_positions[0] == list(range(30, 36))
+
+
+def test_a_policy_may_drop_generated_tokens_of_some_prompts_alone(tiny: LLM) -> None:
+    """Rows that vote and rows that do not once met in one cache, whose step broke off for all that ran."""
+
+    @dataclass(frozen=True)
+    class Sometimes(Policy):
+        def generation(self, prompt_tokens: int, layers: int) -> Generation | None:
+            return Generation(prompt_tokens, 0.0, 1, (1,) * layers, 1.0) if prompt_tokens > 25 else None
+
+    llm, prompts = tiny.under(Sometimes()), prompts_of([20, 30, 22, 40])
+    for completion, prompt in zip(llm.generate(prompts, FEW), prompts, strict=True):
+        assert completion.token_ids == llm.generate(prompt, FEW)[0].token_ids
 
 
 def test_a_row_without_an_owner_is_forgotten(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,8 +113,21 @@ def test_a_step_finds_in_pages_what_each_row_finds_by_itself(
             own.cache.end_step()
 
 
+def test_what_is_not_finite_stays_with_its_own_row() -> None:
+    """A product with zeros and ones, which once added up the pages of a row, gave its NaN to all others."""
+    cache = cache_in_pages([Need((20,) * LAYERS), Need((30,) * LAYERS)])
+    rows = [cache.add_row(need) for need in (Need((20,) * LAYERS), Need((30,) * LAYERS))]
+    for row in rows:
+        write(row, 18, torch.Generator().manual_seed(0))
+    k, v = torch.ones(2, 2, 2, 8)
+    v[0] = float("nan")
+    out = cache.begin_step()[0].attend(torch.ones(2, 4, 8), k, v)
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+
+
 def test_a_compaction_frees_pages() -> None:
-    """The next row may have them."""
+    """A row's last page stays the one where its next token goes."""
     cache = cache_in_pages([Need((40,) * LAYERS), Need((8,) * LAYERS)])
     row = cache.add_row(Need((40,) * LAYERS))
     write(row, 40, torch.Generator().manual_seed(0))
