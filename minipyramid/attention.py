@@ -24,6 +24,10 @@ from torch import Tensor
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 # Queries at a time of tokens that follow held ones, so that their mask [BLOCK, n] stays small.
 BLOCK = 256
+# Where keys times queries is quicker than queries times keys: 1.34 ms against 2.43 (32 sequences of 544
+# slots, 12 heads, a processor with AMX), and a whole step 61.8 against 80.9. In float32 it took 4.9 against
+# 2.8.
+KEYS_FIRST = ("cpu", torch.bfloat16)
 # Voters whose probabilities are held at a time.  [K, G, VOTERS, n] float32
 VOTERS = 64
 
@@ -79,7 +83,10 @@ def scores_of(q: Tensor, keys: Any) -> Tensor:
         return of_other
     (B, H, D), K = q.shape, keys.shape[1]
     # `@` on four axes reshapes by itself, which took 5 % of a step (12 caches of one sequence, float32).
-    return torch.bmm(q.view(B * K, H // K, D), keys.flatten(0, 1).mT).view(B, H, -1)
+    grouped, of_head = q.view(B * K, H // K, D), keys.flatten(0, 1)
+    if (q.device.type, q.dtype) == KEYS_FIRST:
+        return torch.bmm(of_head, grouped.mT).mT.reshape(B, H, -1)
+    return torch.bmm(grouped, of_head.mT).view(B, H, -1)
 
 
 def mixed(weights: Tensor, values: Any) -> Tensor:

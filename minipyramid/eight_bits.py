@@ -7,27 +7,27 @@ other's exact keys, and policies choose from these; only what is held is rounded
 turn of a conversation it stays in 8 bits.
 
 A decode step has no product of 8-bit numbers with others to call, so it turns them into the model's dtype
-first: see `_in_turn`. With 540 tokens a sequence a whole step took 1.11 times as long as with float32's
-keys and values (1 sequence), 1.12 times (8) and 1.16 times (32; 12 layers of 12 heads, hidden size 768,
-float32, two cores). Compiled, it took 1.05, 0.70 and 0.55 times as long as compiled with float32's.
+first: see `_in_turn`. MEASURED
 """
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minipyramid.attention import mixed, scores_of
 from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError, expect_type
 
 LARGEST = 127
 SMALLEST = 2**-24  # above 0 in float16
-# Numbers that a CPU turns into the model's dtype at a time, always in the same place, so that they are still
-# near the processor when they are multiplied: 8 heads of 576 slots, or 24. Of 8 rows of 576 slots and 12
-# heads attention took 3.4 ms with four rows at a time and a new place for each, and 1.8 so; plain float32
-# took 1.3 (two cores). In bf16 each call takes longer, so that more heads go into one.
-AT_ONCE = {torch.float32: 8 * 576 * 64, torch.bfloat16: 24 * 576 * 64, torch.float16: 24 * 576 * 64}
+# Numbers that a CPU turns into the model's dtype at a time, so that they are still near the processor when
+# they are multiplied: 24 heads of 576 slots. TURNED
+AT_ONCE = 24 * 576 * 64
+Product = Callable[[Tensor, Tensor], Tensor]  # `scores_of` or `mixed`
 
 
 def holding(config: ModelConfig, kv_dtype: str) -> ModelConfig:
@@ -44,12 +44,23 @@ class EightBits:
 
     numbers: Tensor  # [..., D] int8
     scales: Tensor  # [...] float16
+    # Where some numbers at a time are turned into the model's dtype, one place for all layers of a cache.
+    # Where it has no room all are turned at once, in new memory.
+    place: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
-    def zeros(cls, shape: tuple[int, ...], device: torch.device) -> "EightBits":
-        """Room for keys or values of this shape."""
-        numbers = torch.zeros(shape, dtype=torch.int8, device=device)
-        return cls(numbers, torch.zeros(shape[:-1], dtype=torch.float16, device=device))
+    def slabs(
+        cls, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    ) -> "list[list[EightBits]]":
+        """Room for keys, and for values, of these shapes, which are read in `dtype`."""
+        # A head at least, and no more than there is.
+        most = max(min(math.prod(shape), max(AT_ONCE, math.prod(shape[2:]))) for shape in shapes)
+        place, slabs = torch.empty(most if device.type == "cpu" else 0, dtype=dtype, device=device), []
+        for shape in 2 * shapes:
+            numbers = torch.zeros(shape, dtype=torch.int8, device=device)
+            scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device)
+            slabs.append(cls(numbers, scales, place))
+        return [slabs[: len(shapes)], slabs[len(shapes) :]]
 
     @property
     def shape(self) -> torch.Size:
@@ -61,9 +72,13 @@ class EightBits:
         """Where it is."""
         return self.numbers.device
 
+    def stride(self, axis: int) -> int:
+        """As of a tensor of which any slice is read without a copy: turning it copies it anyway."""
+        return 1
+
     def __getitem__(self, where: Any) -> "EightBits":
         """A part of it; any index that leaves the last axis alone."""
-        return EightBits(self.numbers[where], self.scales[where])
+        return EightBits(self.numbers[where], self.scales[where], self.place)
 
     def __setitem__(self, where: Any, x: "Tensor | EightBits") -> None:
         """Write a part: a tensor is rounded, and what is in 8 bits already is copied as it stands."""
@@ -85,48 +100,56 @@ class EightBits:
 
     def scores_of(self, q: Tensor) -> Tensor:
         """`attention.scores_of` of these keys; a key's scale multiplies its score, after the product."""
-        grouped = q.view(len(q), self.shape[1], -1, q.shape[2])  # [B, K, G, D]
-        scores = _product(grouped, self.numbers.mT) * self.scales.to(q.dtype)[:, :, None]
-        return scores.flatten(1, 2)
+        scores = _product(scores_of, q, self)
+        scores.view(*self.shape[:2], -1, self.shape[2]).mul_(self.scales[:, :, None])  # [B, K, G, S]
+        return scores
 
     def mixed_by(self, weights: Tensor) -> Tensor:
         """`attention.mixed` of these values; a value's scale is multiplied with its weights."""
-        grouped = weights.view(len(weights), self.shape[1], -1, weights.shape[2])  # [B, K, G, S]
-        scaled = grouped * self.scales.to(weights.dtype)[:, :, None]
-        return _product(scaled, self.numbers).flatten(1, 2)
+        grouped = weights.view(*self.shape[:2], -1, self.shape[2])  # [B, K, G, S]
+        scaled = (grouped * self.scales[:, :, None]).to(weights.dtype)
+        return _product(mixed, scaled.flatten(1, 2), self)
 
 
 def rounded(x: Tensor) -> EightBits:
     """To the nearest multiple of each vector's scale.  [..., D]"""
-    exact = x.float()
-    scales = (exact.abs().amax(-1) / LARGEST).half()
-    # A vector too small for a scale above 0 is held as zeros: whatever its numbers are, 0 times them is 0.
-    steps = exact / scales.float().clamp_min_(SMALLEST)[..., None]
+    highest = torch.linalg.vector_norm(x, math.inf, -1, dtype=torch.float32)
+    # A scale above 0, so that there is something to divide by.
+    scales = (highest / LARGEST).half().clamp_min_(SMALLEST)
+    steps = x / scales[..., None].float()
     return EightBits(steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scales)
 
 
-def _product(left: Tensor, numbers: Tensor) -> Tensor:
-    """[B, K, G, n] times [B, K, n, m]  ->  [B, K, G, m]"""
-    return (_fused if torch.compiler.is_compiling() else _in_turn)(left, numbers)
+def _product(product: Product, left: Tensor, held: EightBits) -> Tensor:
+    """`scores_of` or `mixed` with the numbers alone.  [B, H, n] -> [B, H, m]"""
+    numbers, place = held.numbers, held.place
+    if torch.compiler.is_compiling():
+        return _fused(left, numbers.mT if product is scores_of else numbers)
+    if not len(place):
+        return product(left, numbers.to(left.dtype))
+    if numbers.numel() <= len(place):
+        return product(left, _turned(numbers, place))
+    # Some heads at a time, which are taken for rows.
+    heads = numbers.flatten(0, 1)[:, None]  # [B * K, 1, S, D]
+    at_once = len(place) // heads[0].numel()
+    lefts = left.reshape(len(heads), -1, left.shape[2])  # [B * K, G, n]
+    found = []
+    for some, part in zip(torch.split(lefts, at_once), torch.split(heads, at_once), strict=True):
+        found.append(product(some, _turned(part, place)))
+    return torch.cat(found).view(*left.shape[:2], -1)
 
 
-def _in_turn(left: Tensor, numbers: Tensor) -> Tensor:
-    """`_product`, some heads at a time."""
-    heads = len(left) * left.shape[1]
-    if left.device.type == "cpu":
-        heads = max(1, AT_ONCE[left.dtype] // numbers[0, 0].numel())
-    parts = torch.split(numbers.flatten(0, 1), heads)  # each [heads, n, m]
-    lefts = torch.split(left.flatten(0, 1), heads)  # each [heads, G, n]
-    # The numbers of the next part are put into the same place.
-    place = torch.empty_like(parts[0], dtype=left.dtype)
-    products = [torch.bmm(a, place[: len(b)].copy_(b)) for a, b in zip(lefts, parts, strict=True)]
-    return torch.cat(products).view(*left.shape[:-1], -1)
+def _turned(numbers: Tensor, place: Tensor) -> Tensor:
+    """The same numbers in the place's dtype, there."""
+    return place[: numbers.numel()].view(numbers.shape).copy_(numbers)
 
 
 def _fused(left: Tensor, numbers: Tensor) -> Tensor:
-    """The same as a compiler can make one loop of, in which no number is ever stored as a float.
+    """[B, H, n] times [B, K, n, m] as one loop that a compiler can make, which stores no number as a float.
 
     Of 8 rows of 576 slots and 12 heads attention took 1.5 ms so, 3.1 with the products in turn, compiled as
     well, and float32's 2.2 (one thread); with 4 query heads to a key/value head 6.5, 7.4 and 4.5.
     """
-    return (left[..., None].float() * numbers[:, :, None]).sum(-2).to(left.dtype)
+    grouped = left.view(*numbers.shape[:2], -1, left.shape[2])  # [B, K, G, n]
+    found: Tensor = (grouped[..., None].float() * numbers[:, :, None]).sum(-2)
+    return found.to(left.dtype).flatten(1, 2)

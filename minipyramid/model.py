@@ -86,9 +86,8 @@ class Layer(nn.Module):
         q, k, v = self.qkv(x, *rotation)
         counts = [len(cache.ends) for cache in caches]
         by_cache = [torch.split(t, counts) for t in (q / math.sqrt(self.config.head_dim), k, v)]
-        attended = []
-        for cache, query, key, value in zip(caches, *by_cache, strict=True):
-            attended.append(cache.attend(query, key, value))  # [rows of this cache, H * D]
+        # Of each cache's rows.  [rows, H * D]
+        attended = [cache.attend(*found) for cache, *found in zip(caches, *by_cache, strict=True)]
         return self.add_attention_and_mlp(x, torch.cat(attended))
 
 

@@ -30,10 +30,6 @@ class Need:
         """Room for so many further tokens in each layer."""
         return Need(tuple(map(add, self.slots, held)), self.pending, self.group)
 
-    def covering(self, other: "Need") -> "Need":
-        """Room for either of two that drop in groups of one size."""
-        return Need(tuple(map(max, self.slots, other.slots)), max(self.pending, other.pending), self.group)
-
 
 def need_of(policy: Policy, prompt_tokens: int, new_tokens: int, layers: int) -> Need:
     """What one sequence needs at its longest."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minipyramid.attention import mixed, scores_of
-from minipyramid.cache import Cast, KVCache, LayerCache, Row, Slab, empty_slab
+from minipyramid.cache import Cast, KVCache, LayerCache, Row, Slab, empty_slabs
 from minipyramid.config import ModelConfig
 from minipyramid.need import VOTE_BYTES, Need
 
@@ -165,8 +165,8 @@ class PagedCache(KVCache):
         """Room for sequences of these needs, all at once."""
         counts = [sum(pages) for pages in zip(*map(paging.pages, needs), strict=True)]
         rows, layers = ROWS * len(needs) if paging.pending else min(counts), []
-        for count, size in zip(counts, paging.sizes, strict=True):
-            k, v = (empty_slab(config, count, size, dtype, device) for _ in range(2))
+        shapes = list(zip(counts, paging.sizes, strict=True))
+        for k, v in zip(*empty_slabs(config, shapes, dtype, device), strict=True):
             layers.append(Pages(k, v, [[] for _ in range(rows)], []))
         slots = tuple(count * size for count, size in zip(counts, paging.sizes, strict=True))
         return cls(

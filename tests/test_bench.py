@@ -16,7 +16,7 @@ from helpers import PROFILE, TINY, lines_of
 
 from minipyramid import Policy, PyramidConfig, RequestError, compiled
 from minipyramid.bench.__main__ import build_parser, main
-from minipyramid.bench.floors import Rates, floors
+from minipyramid.bench.floors import Rates, best_of, floors
 from minipyramid.bench.methods import our_method, our_methods
 from minipyramid.bench.table import COLUMNS
 from minipyramid.bench.work import Work, make_work
@@ -336,3 +336,8 @@ def test_nonsense_is_one_line_before_anything_loads(
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_the_machine_counts_as_it_is_at_its_best() -> None:
+    """Its rates were measured once, in a slow moment, and a prompt came out quicker than its floor."""
+    assert best_of([Rates(3.0, 1.0), Rates(1.0, 4.0), Rates(2.0, 2.0)]) == Rates(3.0, 4.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import STEEP, WEIGHTS, prompts_of
 
-from minipyramid import LLM, ConfigError, Conversation, SamplingParams
+from minipyramid import LLM, ConfigError, Conversation, SamplingParams, eight_bits
 from minipyramid.attention import attend_each
 from minipyramid.cache import KVCache
 from minipyramid.eight_bits import LARGEST, EightBits, holding, rounded
@@ -42,7 +42,7 @@ def test_no_component_is_off_by_more_than_half_a_scale(size: float) -> None:
 
 def test_what_is_copied_is_not_rounded_again() -> None:
     """A row that moves, and a token that survives a compaction, would lose a little each time."""
-    held = EightBits.zeros((4, 2, 10, 8), torch.device("cpu"))
+    ((held,), _) = EightBits.slabs([(4, 2, 10, 8)], torch.float32, torch.device("cpu"))
     held[1] = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(1))
     held[3] = held[1]
     held[3, :, 2:5] = held[1, :, torch.tensor([4, 7, 9])]
@@ -51,18 +51,37 @@ def test_what_is_copied_is_not_rounded_again() -> None:
     assert torch.equal(held.numbers[3, :, 5:], held.numbers[1, :, 5:])
 
 
-@pytest.mark.parametrize(("H", "K"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("at_once", [1, 2 * 21 * 8, 5 * 21 * 8, 10**6])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("B", [1, 5, 8])
-def test_attention_is_that_over_what_the_numbers_stand_for(B: int, H: int, K: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_that_over_what_the_numbers_stand_for(
+    dtype: torch.dtype, B: int, heads: tuple[int, int], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many heads are turned into the model's dtype at a time, the last of them fewer."""
+    H, K = heads
+    monkeypatch.setattr(eight_bits, "AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(B)
-    q = torch.randn(B, H, 8, generator=generator)
-    keys, values = (rounded(torch.randn(B, K, 21, 8, generator=generator)) for _ in range(2))
+    q = torch.randn(B, H, 8, generator=generator).to(dtype)
+    (keys,), (values,) = EightBits.slabs([(B, K, 21, 8)], dtype, torch.device("cpu"))
+    for slab in (keys, values):
+        slab[:] = torch.randn(B, K, 21, 8, generator=generator)
     ends = torch.randint(1, 21, (B,), generator=generator)
+    exact = 1e-5 if dtype == torch.float32 else 0.03
     for is_held in (None, torch.arange(21) <= ends[:, None]):
         out, probs = attend_each(q, keys, values, is_held)
-        expected = attend_each(q, keys.to(torch.float32), values.to(torch.float32), is_held)
-        torch.testing.assert_close(out, expected[0])
-        torch.testing.assert_close(probs, expected[1])
+        plain = [slab.to(torch.float32) for slab in (keys, values)]
+        expected = attend_each(q.float(), plain[0], plain[1], is_held)
+        torch.testing.assert_close(out.float(), expected[0], atol=exact, rtol=exact)
+        torch.testing.assert_close(probs, expected[1], atol=exact, rtol=exact)
+
+
+def test_what_leaves_a_cache_keeps_nothing_of_its_place() -> None:
+    """A conversation between two turns held the room in which a step turns numbers, too."""
+    ((held,), _) = EightBits.slabs([(4, 2, 10, 8)], torch.float32, torch.device("cpu"))
+    assert len(held.place) == 4 * 2 * 10 * 8
+    assert held[1].place is held.place
+    assert len(held[1].clone().place) == 0
 
 
 # --- in the engine ---

@@ -192,15 +192,15 @@ def test_what_cannot_be_allotted_fails_alone(
     """
     from minipyramid import cache, pages
 
-    empty_slab = cache.empty_slab
+    empty_slabs = cache.empty_slabs
 
-    def short(config: Any, rows: int, slots: int, *others: Any) -> Any:
-        if rows * slots > 200:
+    def short(config: Any, shapes: list[tuple[int, int]], *others: Any) -> Any:
+        if any(rows * slots > 200 for rows, slots in shapes):
             raise error("out of memory")
-        return empty_slab(config, rows, slots, *others)
+        return empty_slabs(config, shapes, *others)
 
     for module in (cache, pages):
-        monkeypatch.setattr(module, "empty_slab", short)
+        monkeypatch.setattr(module, "empty_slabs", short)
     llm = tiny.under("full")
     small, large = prompts_of([20, 220])
     engine = llm.engine

@@ -1,8 +1,8 @@
 """What a method cannot be quicker than on this machine.
 
-The floor of a phase is the time that its arithmetic, or its reading of memory, takes at the rates measured in
-the same run: of a prompt, the products of the tokens that each layer computes; of a decode step, the weights
-and the held keys and values read once, or its products, whichever takes longer.
+The floor of a phase is the time that its arithmetic, or its reading of memory, takes at the best rates
+measured in the same run: of a prompt, the products of the tokens that each layer computes; of a decode step,
+the weights and the held keys and values read once, or its products, whichever takes longer.
 """
 
 import time
@@ -38,6 +38,11 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
     product_s = quickest(lambda: a @ b, device)
     reading_s = quickest(memory.sum, device)
     return Rates(2.0 * (size // 2) * size * size / product_s, memory.nbytes / reading_s)
+
+
+def best_of(measured: list[Rates]) -> Rates:
+    """The machine at its best moments: others may use it, and then it does less for a while."""
+    return Rates(max(rates.flops for rates in measured), max(rates.bytes_per_s for rates in measured))
 
 
 def quickest(run: Callable[[], object], device: torch.device) -> float:

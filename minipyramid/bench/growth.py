@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minipyramid import LLM, RequestError
-from minipyramid.bench.floors import measure_rates, weight_bytes
+from minipyramid.bench.floors import best_of, measure_rates, weight_bytes
 from minipyramid.bench.machine import machine_line, machine_of
 from minipyramid.bench.models import load_llm
 from minipyramid.cache import KVCache
@@ -24,28 +24,23 @@ STEPS = 12  # of which the median counts
 def growth(args: argparse.Namespace) -> dict[str, Any]:
     """Time some steps with each number of tokens held; returns what `--json` prints."""
     llm = load_llm(args, "full", None)
-    rates = measure_rates(llm.dtype, llm.device)
     config, batch = llm.config, args.batch_size
     stored = [shape for parts in parameter_sources(config).values() for _, shape in parts]
     # Of the embedding only a few rows are read.
     weights = sum(map(math.prod, stored)) - config.vocab_size * config.hidden_size
-    rows = []
+    rows, measured = [], []
     for held in HELD:
+        measured.append(measure_rates(llm.dtype, llm.device))
         cache = filled_cache(llm, batch, held)
         step_s = statistics.median(time_steps(llm, cache))
         read = (
             weight_bytes(config, llm.dtype.itemsize) * weights
             + cache.bytes_per_token * config.num_hidden_layers * batch * held
         )
-        rows.append(
-            {
-                "held_tokens": held,
-                "batch": batch,
-                "step_s": step_s,
-                "read_bytes": read,
-                "floor_share": read / rates.bytes_per_s / step_s,
-            }
-        )
+        rows.append({"held_tokens": held, "batch": batch, "step_s": step_s, "read_bytes": read})
+    rates = best_of(measured)
+    for row in rows:
+        row["floor_share"] = row["read_bytes"] / rates.bytes_per_s / row["step_s"]
     return {"rows": rows, "machine": machine_of(llm.dtype, llm.device, rates)}
 
 

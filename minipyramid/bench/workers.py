@@ -8,6 +8,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,13 @@ class Worker:
         self.process.wait()
 
 
-def take_turns(names: list[str], runs: int, argv: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Run each method so often, after a first time that does not count; returns the figures of every run."""
+def take_turns(
+    names: list[str], runs: int, argv: list[str], before_turn: Callable[[], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """Run each method so often, after a first time that does not count; returns the figures of every run.
+
+    `before_turn` is called before each of them, while no method works.
+    """
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     workers: list[Worker] = []
     try:
@@ -69,6 +75,7 @@ def take_turns(names: list[str], runs: int, argv: list[str]) -> dict[str, list[d
         for worker in workers[1:]:
             worker.answer()  # it has loaded; from here on one works at a time
         for turn in range(runs + 1):
+            before_turn()
             for worker in workers:
                 measured = worker.run()
                 if turn > 0:

@@ -1,0 +1,59 @@
+"""A step's attention beside the equation, in every number format that has a form of product of its own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipyramid.attention import attend_each, mixed, scores_of
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@given(
+    dtype=st.sampled_from(list(TOLERANCE)),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 20)),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None)
+def test_a_step_is_the_softmax_over_what_each_row_holds(
+    dtype: torch.dtype, sizes: tuple[int, int, int, int], seed: int
+) -> None:
+    """Query head h reads key/value head h // G; a row's slots behind its end have no weight."""
+    (B, K, G, S), exact = sizes, TOLERANCE[dtype]
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, K * G, 8, generator=generator).to(dtype)
+    keys, values = (torch.randn(B, K, S, 8, generator=generator).to(dtype) for _ in range(2))
+    ends = torch.randint(0, S, (B,), generator=generator)
+    out, probs = attend_each(q, keys, values, torch.arange(S) <= ends[:, None])
+    for b in range(B):
+        n = int(ends[b]) + 1
+        for h in range(K * G):
+            k, v = keys[b, h // G, :n].double(), values[b, h // G, :n].double()
+            expected = (k @ q[b, h].double()).softmax(-1)
+            torch.testing.assert_close(probs[b, h, :n].double(), expected, atol=exact, rtol=exact)
+            torch.testing.assert_close(
+                out.view(B, K * G, 8)[b, h].double(), expected @ v, atol=exact, rtol=exact
+            )
+    beyond = torch.arange(S) > ends[:, None, None]
+    assert not probs.masked_select(beyond).any()
+
+
+@pytest.mark.parametrize("by_component", [True, False])
+def test_any_order_in_memory_gives_the_same(by_component: bool) -> None:
+    """Keys lie by component in float32 and by slot else, and a query may be a part of a wider matrix."""
+    for dtype in TOLERANCE:
+        q = torch.randn(3, 12, 16).to(dtype)[:, 2:8]
+        keys = torch.randn(3, 2, 11, 16).to(dtype)
+        stored = keys.mT.contiguous().mT if by_component else keys
+        scores = scores_of(q.contiguous(), stored[:, :, :9])
+        assert scores.shape == (3, 6, 9)
+        expected = torch.einsum("bkgd,bksd->bkgs", q.float().reshape(3, 2, 3, 16), keys[:, :, :9].float())
+        torch.testing.assert_close(scores.float(), expected.flatten(1, 2), atol=0.05, rtol=0.02)
+        back = mixed(scores.softmax(-1), stored[:, :, :9])
+        assert back.shape == (3, 6, 16)
+        assert math.isfinite(back.float().sum())
