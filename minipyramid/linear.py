@@ -14,18 +14,7 @@ from torch import Tensor, nn
 
 from minipyramid.device import has_bf16
 
-# oneDNN's product as our own operator, opaque to `torch.compile`. The compiler refuses weights that it has
-# not reordered itself, and its own products took 68 ms where these took 26 (8 rows through all linear layers
-# of the model above). It is defined here and not at first use, since an operator can be defined only once and
-# models may be loaded in several threads.
-NAME = "minipyramid::reordered_product"
 mkldnn = torch.ops.mkldnn
-# It exists already when this file is imported again.
-if not hasattr(torch.ops.minipyramid, "reordered_product"):
-    torch.library.define(NAME, "(Tensor x, Tensor w) -> Tensor")
-    torch.library.impl(NAME, "default", lambda x, w: mkldnn._linear_pointwise(x, w, None, "none", [], ""))
-    # `shape[0]` and not `len`, which would fix the number of rows and compile a graph for each.
-    torch.library.register_fake(NAME, lambda x, w: x.new_empty(x.shape[0], w.shape[0]))
 
 
 class Linear(nn.Module):
@@ -42,6 +31,12 @@ class Linear(nn.Module):
         return self.product(x, self.weight)
 
 
+def reordered_product(x: Tensor, weight: Any) -> Tensor:
+    """oneDNN's product, where the weight is reordered.  [T, in] -> [T, out]"""
+    y: Tensor = mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y
+
+
 def reorder(module: nn.Module) -> None:
     """Reorder the weight of a linear layer if the machine can; for `nn.Module.apply`."""
     # Both operators are private, so a build of torch may lack them.
@@ -53,4 +48,4 @@ def reorder(module: nn.Module) -> None:
             del module.weight
             # Tuned for the 8 rows of a decode step; for a prompt it hardly matters (8 or 512: within 10 %).
             module.weight = mkldnn._reorder_linear_weight(weight, 8)
-            module.product = torch.ops.minipyramid.reordered_product
+            module.product = reordered_product
