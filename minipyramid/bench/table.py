@@ -55,14 +55,15 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The rows for people."""
+    width = max(24, *(len(row["method"]) for row in result["rows"]))
     lines = [
         machine_line(result["machine"]),
-        f"{'method':24} {'prompt s':>9} {'decode s':>9} {'tokens/s':>9} {'KV held':>10} {'share':>6} "
+        f"{'method':{width}} {'prompt s':>9} {'decode s':>9} {'tokens/s':>9} {'KV held':>10} {'share':>6} "
         f"{'peak MB':>8} {'floor: prompt':>13} {'decode':>7}",
     ]
     for row in result["rows"]:
         lines.append(
-            f"{row['method']:24} {row['prefill_s']:9.2f} {row['decode_s']:9.2f} {row['tokens_per_s']:9.1f} "
+            f"{row['method']:{width}} {row['prefill_s']:9.2f} {row['decode_s']:9.2f} {row['tokens_per_s']:9.1f} "
             f"{readable(row['kv_bytes']):>10} {row['kv_share']:6.1%} {row['peak_rss_mb']:8.0f} "
             f"{row['prefill_floor_share']:13.2f} {row['decode_floor_share']:7.2f}"
         )
