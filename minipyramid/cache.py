@@ -92,7 +92,7 @@ class KVCache:
     size.
 
     A layer's keys stand as [B, K, S, D], so a decode step reads them in one batched product, without a copy.
-    What lies beyond a row's length is stale but finite, and masked.
+    What lies beyond a row's length is masked, and its own: it begins with zeros.
     """
 
     keys: list[Slab]  # per layer [capacity, K, S, D]
@@ -130,8 +130,9 @@ class KVCache:
     def add_row(self, need: Need | None = None, pending: PendingTokens | None = None) -> Row:
         """Take the next free row, for what the cache `takes`; without a need all of it."""
         index, layers = len(self.rows), len(self.keys)
-        for votes in self.votes:
-            votes[index] = 0
+        # What the row before has left may not be finite. A masked slot has weight 0, but 0 times NaN is NaN.
+        for slab in (*self.keys, *self.values, *self.votes):
+            slab[index] = 0
         nothing = torch.zeros(1, 0, dtype=torch.int32, device=self.keys[0].device)
         self.rows.append(Row(self, index, need or self.need, [0] * layers, [nothing] * layers, pending))
         return self.rows[-1]
@@ -193,7 +194,7 @@ class KVCache:
 def empty_slabs(
     config: ModelConfig, shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
 ) -> list[list[Slab]]:
-    """Room for keys, and for values; shapes are each layer's rows and slots.  two of [L] of [rows, K, S, D]
+    """Memory for keys, and for values; shapes are each layer's rows and slots.  two of [L] of [rows, K, S, D]
 
     In float32 on a CPU the slots of a component lie side by side instead of the components of a slot: a
     step's attention over 768 slots of 32 sequences with 12 heads took 6.6 ms in place of 9.4.
@@ -203,10 +204,9 @@ def empty_slabs(
         from minipyramid.eight_bits import EightBits  # most do without
 
         return EightBits.slabs([(rows, K, S, D) for rows, S in shapes], dtype, device)
-    # Zeros, not empty: a masked slot has weight 0, and 0 times a stray NaN would still be NaN.
     if device.type == "cpu" and dtype == torch.float32:
-        return [[torch.zeros(rows, K, D, S).mT for rows, S in shapes] for _ in range(2)]
-    return [[torch.zeros(rows, K, S, D, dtype=dtype, device=device) for rows, S in shapes] for _ in range(2)]
+        return [[torch.empty(rows, K, D, S).mT for rows, S in shapes] for _ in range(2)]
+    return [[torch.empty(rows, K, S, D, dtype=dtype, device=device) for rows, S in shapes] for _ in range(2)]
 
 
 @dataclass(frozen=True)

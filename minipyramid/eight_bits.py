@@ -57,13 +57,13 @@ class EightBits:
     def slabs(
         cls, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device
     ) -> "list[list[EightBits]]":
-        """Room for keys, and for values, of these shapes, which are read in `dtype`."""
+        """Memory for keys, and for values, of these shapes, which are read in `dtype`."""
         # A head at least, and no more than there is.
         most = max(min(math.prod(shape), max(AT_ONCE, math.prod(shape[2:]))) for shape in shapes)
         place, slabs = torch.empty(most if device.type == "cpu" else 0, dtype=dtype, device=device), []
         for shape in 2 * shapes:
-            numbers = torch.zeros(shape, dtype=torch.int8, device=device)
-            scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device)
+            numbers = torch.empty(shape, dtype=torch.int8, device=device)
+            scales = torch.empty(shape[:-1], dtype=torch.float16, device=device)
             slabs.append(cls(numbers, scales, place))
         return [slabs[: len(shapes)], slabs[len(shapes) :]]
 
@@ -85,10 +85,13 @@ class EightBits:
         """A part of it; any index that leaves the last axis alone."""
         return EightBits(self.numbers[where], self.scales[where], self.place)
 
-    def __setitem__(self, where: Any, x: "Tensor | EightBits") -> None:
-        """Write a part: a tensor is rounded, and what is in 8 bits already is copied as it stands."""
+    def __setitem__(self, where: Any, x: "Tensor | EightBits | int") -> None:
+        """Write a part: a tensor is rounded, what is in 8 bits already is copied as it stands; or a 0."""
         held = rounded(x) if isinstance(x, Tensor) else x
-        self.numbers[where], self.scales[where] = held.numbers, held.scales
+        if isinstance(held, EightBits):
+            self.numbers[where], self.scales[where] = held.numbers, held.scales
+        else:
+            self.numbers[where], self.scales[where] = held, held
 
     def clone(self) -> "EightBits":
         """The same numbers and scales, apart from these."""

@@ -77,11 +77,14 @@ class Pages:
         return size
 
     def take(self, row: int, slots: int) -> None:
-        """Let a row have the pages for so many slots, at least."""
+        """Let a row have the pages for so many slots, at least; they hold zeros."""
+        first = len(self.owners)
         while len(self.of_row[row]) * self.size < slots:
             self.of_row[row].append(len(self.owners))
             self.owners.append(row)
             self.found = None
+        if first < len(self.owners):
+            self.keys[first : len(self.owners)] = self.values[first : len(self.owners)] = 0
 
     def give_back(self, row: int, slots: int) -> None:
         """Free the pages of a row behind so many slots; the last in use moves into the place of each."""
@@ -139,8 +142,10 @@ class Paged:
         heads = torch.arange(self.slab.shape[1], device=self.device)[:, None]
         return self.slab[pages[slots // self.pages.size], heads, slots % self.pages.size]
 
-    def __setitem__(self, where: tuple[int, slice, slice], x: Slab) -> None:
-        """Write a slice of a row's slots; x [K, n, D]."""
+    def __setitem__(self, where: int | tuple[int, slice, slice], x: Slab) -> None:
+        """Write a slice of a row's slots; x [K, n, D]. Or clear a row that begins, which has no pages yet."""
+        if isinstance(where, int):
+            return
         row, _, slots = where
         size = self.pages.size
         self.pages.take(row, slots.stop)

@@ -126,6 +126,27 @@ def test_what_is_not_finite_stays_with_its_own_row() -> None:
     assert out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("in_pages", [True, False])
+def test_what_was_not_finite_in_a_row_is_not_found_in_the_next(in_pages: bool, kv_dtype: str) -> None:
+    """The next in a row looked at what it had left there, with weight 0, and 0 times NaN is NaN."""
+    needs = [Need((40,) * LAYERS), Need((40 + in_pages,) * LAYERS)]
+    if in_pages:
+        cache: KVCache = cache_in_pages(needs, kv_dtype)
+    else:
+        cache = KVCache.allot(holding(config_of(TINY), kv_dtype), needs, torch.float32, CPU)
+    stays, gone = (cache.add_row(need) for need in needs)
+    write(stays, 35, torch.Generator().manual_seed(0))
+    nan = torch.full((2, 38, 8), float("nan"))
+    for layer in range(LAYERS):
+        gone.write(layer, nan, nan, torch.arange(38))
+    cache.retire(gone)
+    write(cache.add_row(needs[1]), 18, torch.Generator().manual_seed(1))
+    k, v = torch.ones(2, 2, 2, 8)
+    for layer in cache.begin_step():
+        assert layer.attend(torch.ones(2, 4, 8), k, v).isfinite().all()
+
+
 def test_a_compaction_frees_pages() -> None:
     """A row's last page stays the one where its next token goes."""
     cache = cache_in_pages([Need((40,) * LAYERS), Need((8,) * LAYERS)])
