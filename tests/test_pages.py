@@ -143,8 +143,8 @@ def test_what_was_not_finite_in_a_row_is_not_found_in_the_next(in_pages: bool, k
     cache.retire(gone)
     write(cache.add_row(needs[1]), 18, torch.Generator().manual_seed(1))
     k, v = torch.ones(2, 2, 2, 8)
-    for layer in cache.begin_step():
-        assert layer.attend(torch.ones(2, 4, 8), k, v).isfinite().all()
+    for found in cache.begin_step():
+        assert found.attend(torch.ones(2, 4, 8), k, v).isfinite().all()
 
 
 def test_a_compaction_frees_pages() -> None:
