@@ -91,15 +91,16 @@ def test_the_flag_compiles(flags: list[str], tiny_dir: Path, monkeypatch: pytest
 def test_models_may_be_loaded_in_several_threads_and_by_a_module_imported_again(tiny_dir: Path) -> None:
     """An operator can be registered once; two threads, or a notebook's reload, once tried it twice."""
     script = (
-        "import importlib, sys, threading, minipyramid.compiled as compiled\n"
+        "import importlib, sys, threading\n"
         "from minipyramid import LLM\n"
         "done, gate = [], threading.Barrier(4)\n"
         "def load():\n"
         "    gate.wait()\n"
+        "    import minipyramid.compiled\n"
         "    done.append(LLM(sys.argv[1]).generate([[5, 6, 7]]))\n"
         "threads = [threading.Thread(target=load) for _ in range(4)]\n"
         "[thread.start() for thread in threads], [thread.join() for thread in threads]\n"
-        "importlib.reload(compiled)\n"
+        "importlib.reload(sys.modules['minipyramid.compiled'])\n"
         "print(len(done))\n"
     )
     ran = subprocess.run(

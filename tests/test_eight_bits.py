@@ -74,6 +74,9 @@ def test_attention_is_that_over_what_the_numbers_stand_for(
         expected = attend_each(q.float(), plain[0], plain[1], is_held)
         torch.testing.assert_close(out.float(), expected[0], atol=exact, rtol=exact)
         torch.testing.assert_close(probs, expected[1], atol=exact, rtol=exact)
+        # Without a place, as on other devices, all are turned at once.
+        out, _ = attend_each(q, keys.clone(), values.clone(), is_held)
+        torch.testing.assert_close(out.float(), expected[0], atol=exact, rtol=exact)
 
 
 def test_what_leaves_a_cache_keeps_nothing_of_its_place() -> None:

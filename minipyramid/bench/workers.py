@@ -62,7 +62,7 @@ def take_turns(
 ) -> dict[str, list[dict[str, Any]]]:
     """Run each method so often, after a first time that does not count; returns the figures of every run.
 
-    `before_turn` is called before each of them, while no method works.
+    `before_turn` is called once before each turn of all methods, while none works.
     """
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     workers: list[Worker] = []
