@@ -252,11 +252,12 @@ class LayerCache:
 
         Returns the slabs [B, K, S, D] and which slots are held [B, S]. Where slots are adjacent they end
         with the longest row, and there is no mask if all rows hold equally many. (In the other memory order
-        the products would copy such a slice.) The rows' own counts follow in `end_step`.
+        the products would copy such a slice; what is no tensor is copied anyway.) The rows' own counts follow
+        in `end_step`.
         """
         keys, values = self.keys, self.values
         # A compiled graph must not depend on how many are held, or each token would need another.
-        if not torch.compiler.is_compiling() and keys.stride(2) == 1:
+        if not torch.compiler.is_compiling() and (not isinstance(keys, Tensor) or keys.stride(2) == 1):
             longest = max(self.lengths)
             keys, values = keys[:, :, : longest + 1], values[:, :, : longest + 1]
             if longest == min(self.lengths):

@@ -77,10 +77,6 @@ class EightBits:
         """Where it is."""
         return self.numbers.device
 
-    def stride(self, axis: int) -> int:
-        """As of a tensor of which any slice is read without a copy: turning it copies it anyway."""
-        return 1
-
     def __getitem__(self, where: Any) -> "EightBits":
         """A part of it; any index that leaves the last axis alone."""
         return EightBits(self.numbers[where], self.scales[where], self.place)

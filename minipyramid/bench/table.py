@@ -65,7 +65,6 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"{row['method']:{width}} {row['prefill_s']:9.2f} {row['decode_s']:9.2f} "
             f"{row['tokens_per_s']:9.1f} {readable(row['kv_bytes']):>10} {row['kv_share']:6.1%} "
-            f"{row['peak_rss_mb']:8.0f} "
-            f"{row['prefill_floor_share']:13.2f} {row['decode_floor_share']:7.2f}"
+            f"{row['peak_rss_mb']:8.0f} {row['prefill_floor_share']:13.2f} {row['decode_floor_share']:7.2f}"
         )
     return "\n".join(lines)
