@@ -112,7 +112,7 @@ class KVCache:
         """Room for sequences of these needs, which are equal; nothing ever grows."""
         need, rows = needs[0], len(needs)
         k, v = empty_slabs(config, [(rows, S) for S in need.slots], dtype, device)
-        votes = [torch.zeros(rows, need.pending, device=device) for _ in need.slots]
+        votes = [torch.empty(rows, need.pending, device=device) for _ in need.slots]
         return cls(k, v, votes, config, need, dtype, config.kv_bytes_per_token(dtype.itemsize), rows)
 
     @property
@@ -124,18 +124,21 @@ class KVCache:
         """Whether a row is free and has the room."""
         fits = all(have >= asked for have, asked in zip(self.need.slots, need.slots, strict=True))
         # Either all rows of a cache vote, in groups of one size, or none does.
-        alike = need.group == self.need.group and (need.pending > 0) == (self.need.pending > 0)
-        return fits and alike and need.pending <= self.need.pending and len(self.rows) < self.capacity
+        votes_fit = need.group == self.need.group and need.pending <= self.need.pending
+        return fits and votes_fit and len(self.rows) < self.capacity
 
     def add_row(self, need: Need | None = None, pending: PendingTokens | None = None) -> Row:
         """Take the next free row, for what the cache `takes`; without a need all of it."""
         index, layers = len(self.rows), len(self.keys)
-        # What the row before has left may not be finite. A masked slot has weight 0, but 0 times NaN is NaN.
-        for slab in (*self.keys, *self.values, *self.votes):
-            slab[index] = 0
+        self.clear(index)
         nothing = torch.zeros(1, 0, dtype=torch.int32, device=self.keys[0].device)
         self.rows.append(Row(self, index, need or self.need, [0] * layers, [nothing] * layers, pending))
         return self.rows[-1]
+
+    def clear(self, index: int) -> None:
+        """Let a row begin with zeros: a masked slot has weight 0, but 0 times a NaN that was left is NaN."""
+        for slab in (*self.keys, *self.values, *self.votes):
+            slab[index] = 0
 
     def begin_step(self) -> "list[LayerCache]":
         """Count one more pending token of every row; returns every layer as the step finds it."""

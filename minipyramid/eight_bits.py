@@ -111,8 +111,15 @@ class EightBits:
     def mixed_by(self, weights: Tensor) -> Tensor:
         """`attention.mixed` of these values; a value's scale is multiplied with its weights."""
         grouped = weights.view(*self.shape[:2], -1, self.shape[2])  # [B, K, G, S]
-        scaled = (grouped * self.scales[:, :, None]).to(weights.dtype)
-        return _product(mixed, scaled.flatten(1, 2), self)
+        if weights.dtype != torch.float16:
+            scaled = (grouped * self.scales[:, :, None]).to(weights.dtype)
+            return _product(mixed, scaled.flatten(1, 2), self)
+        # There a weight times a small scale would vanish, so the largest scale waits until after the product.
+        largest = self.scales.amax(-1)[:, :, None, None].clamp_min(SMALLEST)  # [B, K, 1, 1]
+        scaled = grouped * (self.scales[:, :, None] / largest)
+        found = _product(mixed, scaled.flatten(1, 2), self)
+        found.view(*self.shape[:2], -1, self.shape[3]).mul_(largest)
+        return found
 
 
 def rounded(x: Tensor) -> EightBits:

@@ -79,7 +79,7 @@ class LLM:
         revision: str | None = None,
         progress: checkpoint.Progress | None = None,
     ) -> None:
-        # Imported where they are needed: the hub's library takes its time, and names of policies are many.
+        # Imported where they are needed: a model that comes in an engine needs none of them.
         from minipyramid.eight_bits import holding
         from minipyramid.formats.huggingface import read_config
         from minipyramid.hub import fetch_weights, locate

@@ -20,7 +20,7 @@ class Need:
 
     slots: tuple[int, ...]  # [layer] tokens held at most
     pending: int = 0  # generated tokens that wait for a compaction, at most
-    group: int = 1  # how many of them a compaction is of
+    group: int = 0  # how many of them a compaction is of; 0 where none waits
 
     def bytes(self, per_token: int) -> int:
         """Keys, values and votes; `per_token` is the bytes of one token in one layer."""
@@ -46,7 +46,7 @@ def need_of(policy: Policy, prompt_tokens: int, new_tokens: int, layers: int) ->
         for n, stay in zip(prompt, generation.stay, strict=True)
     ]
     pending = max(generated - compactions * group for generated, compactions in longest)
-    return Need(tuple(slots), pending, group)
+    return Need(tuple(slots), pending, group if pending else 0)
 
 
 @dataclass(frozen=True)

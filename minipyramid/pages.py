@@ -142,10 +142,8 @@ class Paged:
         heads = torch.arange(self.slab.shape[1], device=self.device)[:, None]
         return self.slab[pages[slots // self.pages.size], heads, slots % self.pages.size]
 
-    def __setitem__(self, where: int | tuple[int, slice, slice], x: Slab) -> None:
-        """Write a slice of a row's slots; x [K, n, D]. Or clear a row that begins, which has no pages yet."""
-        if isinstance(where, int):
-            return
+    def __setitem__(self, where: tuple[int, slice, slice], x: Slab) -> None:
+        """Write a slice of a row's slots; x [K, n, D]."""
         row, _, slots = where
         size = self.pages.size
         self.pages.take(row, slots.stop)
@@ -177,7 +175,7 @@ class PagedCache(KVCache):
         return cls(
             [Paged(pages, pages.keys) for pages in layers],
             [Paged(pages, pages.values) for pages in layers],
-            [torch.zeros(rows, paging.pending, device=device) for _ in layers],
+            [torch.empty(rows, paging.pending, device=device) for _ in layers],
             config,
             Need(slots, paging.pending, needs[0].group),  # one row may have all pages
             dtype,
@@ -198,6 +196,11 @@ class PagedCache(KVCache):
         reserved = [self.paging.pages(one) for one in (need, *(row.need for row in self.rows))]
         counts = map(sum, zip(*reserved, strict=True))
         return super().takes(need) and all(map(le, counts, self.paging.pages(self.need)))
+
+    def clear(self, index: int) -> None:
+        """Let a row's votes begin with zeros; its pages do when they are taken."""
+        for votes in self.votes:
+            votes[index] = 0
 
     def layer(self, number: int, lengths: tuple[int, ...], ends: Tensor, cast: Cast) -> LayerCache:
         """One layer, in which every row has the page that its next token needs.

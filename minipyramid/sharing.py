@@ -25,7 +25,7 @@ def shared(
     """
     caches: list[tuple[list[Sequence], Allot]] = []
     # Rows of a cache drop generated tokens in groups of one size, or all of them drop none.
-    for together in split(fresh, lambda sequence: (sequence.need.group, sequence.need.pending > 0)):
+    for together in split(fresh, lambda sequence: sequence.need.group):
         paging = Paging.of([sequence.need for sequence in together])
         sizes = [s.need.bytes(per_token) for s in together]
         added = [paging.rounded(s.need).bytes(per_token) - n for s, n in zip(together, sizes, strict=True)]

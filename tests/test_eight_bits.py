@@ -79,6 +79,19 @@ def test_attention_is_that_over_what_the_numbers_stand_for(
         torch.testing.assert_close(out.float(), expected[0], atol=exact, rtol=exact)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0, 100.0])
+def test_small_values_do_not_vanish_in_float16(size: float) -> None:
+    """A weight of 1/1,000 times a scale of 8e-5 is as good as 0 there, and attention was 4 to 20 % off."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 16, generator=generator)
+    (keys,), (values,) = EightBits.slabs([(2, 2, 800, 16)], torch.float16, torch.device("cpu"))
+    keys[:] = torch.randn(2, 2, 800, 16, generator=generator)
+    values[:] = size * torch.randn(2, 2, 800, 16, generator=generator)
+    out, _ = attend_each(q.half(), keys, values, None)
+    expected, _ = attend_each(q, keys.to(torch.float32), values.to(torch.float32), None)
+    assert (out.float() - expected).norm() < 0.003 * expected.norm()
+
+
 def test_what_leaves_a_cache_keeps_nothing_of_its_place() -> None:
     """A conversation between two turns held the room in which a step turns numbers, too."""
     ((held,), _) = EightBits.slabs([(4, 2, 10, 8)], torch.float32, torch.device("cpu"))
