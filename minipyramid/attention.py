@@ -8,7 +8,8 @@ keys, bf16). In neither is a key repeated.
 
 Letters, here and in every file: `B` sequences, `T` tokens (of one sequence, or of several one after the
 other), `H` query heads, `K` key/value heads, `G = H / K`, `D` head size, `S` slots of a cache's layer, `n`
-keys of one sequence, `L` layers, `V` voters, `U` places for pending tokens.
+keys of one sequence, `N` tokens of a prompt, `P` slots of a page, `L` layers, `V` voters, `U` places for
+pending tokens.
 """
 
 import math
@@ -28,8 +29,8 @@ BLOCK = 256
 # slots, 12 heads, a processor with AMX; others were not measured), and a whole step 61.8 against 80.9. In
 # float32 it took 4.9 against 2.8.
 KEYS_FIRST = ("cpu", torch.bfloat16)
-# Voters whose probabilities are held at a time.  [K, G, VOTERS, n] float32
-VOTERS = 64
+# Voters whose probabilities are held at a time.  [K, G, VOTERS_AT_ONCE, n] float32
+VOTERS_AT_ONCE = 64
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -111,8 +112,8 @@ def looks(q: Tensor, keys: Tensor, logsumexp: Tensor | None, context: int) -> It
     (V, H, D), (K, n, _) = q.shape, keys.shape
     # Without the log of the sum a softmax needs all keys.
     visible = n if logsumexp is None else context
-    for start in range(0, V, VOTERS):
-        block = slice(start, start + VOTERS)
+    for start in range(0, V, VOTERS_AT_ONCE):
+        block = slice(start, start + VOTERS_AT_ONCE)
         # Divided here, where they are few, and not after the product.
         queries = (q[block] / math.sqrt(D)).view(-1, K, H // K, D)
         grouped = queries.permute(1, 2, 0, 3).flatten(1, 2)  # [K, G * block, D]

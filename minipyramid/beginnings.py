@@ -38,7 +38,7 @@ def next_together(
         source, shared = longest(sequence, row, running)
         most -= len(sequence.prompt) - shared
         waits = may_take(sequence, row) and any(
-            common(sequence.prompt, other.prompt) >= shared + WORTH_WAITING
+            common(sequence.prompt, other.earlier_ids + other.prompt) >= shared + WORTH_WAITING
             for other, _ in together
             if other.request.continuation is None  # one that is scored ends at once, with its row
         )
@@ -73,7 +73,7 @@ def longest(sequence: Sequence, row: Row, running: Iterable[Sequence]) -> tuple[
 
 
 def may_take(sequence: Sequence, row: Row) -> bool:
-    """Whether what it holds of a beginning does not depend on what follows."""
+    """Whether it holds the same of a beginning whatever follows: all, after no earlier turn, unrounded."""
     return sequence.policy == FULL and not sequence.earlier and row.cache.config.kv_dtype == "auto"
 
 

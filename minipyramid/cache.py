@@ -1,12 +1,13 @@
 """The key/value cache: slabs per layer, allotted once, written in place, a length per layer and row.
 
-The cache stores and decides nothing: the policy says what each layer holds (`minipyramid/policy.py`). Layers
-may hold different numbers of tokens, as sequences do, and the heads of a layer different tokens. So a token's
-*slot* says nothing about its *position*: keys are stored rotated, and the position of a sequence's next token
-is counted apart. The engine owns the cache and passes it to the model. Generated tokens are *pending* until
-the recent ones have voted on them.
+The cache decides nothing of a prompt: the policy says what each layer holds (`minipyramid/policy.py`). Of
+generated tokens it keeps those that the votes put first. Layers may hold different numbers of tokens, as
+sequences do, and the heads of a layer different tokens. So a token's *slot* says nothing about its
+*position*: keys are stored rotated, and the position of a sequence's next token is counted apart. The engine
+owns the cache and passes it to the model. Generated tokens are *pending* until a compaction reaches them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,9 @@ from torch import Tensor
 from minipyramid.attention import attend_each
 from minipyramid.config import ModelConfig
 from minipyramid.need import Need
-from minipyramid.policy import FULL, PendingTokens, Policy, top_scored, votes_to_cast
+from minipyramid.policy import FULL, Cast, PendingTokens, Policy, top_scored, votes_to_cast
 
-Slab = Any  # keys or values of a layer: a Tensor, or an `EightBits` or `Paged` in its place
-# Weights of the new tokens' votes, and the slots they are for, two of [B, U]; None where nothing is voted on.
-Cast = tuple[Tensor, Tensor] | None
+Slab = Any  # keys or values of a layer: a Tensor, or an `EightBits` or `PagedSlab` in its place
 Positions = list[int] | list[list[int]]  # of a layer: of all its heads alike, or one list per key/value head
 
 
@@ -32,8 +31,8 @@ class Row:
     index: int  # its number among the cache's rows
     need: Need  # what it may come to hold
     lengths: list[int]  # [layer] tokens held
-    # [layer] positions of the prompt's tokens and of those generated ones that survived a compaction,
-    # ascending. One line for all heads, or a line per head where heads hold different tokens.
+    # [layer] positions of all but the generated tokens that no compaction has reached, ascending. One line
+    # for all heads, or a line per head where heads hold different tokens.
     kept: list[Tensor]  # [1 or K, n] int32
     pending: PendingTokens | None = None  # None where generated tokens are never dropped
     position: int = 0  # of the next token
@@ -48,14 +47,14 @@ class Row:
             layers.append(heads if len(heads) > 1 else heads[0])
         return layers
 
-    def held(self, layer: int) -> tuple[Slab, Slab]:
+    def stored(self, layer: int) -> tuple[Slab, Slab]:
         """Keys and values in the layer's slabs.  two of [K, n, D]"""
         n = self.lengths[layer]
         return self.cache.keys[layer][self.index, :, :n], self.cache.values[layer][self.index, :, :n]
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """The same in the model's dtype.  two of [K, n, D]"""
-        k, v = self.held(layer)
+        k, v = self.stored(layer)
         return k.to(self.cache.dtype), v.to(self.cache.dtype)
 
     def write(self, layer: int, k: Slab, v: Slab, positions: Tensor) -> None:
@@ -73,7 +72,7 @@ class Row:
         """All that is held, apart from the slabs."""
         layers = []
         for layer, kept in enumerate(self.kept_positions()):
-            k, v = (slab.clone() for slab in self.held(layer))
+            k, v = (slab.clone() for slab in self.stored(layer))
             layers.append((k, v, torch.tensor(kept, device=k.device)))
         return HeldTokens(self.cache.config, layers, self.position, list(self.lengths))
 
@@ -92,7 +91,7 @@ class KVCache:
     size.
 
     A layer's keys stand as [B, K, S, D], so a decode step reads them in one batched product, without a copy.
-    What lies beyond a row's length is masked, and its own: it begins with zeros.
+    What lies beyond a row's length is masked, and holds zeros when the row begins.
     """
 
     keys: list[Slab]  # per layer [capacity, K, S, D]
@@ -194,6 +193,9 @@ class KVCache:
             slab[new] = slab[old]
 
 
+Allot = Callable[[ModelConfig, list[Need], torch.dtype, torch.device], KVCache]  # as `KVCache.allot`
+
+
 def empty_slabs(
     config: ModelConfig, shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
 ) -> list[list[Slab]]:
@@ -246,7 +248,7 @@ class LayerCache:
         out, probs = attend_each(q, *self.append(k, v))
         if self.to_cast is not None:
             weights, slots = self.to_cast
-            # The heads' sum stands for their mean, since only the order of votes counts.
+            # The heads' sum stands for their mean, for it gives the same order.
             self.votes.addcmul_(weights, probs.sum(1).gather(1, slots))
         return out
 

@@ -1,10 +1,11 @@
 """Keys and values in 8 bits: whole numbers from -127 to 127, and a scale for each token and key/value head.
 
 A key or value x of D components is held as round(x / scale) with scale = max |x| / 127, so no component is
-off by more than half a scale. (Where max |x| is below 0.008, float16 rounds the scale, too.) The scale takes
-two bytes: with D = 64 that is (64 + 2) / 128 = 51.6 % of bf16's bytes. A prompt's tokens attend to each
-other's exact keys, and policies choose from these; only what is held is rounded, and that once: from turn to
-turn of a conversation it stays in 8 bits.
+off by more than half a scale. (The scale is a float16, which is too coarse for that where max |x| is below
+0.002: there the largest components may be off by more.) The scale takes two bytes: with D = 64 that is (64 +
+2) / 128 = 51.6 % of bf16's bytes. A prompt's tokens attend to each other's exact keys, and policies choose
+from these; only what is held is rounded, and that once: from turn to turn of a conversation it stays in 8
+bits.
 
 A decode step has no product of 8-bit numbers with others to call, so it turns them into the model's dtype
 first, some at a time: see `_product`. With 540 tokens a sequence a whole step took 1.04 to 1.14 times as long
@@ -50,7 +51,7 @@ class EightBits:
     numbers: Tensor  # [..., D] int8
     scales: Tensor  # [...] float16
     # Where some numbers at a time are turned into the model's dtype, one place for all layers of a cache.
-    # Where it has no room all are turned at once, in new memory.
+    # Where it is empty all are turned at once, in new memory.
     place: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod

@@ -29,7 +29,7 @@ from minipyramid.tokenizer import TextStream, Tokenizer
 PROMPTS_AT_ONCE = {"cpu": 512, "cuda": 4096, "mps": 4096}
 
 News = tuple[Sequence, str | None]  # a piece of a sequence's text, or None: it has ended
-OnStep = Callable[[Scheduler], None] | None  # called after every step
+OnStep = Callable[[Scheduler], None] | None  # called after every step that took tokens
 
 
 class Engine:
@@ -60,7 +60,9 @@ class Engine:
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         self.scheduler = Scheduler(self.config, self.dtype, self.device, kv_memory)
         self.planner = Planner(self.config, policy, kv_budget, self.scheduler.per_token)
-        self._step_over = threading.Condition()  # guards the three fields below; free during a step
+        self._step_over = (
+            threading.Condition()
+        )  # guards what is taken from the three below; free during a step
         self._stepping = 0  # the thread that is in a step
         self._cancelled: deque[Sequence] = deque()
         self._news: deque[News] = deque()  # of what was added by `add`
@@ -93,7 +95,7 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         """Give its row back at once, or after the step that is being computed.
 
-        Then it has `ended`, and of what was added by `add` no `step` tells anything any more.
+        Then it has `ended`, and `step` no longer reports it.
         """
         expect_type("sequence", sequence, Sequence, "what Engine.add has returned")
         with self._step_over:
@@ -173,7 +175,7 @@ class Engine:
         if sequence.prepared_by is not self:
             raise RequestError(f"{sequence.request.name} was taken before or is another engine's; prepare it")
         sequence.prepared_by, sequence.news = None, news
-        self.scheduler.waiting.append(sequence)  # safe beside a step, which does not look at the end
+        self.scheduler.waiting.append(sequence)  # safe beside a step, which finds it now or the next time
 
     def encode(self, text_or_ids: Prompt, name: str, continues: bool = False) -> list[int]:
         """Token ids of a text or of ids; neither may be empty."""
@@ -265,7 +267,7 @@ class Engine:
                 if len(together) == 1:
                     sequence.error = error
                     self._let_go(sequence)
-                elif not (sequence.ended or sequence.completion.token_ids):  # others are past it
+                elif not (sequence.ended or sequence.completion.token_ids):  # others have it already
                     row.adopt(sequence.earlier)
                     sequence.completion.shared_tokens = 0
                     self._try_prompts([(sequence, row)])
@@ -299,7 +301,7 @@ class Engine:
                 told += f" is looked over, which takes {start + len(ids)} tokens of a context of {context}"
                 raise RequestError(f"{told}; shorten it or take a policy that reads it once")
             self.model.extend(self._tensor(ids), [Span(row, len(ids), policy)])
-            row.position = start
+            row.adopt(sequence.earlier)  # and nothing that the policy may have held of it
 
         return sequence.policy.look_over(sequence.prompt, compute)
 
@@ -323,7 +325,7 @@ class Engine:
                 sequence.news.append((sequence, piece))
 
     def _end(self, sequence: Sequence) -> None:
-        """It is complete."""
+        """Note what it holds, and let it go."""
         if sequence.row:
             sequence.note_held(sequence.row)
         self._let_go(sequence)

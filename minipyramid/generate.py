@@ -1,4 +1,4 @@
-"""`python -m minipyramid.generate`: text to stdout, everything else to stderr, one line for what is wrong.
+"""`python -m minipyramid.generate`: what is asked for to stdout, all else to stderr, one line for an error.
 
 Exit status 0; 2 for bad input; 130 after Ctrl-C (a batch: 143 after SIGTERM), with what was finished kept; 1
 for a defect of ours.
@@ -235,9 +235,9 @@ def describe(completion: Completion, policy: str) -> dict[str, Any]:
 
 
 def print_stats(completion: Completion, policy: str) -> None:
-    """The same figures on stderr, a line each; what stdout shows already is left out."""
+    """The same figures on stderr, a line each, without the text and the long lists."""
     for name, value in describe(completion, policy).items():
-        if name not in ("text", "token_ids", "kept_positions"):
+        if name not in ("text", "token_ids", "kept_positions", "pyramid"):
             shown = f"{value:.4g}" if isinstance(value, float) else value
             print(f"{name + ':':15}{shown}", file=sys.stderr)
 

@@ -51,8 +51,7 @@ class LLM:
             of float32's bytes. Their products round to bfloat16, whatever `dtype` is.
         kv_dtype: "int8" holds keys and values in 8 bits, with a scale for each token and key/value head;
             "auto" in `dtype`. A budget is a share of tokens, so of the full cache in the same numbers.
-        chat_format: what messages are rendered by where `chat_request` names nothing, as there; None for the
-            checkpoint's own template.
+        chat_format: the default of `chat_request`'s `chat_format`; None for the checkpoint's own template.
         compile: run decode steps through `torch.compile`. Worth it where steps are many and their layers
             small: the first step compiles some ten seconds long, as do those of other kinds (README, Limits).
         revision: branch, tag or commit of a hub repository.
@@ -137,7 +136,7 @@ class LLM:
     def completions(self, prompts: Prompts, params: Params = None, on_step: OnStep = None) -> Finished:
         """Like `generate`, but each as it is finished, with its prompt's index.
 
-        `on_step` is called after every step.
+        `on_step` is called after every step that took tokens.
         """
         listed = request.as_list(prompts)
         one = SamplingParams() if params is None else params
@@ -229,7 +228,7 @@ class LLM:
     def prefill(self, prompts: Prompts, conversation: Earlier = None) -> list[Prefill]:
         """Compute prompts and tell what the cache holds of each, and the scores of the token that comes next.
 
-        With a `conversation` one prompt is its next turn, to which nothing is replied.
+        With a `conversation`, which is updated, one prompt is its next turn, to which nothing is replied.
         """
         listed, prefills = request.as_list(prompts), []
         if conversation and len(listed) != 1:

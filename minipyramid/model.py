@@ -2,13 +2,13 @@
 cache.
 
 No padding is ever computed. The tokens of all sequences lie one after the other in one axis `T`, which is all
-that norms, projections and feed-forward need to know; only attention takes them apart again. It does so in
-two ways: `extend` runs many tokens of some sequences, prompts above all, and prunes between layers; `step`
-runs one token of every sequence of some caches.
+that norms, projections and feed-forward need to know; only attention takes them apart again. Two ways lead
+through the layers: `extend` runs many tokens of some sequences, prompts above all, and prunes between layers;
+`step` runs one token of every sequence of some caches.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -81,13 +81,13 @@ class Layer(nn.Module):
             piece.add_(self.mlp(piece))
         return x
 
-    def step(self, x: Tensor, rotation: tuple[Tensor, Tensor], caches: Sequence[LayerCache]) -> Tensor:
+    def step(self, x: Tensor, rotation: tuple[Tensor, Tensor], caches: list[LayerCache]) -> Tensor:
         """One token of every row of some caches; rotation two of [B, 1, D / 2].  [B, hidden_size] -> same"""
         q, k, v = self.qkv(x, *rotation)
         counts = [len(cache.ends) for cache in caches]
-        by_cache = [torch.split(t, counts) for t in (q / math.sqrt(self.config.head_dim), k, v)]
+        each = (torch.split(t, counts) for t in (q / math.sqrt(self.config.head_dim), k, v))  # q, k and v
         # Of each cache's rows.  [rows, H * D]
-        attended = [cache.attend(*found) for cache, *found in zip(caches, *by_cache, strict=True)]
+        attended = [cache.attend(*qkv) for cache, *qkv in zip(caches, *each, strict=True)]
         return self.add_attention_and_mlp(x, torch.cat(attended))
 
 
@@ -132,7 +132,7 @@ def attend_and_hold(
 
 
 class Model(nn.Module):
-    """Parameters are created where the caller says (`torch.device("meta")` to load a checkpoint)."""
+    """The decoder. Parameters are created where the caller says (`torch.device("meta")` to load weights)."""
 
     inv_freq: Tensor
 
@@ -146,7 +146,7 @@ class Model(nn.Module):
         self.layer_step = Layer.step  # or what `minipyramid/compiled.py` makes of it
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
-    def extend(self, ids: Tensor, spans: Sequence[Span], *, all_positions: bool = False) -> Tensor:
+    def extend(self, ids: Tensor, spans: list[Span], *, all_positions: bool = False) -> Tensor:
         """Append tokens of some sequences to what their caches hold.
 
         They attend to what each layer holds and to themselves, causally. Prompt tokens are pruned between
@@ -186,7 +186,7 @@ class Model(nn.Module):
             span.row.position += span.count
         return x
 
-    def step(self, ids: Tensor, caches: Sequence[KVCache]) -> Tensor:
+    def step(self, ids: Tensor, caches: list[KVCache]) -> Tensor:
         """Run one more token of every row of every cache, and count its vote where it has one.
 
         Where the time goes, of 8 sequences with 540 tokens each (12 layers, hidden size 768, float32, two CPU

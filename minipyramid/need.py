@@ -1,9 +1,8 @@
 """What one sequence will need of the cache, known before anything is computed.
 
-The cache is allotted from it, once. With nothing pruned it is flat: prompt plus new tokens everywhere.
+The cache is allotted from it, once. With nothing pruned each layer gets prompt plus new tokens.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add
 
@@ -20,38 +19,36 @@ class Need:
 
     slots: tuple[int, ...]  # [layer] tokens held at most
     pending: int = 0  # generated tokens that wait for a compaction, at most
-    group: int = 0  # how many of them a compaction is of; 0 where none waits
+    group: int = 0  # tokens of one compaction; 0 where none waits
 
     def bytes(self, per_token: int) -> int:
         """Keys, values and votes; `per_token` is the bytes of one token in one layer."""
         return per_token * sum(self.slots) + VOTE_BYTES * self.pending * len(self.slots)
 
-    def plus(self, held: Sequence[int]) -> "Need":
+    def plus(self, held: list[int]) -> "Need":
         """Room for so many further tokens in each layer."""
         return Need(tuple(map(add, self.slots, held)), self.pending, self.group)
 
 
 def need_of(policy: Policy, prompt_tokens: int, new_tokens: int, layers: int) -> Need:
     """What one sequence needs at its longest."""
-    prompt, generation = policy.held(prompt_tokens, layers), policy.generation(prompt_tokens, layers)
+    slots = policy.kv_lengths(prompt_tokens, new_tokens, layers)
+    generation = policy.generation(prompt_tokens, layers)
     if generation is None:
-        return Need(tuple(n + new_tokens for n in prompt))
+        return Need(tuple(slots))
     group, done = generation.group, generation.compactions(new_tokens)
-    # (generated tokens, compactions) where most is held: at the end, or just before the last compaction.
-    longest = [(new_tokens, done)]
-    if done:
-        longest.append((generation.compacts_at(done - 1, new_tokens), done - 1))
-    slots = [
-        max(n + generated - compactions * (group - stay) for generated, compactions in longest)
-        for n, stay in zip(prompt, generation.stay, strict=True)
-    ]
-    pending = max(generated - compactions * group for generated, compactions in longest)
+    pending = new_tokens - done * group
+    if done:  # more may be held just before the last compaction than at the end
+        last = generation.compacts_at(done - 1, new_tokens)
+        before = policy.kv_lengths(prompt_tokens, last - 1, layers)
+        slots = [max(at_end, n + 1) for at_end, n in zip(slots, before, strict=True)]
+        pending = max(pending, last - (done - 1) * group)
     return Need(tuple(slots), pending, group if pending else 0)
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans requests of one model by one policy, or by what a budget makes of it."""
+    """Which policy each request of a model runs by: the given one, or what a budget makes of it."""
 
     config: ModelConfig
     policy: Policy

@@ -15,7 +15,6 @@ full --kv-memory 129466368 --fixed 12 --runs 1 --dtype float32`.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import le
 
@@ -23,9 +22,10 @@ import torch
 from torch import Tensor
 
 from minipyramid.attention import mixed, scores_of
-from minipyramid.cache import Cast, KVCache, LayerCache, Row, Slab, empty_slabs
+from minipyramid.cache import KVCache, LayerCache, Row, Slab, empty_slabs
 from minipyramid.config import ModelConfig
 from minipyramid.need import VOTE_BYTES, Need
+from minipyramid.policy import Cast
 
 # Pages that a row of average size fills: with more of them less is unused, with fewer a step is quicker.
 PAGES = 8
@@ -43,7 +43,7 @@ class Paging:
     pending: int  # tokens of a row that wait for a compaction, at most
 
     @classmethod
-    def of(cls, needs: Sequence[Need]) -> "Paging":
+    def of(cls, needs: list[Need]) -> "Paging":
         """What suits some needs."""
         means = [sum(slots) / len(slots) for slots in zip(*(need.slots for need in needs), strict=True)]
         powers = [2 ** round(math.log2(max(1.0, mean / PAGES))) for mean in means]
@@ -55,7 +55,7 @@ class Paging:
         return [-(-slots // size) for slots, size in zip(need.slots, self.sizes, strict=True)]
 
     def rounded(self, need: Need) -> Need:
-        """What a row adds to a cache's bytes: whole pages, and the votes of `ROWS` rows."""
+        """For its bytes alone, which a row adds to a cache's: whole pages, and the votes of `ROWS` rows."""
         slots = tuple(count * size for count, size in zip(self.pages(need), self.sizes, strict=True))
         return replace(need, slots=slots, pending=ROWS * self.pending)
 
@@ -64,8 +64,8 @@ class Paging:
 class Pages:
     """One layer's pages, those in use first, and which row owns which."""
 
-    keys: Slab  # [N, K, P, D]
-    values: Slab  # [N, K, P, D]
+    keys: Slab  # [pages, K, P, D]
+    values: Slab  # [pages, K, P, D]
     of_row: list[list[int]]  # [row] its pages, in the order of its tokens
     owners: list[int]  # [page in use] its row
     found: tuple[Tensor, Tensor] | None = None  # by `index`, until pages change
@@ -104,7 +104,9 @@ class Pages:
             self.owners[page] = new
 
     def index(self, rows: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Who owns each page in use [N], and the last pages of each row, `count` of them [B, count].
+        """Who owns each page in use [pages], and the last pages of each row, `count` of them [B, count].
+
+        Where a row has fewer, page 0 stands in their place; no vote on what it holds has a weight.
 
         Copied to the device only where pages have changed, which a row's do once in P steps.
         """
@@ -115,11 +117,11 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class Paged:
+class PagedSlab:
     """What `KVCache` holds in place of a tensor [capacity, K, S, D]: its rows are read and written alike."""
 
     pages: Pages
-    slab: Slab  # [N, K, P, D], the pages' keys or values
+    slab: Slab  # [pages, K, P, D], the pages' keys or values
 
     @property
     def device(self) -> torch.device:
@@ -158,7 +160,7 @@ class Paged:
 class PagedCache(KVCache):
     """A cache whose rows share the pages of each layer: `capacity` rows at most, as pages are free."""
 
-    layers: list[Pages]
+    pages: list[Pages]  # [layer]
     paging: Paging
 
     @classmethod
@@ -173,22 +175,22 @@ class PagedCache(KVCache):
             layers.append(Pages(k, v, [[] for _ in range(rows)], []))
         slots = tuple(count * size for count, size in zip(counts, paging.sizes, strict=True))
         return cls(
-            [Paged(pages, pages.keys) for pages in layers],
-            [Paged(pages, pages.values) for pages in layers],
+            [PagedSlab(pages, pages.keys) for pages in layers],
+            [PagedSlab(pages, pages.values) for pages in layers],
             [torch.empty(rows, paging.pending, device=device) for _ in layers],
             config,
             Need(slots, paging.pending, needs[0].group),  # one row may have all pages
             dtype,
             config.kv_bytes_per_token(dtype.itemsize),
             rows,
-            layers=layers,
+            pages=layers,
             paging=paging,
         )
 
     @property
     def bytes(self) -> int:
         """Of all pages, and of the votes."""
-        votes = VOTE_BYTES * self.capacity * self.need.pending * len(self.layers)
+        votes = VOTE_BYTES * self.capacity * self.need.pending * len(self.pages)
         return self.bytes_per_token * sum(self.need.slots) + votes
 
     def takes(self, need: Need) -> bool:
@@ -207,35 +209,36 @@ class PagedCache(KVCache):
 
         It has none behind that, since `attend` takes a row's last page for the one that is partly used.
         """
-        pages, rows = self.layers[number], len(self.rows)
+        pages, rows = self.pages[number], len(self.rows)
         for row, length in enumerate(lengths):
             pages.take(row, length + 1)
             pages.give_back(row, length + 1)
+        # Pending tokens may begin and end within a page.
         owners, last = pages.index(rows, self.need.pending // pages.size + 2, ends.device)
         k, v, votes = pages.keys[: len(owners)], pages.values[: len(owners)], self.votes[number][:rows]
         return PagedLayer(k, v, votes, lengths, ends, cast, owners=owners, last=last)
 
     def retire(self, row: Row) -> None:
         """Free a row and its pages."""
-        for pages in self.layers:
+        for pages in self.pages:
             pages.give_back(row.index, 0)
         super().retire(row)
 
     def renumber(self, old: int, new: int) -> None:
         """What is held of a row is of another number from now on."""
-        for pages, votes in zip(self.layers, self.votes, strict=True):
+        for pages, votes in zip(self.pages, self.votes, strict=True):
             pages.renumber(old, new)
             votes[new] = votes[old]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PagedLayer(LayerCache):
-    """One layer as a decode step finds it; keys and values are those of its pages [N, K, P, D] in use.
+    """One layer as a decode step finds it; keys and values are those of its pages [pages, K, P, D] in use.
 
     A row's new token goes into its last page; all others are full. Pending tokens are in the last few.
     """
 
-    owners: Tensor  # [N] each page's row
+    owners: Tensor  # [pages] each page's row
     last: Tensor  # [B, count] each row's last pages, in the order of its tokens
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -247,15 +250,15 @@ class PagedLayer(LayerCache):
         (B, H, D), size = q.shape, self.keys.shape[2]
         offset, newest = self.ends % size, self.last[:, -1]  # [B]
         self.keys[newest, :, offset], self.values[newest, :, offset] = k, v
-        scores = scores_of(q[self.owners], self.keys).float()  # [N, H, P]
+        scores = scores_of(q[self.owners], self.keys).float()  # [pages, H, P]
         unused = torch.arange(size, device=q.device) > offset[:, None]  # [B, P]
         scores[newest] = scores[newest].masked_fill(unused[:, None], float("-inf"))
-        owners = self.owners[:, None].expand(-1, H)  # [N, H]
+        owners = self.owners[:, None].expand(-1, H)  # [pages, H]
         highest = scores.new_full((B, H), float("-inf")).scatter_reduce(0, owners, scores.amax(-1), "amax")
         probs = scores.sub_(highest[self.owners][..., None]).exp_()
         total = probs.new_zeros(B, H).index_add_(0, self.owners, probs.sum(-1))
         probs = probs.div_(total[self.owners][..., None])
-        found = mixed(probs.to(q.dtype), self.values).float()  # [N, H, D]
+        found = mixed(probs.to(q.dtype), self.values).float()  # [pages, H, D]
         if self.to_cast is not None:
             weights, slots = self.to_cast  # two of [B, U]
             place = slots // size - self.ends[:, None] // size - 1  # counted from the last page, which is -1

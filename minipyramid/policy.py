@@ -7,7 +7,8 @@ A policy answers three questions, and the rest of the engine asks them without k
    own output is exact; only then it holds less. What a layer does not pass on, no deeper layer computes.
 2. Which tokens? A choice from what the layer has at hand (`Seen`), and from a look over the whole prompt
    beforehand, if the policy takes one.
-3. The same of generated tokens (`Generation`): how many stay of each group, and which.
+3. How are generated tokens dropped (`Generation`): how many stay of each group, and who votes? Which of them
+   stay follows from the votes under every policy.
 
 Every length is a function of the numbers of tokens and layers and of the policy's settings, never of the
 data. So the memory is planned before anything is computed, and a batch holds what its single runs hold.
@@ -54,8 +55,8 @@ class Generation:
     """How generated tokens are dropped, in groups, by the votes of the newest (docs/method.md, section 3).
 
     Of T tokens so far the newest 1 + int(T * recent_ratio) are the recent tokens. A generated token is
-    *pending* until it is voted on. As soon as `group` pending tokens are older than the recent ones, each
-    layer keeps the highest-voted of that group: a *compaction*.
+    *pending* until a compaction reaches it. As soon as `group` pending tokens are older than the recent ones,
+    each layer keeps the highest-voted of that group: a *compaction*.
     """
 
     prompt_tokens: int
@@ -63,7 +64,7 @@ class Generation:
     group: int  # tokens of one compaction
     stay: tuple[int, ...]  # [layer] how many of each group stay
     distance_weight: float  # of the newest voter; the oldest has 1
-    fewest_recent: int = 0  # R is not less
+    fewest_recent: int = 0  # so many are recent at least, beside the newest
 
     def older(self, generated: int) -> int:
         """Generated tokens that are older than the recent ones, after so many were generated."""
@@ -78,10 +79,10 @@ class Generation:
         """Number of generated tokens at which a compaction (0-based) happens; `new_tokens` + 1 if never."""
         return bisect_left(range(new_tokens + 1), (compaction + 1) * self.group, key=self.older)
 
-    def weight(self, voter: int, compacts_at: int) -> float:
-        """What a generated token counts in the compaction at so many; 0 if it is no voter then."""
-        oldest = self.older(compacts_at)
-        voters = compacts_at - oldest
+    def weight(self, voter: int, generated: int) -> float:
+        """What the vote of a generated token counts in the compaction after so many; 0 if it is no voter."""
+        oldest = self.older(generated)
+        voters = generated - oldest
         rank = voter - oldest
         if rank < 0:
             return 0.0
@@ -103,13 +104,13 @@ class Policy:
     def look_over(self, ids: list[int], compute: "Compute") -> list[Tensor] | None:
         """Score a prompt before it is computed, for a policy that needs a pass of its own for it.
 
-        `compute(ids, policy)` runs tokens through the layers under a policy that holds nothing of them.
+        `compute(ids, policy)` runs tokens through the layers; what the policy holds of them is let go.
         Returns [layer] of [K, N], which `hold` then finds in `Seen.repeated`, as far as layers need it.
         """
         return None
 
     def looked_over(self, prompt_tokens: int, layers: int) -> int:
-        """Token-layers that `look_over` computes."""
+        """Token-layers that `look_over` computes: its tokens, added up over the layers that they pass."""
         return 0
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
@@ -147,7 +148,9 @@ class Policy:
 
 
 FULL = Policy()
-Compute = Callable[[list[int], Policy], None]  # run tokens through the layers; nothing of them is held
+Compute = Callable[[list[int], Policy], None]  # run tokens through the layers; nothing of them stays held
+# Weights of the new tokens' votes, and the slots they are for, two of [B, U]; None where nothing is voted on.
+Cast = tuple[Tensor, Tensor] | None
 
 
 def check_share(share: float) -> None:
@@ -204,9 +207,7 @@ class PendingTokens:
         return due
 
 
-def votes_to_cast(
-    pending: list[PendingTokens], lengths: Tensor, room: int
-) -> list[tuple[Tensor, Tensor] | None]:
+def votes_to_cast(pending: list[PendingTokens], lengths: Tensor, room: int) -> list[Cast]:
     """Count one more generated token of every sequence; returns what its vote weighs, and for which slots.
 
     For each layer: the weights [B, U] with which the token votes on each pending token of its row, the oldest

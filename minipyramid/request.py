@@ -54,7 +54,8 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop": end of text or a stop string; "length": max_new_tokens
-    kept_positions: list[Positions] = field(default_factory=list)  # [layer][slot] positions held at the end
+    # Held at the end: [layer][slot], or [layer][head][slot] where heads hold different tokens.
+    kept_positions: list[Positions] = field(default_factory=list)
     kv_lengths: list[int] = field(default_factory=list)  # per layer, tokens held at the end
     kv_bytes: int = 0  # of keys and values held at the end
     kv_bytes_full: int = 0  # what the full cache would hold

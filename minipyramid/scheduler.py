@@ -1,23 +1,20 @@
 """Which requests run: as many as their planned bytes leave room for, in their order.
 
 Nothing is guessed: what a request will need at its longest is known before it starts, so none that runs is
-ever swapped out or started over, and the memory is never exceeded. Requests that start together are rows of
-one cache and attend in one product: in slabs if all are of one size, in pages otherwise. The next starts
-when a cache has room for it, or when a cache whose rows have all ended has given back its bytes.
+ever swapped out or started over, and a `kv_memory` that was given is never exceeded. Requests that start
+together are rows of one cache and attend in one product: in slabs if all are of one size, in pages otherwise.
+The next starts when a cache has room for it, or when a cache whose rows have all ended has given back its
+bytes.
 """
 
 from collections import deque
-from collections.abc import Callable
 
 import torch
 
-from minipyramid.cache import KVCache, Row
+from minipyramid.cache import Allot, KVCache, Row
 from minipyramid.config import ModelConfig
 from minipyramid.errors import RequestError
-from minipyramid.need import Need
 from minipyramid.request import Sequence
-
-Allot = Callable[[ModelConfig, list[Need], torch.dtype, torch.device], KVCache]  # as `KVCache.allot`
 
 
 class Scheduler:
@@ -46,7 +43,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.caches: list[KVCache] = []
         self.running: dict[Row, Sequence] = {}  # who has which row of which cache
-        self.finished = self.generated = 0  # sequences that have ended, and tokens of all
+        self.finished = self.generated = 0  # sequences that have ended, and tokens taken in steps
 
     @property
     def memory(self) -> int:
@@ -92,7 +89,8 @@ class Scheduler:
                 room -= earlier
                 self._begin(sequence, min(free, key=lambda cache: cache.need.bytes(self.per_token)))
                 begun.append(sequence)
-            # With nothing else in flight there is never more room than now, and it would wait for ever.
+            # With nothing else in flight it would wait for ever: half of what is free may have become less
+            # since `check`.
             elif needed <= room or not (self.caches or fresh):
                 room -= needed
                 fresh.append(sequence)

@@ -10,10 +10,9 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from itertools import accumulate
 
-from minipyramid.cache import KVCache
+from minipyramid.cache import Allot, KVCache
 from minipyramid.pages import PagedCache, Paging
 from minipyramid.request import Sequence
-from minipyramid.scheduler import Allot
 
 
 def shared(
@@ -36,8 +35,8 @@ def shared(
         room = -missing
         alone = together[end:]
         if others_wait:
-            alone = [s for s, left in zip(alone, accumulate(sizes[end:]), strict=True) if left <= room]
-            room -= sum(s.need.bytes(per_token) for s in alone)
+            taken = [size for size in accumulate(sizes[end:]) if size <= room]
+            alone, room = alone[: len(taken)], room - max(taken, default=0)
         in_pages = together[:end]
         if len({sequence.need for sequence in in_pages}) < 2:
             in_pages, alone = [], in_pages + alone

@@ -144,3 +144,18 @@ def test_scored_prompts_are_computed_together(tiny: LLM, computed: list[int]) ->
     sequences = [llm.engine.prepare(Request(beginning + own, continuation=[])) for own in rest]
     list(llm.engine.run(sequences))
     assert computed == [3 * 120 + 5 + 6 + 7]
+
+
+def test_nobody_waits_for_a_beginning_that_another_s_earlier_turns_hide(
+    tiny: LLM, computed: list[int]
+) -> None:
+    """A turn's own tokens were compared without what stands before them, and a batch was torn apart."""
+    llm = tiny.under("full")
+    before, own = prompts_of([40, 120])
+    talk = Conversation()
+    llm.prefill(before, talk)
+    computed.clear()
+    sequences = [llm.engine.prepare(Request(own, FEW, conversation)) for conversation in (talk, None)]
+    list(llm.engine.run(sequences))
+    assert computed[0] == 2 * 120
+    assert [sequences[1].completion.token_ids] == alone(tiny, [own])

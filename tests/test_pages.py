@@ -152,10 +152,10 @@ def test_a_compaction_frees_pages() -> None:
     cache = cache_in_pages([Need((40,) * LAYERS), Need((8,) * LAYERS)])
     row = cache.add_row(Need((40,) * LAYERS))
     write(row, 40, torch.Generator().manual_seed(0))
-    assert [len(pages.owners) for pages in cache.layers] == [3] * LAYERS
+    assert [len(pages.owners) for pages in cache.pages] == [3] * LAYERS
     row.lengths = [15] * LAYERS
     cache.begin_step()
-    assert [len(pages.owners) for pages in cache.layers] == [1] * LAYERS
+    assert [len(pages.owners) for pages in cache.pages] == [1] * LAYERS
 
 
 @pytest.mark.parametrize(("slots", "size"), [(36, 16), (300, 32), (760, 128), (5000, 128), (1, 16)])

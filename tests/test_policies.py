@@ -26,7 +26,7 @@ from minipyramid.policies.random import Random
 from minipyramid.policies.snapkv import WINDOW, SnapKV
 from minipyramid.policies.split import Split
 from minipyramid.policies.streaming import Streaming
-from minipyramid.policy import Generation, Seen
+from minipyramid.policy import FULL, Compute, Generation, Seen
 
 CHOICES: list[Policy] = [Streaming(), H2O(), SnapKV(), PyramidKV(), KeyDiff(), Random()]
 SPLITS = [f"{name}-split" for name in ("streaming", "h2o", "snapkv", "pyramidkv", "keydiff", "random")]
@@ -423,3 +423,28 @@ def test_a_module_that_ends_the_program_is_named(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"'exits:Mine' cannot be imported .*(SystemExit|ZeroDivision)"):
         tiny.under("exits:Mine")
+
+
+@dataclass(frozen=True)
+class LooksTwice(Policy):
+    """Reads the prompt once before it is computed, under a policy that holds what it computes."""
+
+    def look_over(self, ids: list[int], compute: Compute) -> list[Tensor] | None:
+        compute(ids, FULL)
+        return None
+
+
+def test_what_was_held_while_a_prompt_was_looked_over_is_let_go(tiny: LLM) -> None:
+    """Its slots stayed taken, and the error that came of it ended everybody who ran."""
+    prompt = prompts_of([20])[0]
+    params = SamplingParams(max_new_tokens=5, ignore_eos=True)
+    plain, twice = Conversation(), Conversation()
+    for _ in range(2):  # a turn holds what those before it have left, and no more
+        done = []
+        for policy, conversation in (("full", plain), (LooksTwice(), twice)):
+            engine = tiny.under(policy).engine
+            sequence = engine.prepare(Request(prompt, params, conversation))
+            list(engine.run([sequence]))
+            done.append(sequence.completion)
+        assert done[0].token_ids == done[1].token_ids
+        assert done[0].kept_positions == done[1].kept_positions

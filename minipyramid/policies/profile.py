@@ -167,7 +167,8 @@ class Profile(Policy):
         if len(level.held) != layers:
             raise ConfigError(f"the profile is of {len(level.held)} layers, and the model has {layers}")
         least = min(prompt_tokens, max(1, self.fewest))
-        # Sums up to each layer are rounded, and not each layer's share, so that they come to the whole share.
+        # Sums up to each layer are rounded, and not each layer's share, so that they come to the whole share
+        # (where none is lifted to `fewest`).
         ends = [round(end) for end in accumulate(share * prompt_tokens for share in level.held)]
         # A whole share may be rounded to a token more than there is.
         held = [min(prompt_tokens, max(least, end - start)) for start, end in pairwise([0, *ends])]
@@ -185,7 +186,7 @@ class Profile(Policy):
         return self.counts(prompt_tokens, layers)[1]
 
     def generation(self, prompt_tokens: int, layers: int) -> Generation:
-        """Of each group a layer keeps the share it holds of a prompt; half of `share` is recent."""
+        """Of each group a layer keeps the share it holds of a prompt; half as large a share is recent."""
         share = self.share if self.generated_share is None else self.generated_share
         stay = tuple(round(GROUP * held) for held in self.level(share).held)
         return Generation(
@@ -193,10 +194,10 @@ class Profile(Policy):
         )
 
     def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> "Profile":
-        """Generated tokens follow the share as far as they fit; what they leave is held of the prompt.
+        """Generated tokens take their share, and the prompt has the rest.
 
-        Where they leave less than half of the prompt's own share, fewer of them are recent, and then fewer
-        stay. Where nothing leaves so much, what leaves most is taken.
+        Where the rest is less than half of the prompt's own share, fewer generated tokens are recent, and
+        then fewer stay. Where it is never that much, the settings with the largest rest are taken.
         """
         most = int(most_tokens(share, prompt_tokens, new_tokens, layers))
         enough = max(layers, share * prompt_tokens * layers / 2)  # a token of each layer, or half the share

@@ -34,7 +34,7 @@ def newest(seen: Seen, lines: Lines) -> Tensor:
 
 
 def voted(seen: Seen, lines: Lines) -> Tensor:
-    """The voters are voted on as well, by those that follow them.  [K, T]"""
+    """The voters are voted on as well, by themselves and those that follow them.  [K, T]"""
     T, n = len(seen.q), seen.keys.shape[1]
     voters = min(VOTERS, T)
     logsumexp = None if seen.logsumexp is None else seen.logsumexp[:, T - voters :]
