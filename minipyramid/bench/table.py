@@ -4,6 +4,8 @@ import argparse
 import statistics
 from typing import Any
 
+import torch
+
 from minipyramid.bench.floors import Rates, best_of, floors, measure_rates, weight_bytes
 from minipyramid.bench.machine import machine_line, machine_of
 from minipyramid.bench.methods import check_budgets, planners_of
@@ -29,10 +31,17 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     check_budgets(planners, work)
     if args.versus:
         planners[args.versus] = Planner(config, FULL, None, plain_kv_bytes(config, dtype))
-    seen: list[Rates] = []
+    seen: list[Rates] = [measure_rates(dtype, device)]
+    torch.cuda.empty_cache()  # for the models, which other processes load; without a GPU it does nothing
     # Workers would each time which format is quicker, and might find otherwise.
     argv = [*argv, "--dtype", str(dtype).removeprefix("torch.")]
-    figures = take_turns(list(planners), args.runs, argv, lambda: seen.append(measure_rates(dtype, device)))
+
+    def measure_again() -> None:
+        # Others may use a CPU as well, so it may be quicker in another moment. A GPU is full of models now.
+        if device.type == "cpu":
+            seen.append(measure_rates(dtype, device))
+
+    figures = take_turns(list(planners), args.runs, argv, measure_again)
     rates = best_of(seen)
     rows = []
     for name, planner in planners.items():
