@@ -220,6 +220,7 @@ class LLM:
         """How the checkpoint is talked to; each is made once, for it keeps a process that renders."""
         from minipyramid.formats.chat import ChatFormat
 
+        expect_type("chat_format", name, (str, type(None)), "a name")
         if name not in self._chat_formats:
             made = ChatFormat(self.directory, self.engine.need_tokenizer(), name)
             self._chat_formats[name] = made

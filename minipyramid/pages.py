@@ -32,7 +32,7 @@ PAGES = 8
 SMALLEST, LARGEST = 16, 128  # slots of a page
 # Rows allotted for each sequence that starts, for shorter ones may follow it in its pages. A row costs only
 # its votes; without votes there may be as many rows as pages.
-ROWS = 4
+ROWS = 2
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,7 @@ def top_scored(score: Tensor, count: int, first: int = 0, newest: int = 0) -> Te
     Of equal scores the earlier token wins, for topk promises no order.  [..., T] -> [..., count]
     """
     score = score.float().clone()
-    if first:
-        score[..., :first] = torch.finfo(score.dtype).max
+    score[..., :first] = torch.finfo(score.dtype).max
     if newest:
         score[..., -newest:] = math.inf
     ranked = score.sort(descending=True, stable=True).indices

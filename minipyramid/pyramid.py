@@ -36,7 +36,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minipyramid.config import read_json
 from minipyramid.errors import ConfigError, check_fields, expect_type, nearest, number
 from minipyramid.policy import Generation, Policy, Seen, top_scored
 
@@ -137,6 +136,7 @@ class PyramidConfig(Policy):
         """Published settings by the model they were published for; `ConfigError` for another name."""
         from minipyramid.presets import PRESETS
 
+        expect_type("name", name, str, "a preset's name")
         if name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; {nearest(name, PRESETS)}")
         return cls(**PRESETS[name][1])
@@ -151,9 +151,12 @@ class PyramidConfig(Policy):
     @classmethod
     def load(cls, path: str | Path) -> "PyramidConfig":
         """Read a published file, or a flat one. Raises `CheckpointError` or `ConfigError`."""
-        from minipyramid.settings import settings_of
+        from minipyramid.policies import load_policy
 
-        return settings_of(cls, read_json(Path(path), holds="a policy's settings"), str(path))
+        loaded = load_policy(Path(path))
+        if not isinstance(loaded, cls):
+            raise ConfigError(f"{path} has the settings of another policy; expected PyramidInfer's")
+        return loaded
 
     @classmethod
     def for_budget(cls, share: float, *, prompt_tokens: int, new_tokens: int, layers: int) -> "PyramidConfig":

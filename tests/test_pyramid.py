@@ -392,3 +392,16 @@ def test_names_and_types_that_are_no_settings(tiny_dir: Path) -> None:
     for wrong in ({"recent_ratio": "0.2"}, {"min_context_length": 1.5}, {"streamingllm_sink_len": True}):
         with pytest.raises(TypeError, match=next(iter(wrong))):
             PyramidConfig(**wrong)
+
+
+def test_settings_that_name_their_policy_are_read_and_another_policy_s_are_not(tmp_path: Path) -> None:
+    """The same file was taken by `--policy` and refused by `load`."""
+    path = tmp_path / "settings.json"
+    path.write_text('{"policy": "pyramid", "recent_ratio": 0.3}')
+    assert PyramidConfig.load(path) == PyramidConfig(recent_ratio=0.3)
+    path.write_text('{"policy": "snapkv", "share": 0.3}')
+    with pytest.raises(ConfigError, match="settings of another policy; expected PyramidInfer's"):
+        PyramidConfig.load(path)
+    wrong: Any = 3
+    with pytest.raises(TypeError, match="name is 3, expected a preset's name"):
+        PyramidConfig.preset(wrong)

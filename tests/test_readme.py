@@ -38,7 +38,7 @@ def test_links_lead_somewhere_and_every_file_is_listed() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert all((ROOT / link).exists() for link in links)
     files = {f"minipyramid/{path.name}" for path in (ROOT / "minipyramid").glob("*.py")}
-    assert files - set(links) <= {"minipyramid/__init__.py", "minipyramid/errors.py"}
+    assert files - set(links) <= {"minipyramid/__init__.py"}
 
 
 def test_the_walk_of_a_prompt_is_drawn_as_it_is_called(tiny: LLM) -> None:

@@ -62,7 +62,7 @@ def build_parser() -> Parser:
         type=listed(float),
         default=[0.5, 0.25, 0.15, 0.08, 0.05],
         metavar="SHARE,SHARE",
-        help="shares of the full cache to find levels for",
+        help="shares of the full cache to find levels for (0.5,0.25,0.15,0.08,0.05)",
     )
     add(
         "--computed",

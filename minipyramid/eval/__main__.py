@@ -66,7 +66,7 @@ def build_parser() -> Parser:
         "--policies",
         type=listed(str),
         metavar="NAME,NAME",
-        help=f"{', '.join(NAMES)}, a preset, a JSON file, or package.module:Name (these names)",
+        help=f"{', '.join(NAMES)}, any NAME-split, a preset, a JSON file, or package.module:Name (these)",
     )
     add("--budgets", type=listed(float), default=[0.75, 0.5, 0.35], metavar="SHARE,SHARE")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
