@@ -140,7 +140,9 @@ class Engine:
         earlier_ids = check_ids(conversation.token_ids, "the conversation's token_ids", self.config)
         expect_type("the conversation's held", earlier, (HeldTokens, type(None)), "HeldTokens or None")
         if earlier and earlier.config is not self.config:
-            raise RequestError("the conversation holds the cache of another LLM; begin a new one")
+            raise RequestError(
+                "the conversation holds another LLM's cache, or is a deep copy; begin a new one"
+            )
         ids = self.encode(request.prompt, name, continues=bool(earlier_ids))
         new_tokens = params.max_new_tokens if to_score is None else len(to_score)
         self.config.check_length(len(earlier_ids) + len(ids), new_tokens, name)
@@ -268,12 +270,15 @@ class Engine:
                     sequence.error = error
                     self._let_go(sequence)
                 elif not (sequence.ended or sequence.completion.token_ids):  # others have it already
-                    row.adopt(sequence.earlier)
+                    row.adopt(None)
                     sequence.completion.shared_tokens = 0
                     self._try_prompts([(sequence, row)])
 
     def _compute_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
         began = time.perf_counter()
+        for sequence, row in together:
+            if sequence.earlier:
+                row.adopt(sequence.earlier)
         # What a row already holds of its prompt was computed for another one that begins alike.
         to_compute = [s.prompt[s.completion.shared_tokens :] for s, _ in together]
         ids = self._tensor([token for tokens in to_compute for token in tokens])

@@ -16,7 +16,7 @@ from minipyramid.cli.chat import TerminalChat
 from minipyramid.cli.loading import load
 from minipyramid.cli.plan_table import as_dict, plan_of, table
 from minipyramid.cli.prompts import read_prompts
-from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, RunningLine, exit_status
+from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, RunningLine, exit_status, tell
 from minipyramid.policies import POLICIES
 
 
@@ -139,15 +139,15 @@ def run(args: argparse.Namespace) -> None:
         check_flags(args)
         run_batch(load(args), params, args)
         return
+    for flag in ("output", "resume", "strict"):
+        if vars(args)[flag]:
+            raise RequestError(f"--{flag} is for --batch; give a file of prompts, or leave it out")
     if args.plan:
         plan = plan_of(args, read_prompts(args, needed=False), params.max_new_tokens)
         print(json.dumps(as_dict(plan, args.kv_memory)) if args.json else table(plan, args.kv_memory))
         return
     if args.prompt_tokens is not None:
         raise RequestError("--prompt-tokens is for --plan; give a prompt to generate from")
-    for flag in ("output", "resume", "strict"):
-        if vars(args)[flag]:
-            raise RequestError(f"--{flag} is for --batch; give a file of prompts, or leave it out")
     prompts = [] if args.chat else read_prompts(args)
     llm = load(args)
     if args.chat:
@@ -239,7 +239,7 @@ def print_stats(completion: Completion, policy: str) -> None:
     for name, value in describe(completion, policy).items():
         if name not in ("text", "token_ids", "kept_positions", "pyramid"):
             shown = f"{value:.4g}" if isinstance(value, float) else value
-            print(f"{name + ':':15}{shown}", file=sys.stderr)
+            tell(f"{name + ':':15}{shown}")
 
 
 if __name__ == "__main__":

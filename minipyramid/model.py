@@ -92,7 +92,7 @@ class Layer(nn.Module):
 
 
 def attend_and_hold(
-    span: Span, layer: int, qkv: tuple[Tensor, ...], positions: Tensor, *, held: int, passed_on: int
+    span: Span, layer: int, qkv: list[Tensor], positions: Tensor, *, held: int, passed_on: int
 ) -> tuple[Tensor, Tensor]:
     """One layer's attention for the new tokens of one sequence; then the policy chooses.
 
@@ -161,23 +161,19 @@ class Model(nn.Module):
         positions = torch.cat([span.row.position + torch.arange(span.count) for span in spans])  # [T]
         positions = positions.to(ids.device)
         cos, sin = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # [T, 1, D / 2]
-        held = [span.policy.held(span.count, L) for span in spans]
+        held = [s.policy.held(s.count, L) for s in spans]
         # [span][layer], and what passes the last layer.
-        computed = [
-            [*span.policy.computed(span.count, L), span.count if all_positions else 1] for span in spans
-        ]
+        computed = [[*s.policy.computed(s.count, L), s.count if all_positions else 1] for s in spans]
         x = F.embedding(ids, self.embed_tokens)  # [T, hidden_size]
         for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
             counts = [lengths[i] for lengths in computed]
-            by_span = zip(*(torch.split(t, counts) for t in layer.qkv(x, cos, sin)), strict=True)
+            parts = (torch.split(t, counts) for t in (positions, *layer.qkv(x, cos, sin)))
             attended, passed_on, start = [], [], 0
-            for s, (span, qkv) in enumerate(zip(spans, by_span, strict=True)):
-                end = start + counts[s]
-                counts_of = {"held": held[s][i], "passed_on": computed[s][i + 1]}
-                out, which = attend_and_hold(span, i, qkv, positions[start:end], **counts_of)
+            for s, (span, pos, *qkv) in enumerate(zip(spans, *parts, strict=True)):
+                out, which = attend_and_hold(span, i, qkv, pos, held=held[s][i], passed_on=computed[s][i + 1])
                 attended.append(out)
                 passed_on.append(start + which)
-                start = end
+                start += counts[s]
             # Before the projection and feed-forward, which nobody would read of a dropped token.
             if sum(map(len, passed_on)) < len(x):
                 x, positions, cos, sin = (t[torch.cat(passed_on)] for t in (x, positions, cos, sin))

@@ -127,10 +127,8 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence, cache: KVCache) -> None:
         """Move a sequence from those that wait to those that run, so that no interruption loses it."""
-        row = sequence.take_row(cache)
-        self.running[row] = sequence
+        self.running[sequence.take_row(cache)] = sequence
         self.waiting.remove(sequence)
-        row.adopt(sequence.earlier)
 
     def in_order(self) -> list[Sequence]:
         """Those that run, in the order of the caches' rows, which is that of a step."""

@@ -373,3 +373,28 @@ def test_help_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         build_parser().parse_args(["--help"])
     assert exit_.value.code == 0
     assert "usage: minipyramid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(
+    ("flags", "status", "words"), [("Once --stats", 0, True), ("Once --top-k x", 2, False)]
+)
+def test_where_stderr_cannot_be_written_stdout_has_the_text_alone(
+    stderr: str, flags: str, status: int, words: bool, tiny_dir: Path
+) -> None:
+    """Figures and errors were printed among the text, or ended the command with 1."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    command = (
+        f"{sys.executable} -m minipyramid.generate {flags} --model {tiny_dir} --max-new-tokens 3 {stderr}"
+    )
+    ran = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, check=False)
+    assert ran.returncode == status
+    assert b"finish_reason" not in ran.stdout
+    assert b"error" not in ran.stdout
+    assert bool(ran.stdout) == words
+
+
+def test_a_plan_refuses_the_flags_of_a_batch(run: Any) -> None:
+    """They were ignored there, without a word."""
+    assert run("--plan", "--prompt-tokens", "5", "--output", "x")[0] == 2

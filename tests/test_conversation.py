@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,3 +163,24 @@ def test_a_completion_is_the_callers_own(tiny: LLM) -> None:
     say(tiny, prompt, EIGHT, conversation).kv_lengths[0] = 1
     assert conversation.held
     assert conversation.held.lengths == [28, 28, 28]
+
+
+@pytest.mark.parametrize(
+    "forged", [{"lengths": [-5] * 3}, {"lengths": []}, {"layers": [(None, None, None)] * 3}]
+)
+def test_a_forged_conversation_fails_alone(forged: dict[str, Any], tiny: LLM) -> None:
+    """What it holds was copied outside of what may fail for one, and everybody who ran ended."""
+    conversation = Conversation()
+    prompt, other = prompts_of([20, 30])
+    say(tiny, prompt, EIGHT, conversation)
+    assert conversation.held
+    conversation.held = replace(conversation.held, **forged)
+    engine = tiny.under("full").engine
+    innocent = engine.add(Request(other, SamplingParams(max_new_tokens=12, ignore_eos=True)))
+    engine.step()
+    with suppress(Exception):  # it may be refused at once
+        engine.add(Request(prompt, EIGHT, conversation))
+    while not innocent.ended:
+        engine.step()
+    assert innocent.error is None
+    assert innocent.completion.token_ids == tiny.generate(other, innocent.request.params)[0].token_ids

@@ -19,6 +19,7 @@ from helpers import PROFILE, WEIGHTS
 
 from minipyramid import LLM, Policy, PyramidConfig, SamplingParams
 from minipyramid.cli.terminal import DEFAULT_TEXT
+from minipyramid.cli.texts import read_text
 from minipyramid.eval import __main__ as command
 from minipyramid.eval.books import sentences
 from minipyramid.eval.compare import Comparison, compare, no_samples, pick_policies
@@ -487,3 +488,11 @@ def test_a_plot_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     status, out, _ = run(capsys, *QUICK, "--policies", "full,pyramid,random", "--plot", str(file))
     assert (status, len(out.splitlines())) == (0, 2 * (1 + 3) + 2)
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file that never ends")
+def test_a_text_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was read until the memory was full."""
+    monkeypatch.setattr("minipyramid.cli.texts.MOST_BYTES", 1 << 20)
+    with pytest.raises(RequestError, match="--text /dev/zero is larger than 1 MiB; give a part of it"):
+        read_text("/dev/zero")

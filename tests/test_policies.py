@@ -363,6 +363,12 @@ WRONG_GENERATIONS = {
     "less than none": Generation(30, 0.2, 4, (1, -1, 1), 1.0),
     "a share": Generation(30, 0.2, 4, (1, 0.5, 1), 1.0),  # type: ignore[arg-type]
     "no list": Generation(30, 0.2, 4, 2, 1.0),  # type: ignore[arg-type]
+    "a truth": Generation(30, 0.2, True, (1, 1, 1), 1.0),
+    "no ratio": Generation(30, math.nan, 4, (1, 1, 1), 1.0),
+    "a ratio above 1": Generation(30, 1e308, 4, (1, 1, 1), 1.0),
+    "a weight without end": Generation(30, 0.2, 4, (1, 1, 1), math.inf),
+    "a text for a weight": Generation(30, 0.2, 4, (1, 1, 1), "x"),  # type: ignore[arg-type]
+    "fewer than none": Generation(30, 0.2, 4, (1, 1, 1), 1.0, -100),
 }
 
 
@@ -448,3 +454,31 @@ def test_what_was_held_while_a_prompt_was_looked_over_is_let_go(tiny: LLM) -> No
             done.append(sequence.completion)
         assert done[0].token_ids == done[1].token_ids
         assert done[0].kept_positions == done[1].kept_positions
+
+
+@pytest.mark.parametrize("found", ["x", [1, 2, 3], [torch.zeros(1, 1)], torch.zeros(2, 20)])
+def test_what_a_look_over_cannot_have_found_is_refused(found: Any, tiny: LLM) -> None:
+    """A tensor for one token was an IndexError, in the middle of a prompt."""
+
+    @dataclass(frozen=True)
+    class Strange(HeldShare):
+        def look_over(self, ids: list[int], compute: Compute) -> Any:
+            return found
+
+        def hold(self, seen: Seen, count: int) -> Tensor:
+            return torch.arange(count)
+
+    with pytest.raises(ConfigError, match="^Strange has looked over 20 tokens and found "):
+        tiny.under(Strange()).prefill(prompts_of([20]))
+
+
+def test_a_class_that_cannot_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: LLM
+) -> None:
+    """Whatever but a TypeError its making raised was a traceback."""
+    (tmp_path / "never.py").write_text(
+        "from minipyramid import Policy\nclass Never(Policy):\n    def __init__(self):\n        1 / 0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"policy 'never:Never' cannot be made \(ZeroDivisionError"):
+        tiny.under("never:Never")

@@ -1,12 +1,11 @@
 """`minipyramid --batch IN.jsonl --output OUT.jsonl`: the flags, signals, and what is told at the end."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from minipyramid import LLM, RequestError, SamplingParams
 from minipyramid.batch.job import run
-from minipyramid.cli.terminal import RunningLine, Signals
+from minipyramid.cli.terminal import RunningLine, Signals, tell
 
 # Flags that are for prompts on the command line, by what the parser calls them.
 OTHERS = {
@@ -51,4 +50,4 @@ def run_batch(llm: LLM, params: SamplingParams, args: argparse.Namespace) -> Non
         skipped = f", {counts.skipped} were there already" if counts.skipped else ""
         failed = f", {counts.failed} of them with an error" if counts.failed else ""
         done = counts.finished + counts.failed
-        print(f"minipyramid: {done} records written{failed}{skipped}", file=sys.stderr)
+        tell(f"minipyramid: {done} records written{failed}{skipped}")

@@ -19,6 +19,7 @@ from minipyramid.hub import locate
 from minipyramid.policies import POLICIES
 from minipyramid.sizes import parse_bytes
 
+MOST_SEQUENCES = 10_000  # of --batch-size
 LEAST = {"batch_size": 1, "prompt_tokens": 1, "max_new_tokens": 1, "runs": 1, "fixed": 0}
 # Modes that measure something else, and the flags that they have no use for.
 NO_USE = {
@@ -105,6 +106,8 @@ def check(args: argparse.Namespace) -> None:
         given = vars(args)[name]
         if given < least:
             raise RequestError(f"--{name.replace('_', '-')} is {given}, expected at least {least}")
+    if args.batch_size > MOST_SEQUENCES:
+        raise RequestError(f"--batch-size is {args.batch_size}, expected at most {MOST_SEQUENCES}")
     if args.kv_memory is not None:
         parse_bytes(args.kv_memory)
     default = vars(build_parser().parse_args([]))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minipyramid import LLM, Completion, Conversation, MiniPyramidError, RequestError, SamplingParams
-from minipyramid.cli.terminal import print_error, readable
+from minipyramid.cli.terminal import print_error, readable, tell
 
 HELP = "/reset begins anew, /save FILE writes the messages, /stats tells what is held, Ctrl-D leaves"
 OnAnswer = Callable[[Completion], None]
@@ -151,7 +151,7 @@ class TerminalChat:
 def read_line(typed: bool) -> str:
     """A line of stdin; with a prompt where a person types it."""
     if typed and not sys.stdout.isatty():
-        print("> ", end="", file=sys.stderr, flush=True)  # stdout is for answers
+        tell("> ", end="")  # stdout is for answers
         return input()
     return input("> " if typed else "")
 
@@ -167,8 +167,3 @@ def print_pieces(stream: Generator[str, None, Completion], pieces: list[str]) ->
             return completion
         print(piece if "".join(pieces).strip() else piece.lstrip(), end="", flush=True)
         pieces.append(piece)
-
-
-def tell(text: str) -> None:
-    """To stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -103,9 +104,16 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return read
 
 
+def tell(text: str, end: str = "\n") -> None:
+    """To stderr. Where that is closed or full nothing is told, for stdout is for results alone."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)
+
+
 def print_error(error: object) -> None:
     """One line on stderr, also where what it names holds a line break."""
-    print("minipyramid: error:", " ".join(str(error).split()), file=sys.stderr)
+    tell(f"minipyramid: error: {' '.join(str(error).split())}")
 
 
 def discard_output() -> None:
@@ -132,10 +140,10 @@ def exit_status(command: Callable[[], None]) -> int:
         print_error(f"the output cannot be written ({error})")
         return 2
     except Terminated:
-        print("minipyramid: terminated", file=sys.stderr)
+        tell("minipyramid: terminated")
         return 143
     except KeyboardInterrupt:
-        print("\nminipyramid: interrupted", file=sys.stderr)
+        tell("\nminipyramid: interrupted")
         return 130
     return 0
 
@@ -185,14 +193,14 @@ class ProgressLine:
         now = time.monotonic()
         if self.wanted and now - self.began > SLOW_S and now - self.written > REFRESH_S:
             self.written = now
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+            tell(f"\r{text}\x1b[K", end="")
 
     def __enter__(self: Line) -> Line:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.written > self.began:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            tell("\r\x1b[K", end="")
 
 
 class LoadingLine(ProgressLine):

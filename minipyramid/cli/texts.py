@@ -5,12 +5,17 @@ from pathlib import Path
 
 from minipyramid import LLM, RequestError
 
+MOST_BYTES = 256 << 20  # of a text; what is larger, or never ends, would fill the memory
+
 
 def read_text(file: str) -> str:
-    """A UTF-8 text, or its .xz."""
+    """A UTF-8 text, or its .xz. Raises `RequestError` where it is none, or larger than `MOST_BYTES`."""
     try:
-        raw = Path(file).read_bytes()
-        return (lzma.decompress(raw) if file.endswith(".xz") else raw).decode("utf-8")
+        with lzma.open(file) if file.endswith(".xz") else Path(file).open("rb") as opened:
+            raw = opened.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise RequestError(f"--text {file} is larger than {MOST_BYTES >> 20} MiB; give a part of it")
+        return raw.decode("utf-8")
     except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise RequestError(f"--text {file} cannot be read as UTF-8 text: {error}") from error
 

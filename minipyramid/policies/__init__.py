@@ -100,6 +100,8 @@ def by_default(name: str) -> Policy:
         return checked(kind())
     except TypeError as error:
         raise ConfigError(f"policy {name} has no default for a setting ({error}); give it one") from error
+    except (Exception, SystemExit) as error:  # a class of the user's own may do anything
+        raise ConfigError(f"policy {name!r} cannot be made ({error!r:.120}); mend its class") from error
 
 
 def class_of(name: str) -> type[Policy]:

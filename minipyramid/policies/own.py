@@ -5,6 +5,7 @@ not: a layer with one token too many would write over another sequence's, and an
 would read what nobody has put there.
 """
 
+import math
 from dataclasses import dataclass
 from operator import le
 from typing import Any
@@ -51,7 +52,11 @@ class Own(Policy):
 
     def look_over(self, ids: list[int], compute: Compute) -> list[Tensor] | None:
         """See `Policy`."""
-        return self.policy.look_over(ids, compute)
+        given = self.policy.look_over(ids, compute)
+        if given is None or (isinstance(given, list) and all(is_scores(part, len(ids)) for part in given)):
+            return given
+        told = f"{self._name} has looked over {len(ids)} tokens and found {given!r:.60}"
+        raise ConfigError(f"{told}; expected None, or a tensor [heads, {len(ids)}] for each layer in a list")
 
     def looked_over(self, prompt_tokens: int, layers: int) -> int:
         """See `Policy`."""
@@ -86,9 +91,12 @@ class Own(Policy):
             return None
         fits = isinstance(given, Generation) and are_counts([given.group], 1, 1)
         if fits and are_counts(given.stay, layers, 0) and max(given.stay) <= given.group:
-            return given
+            numbers = is_number(given.recent_ratio, 1.0) and is_number(given.distance_weight, math.inf)
+            if numbers and are_counts([given.fewest_recent], 1, 0):
+                return given
         expected = (
-            f"a Generation with a group of 1 or more, of which 0 to all stay in each of {layers} layers"
+            f"a Generation with a group of 1 or more, of which 0 to all stay in each of {layers} layers, and "
+            "recent tokens by a ratio of 0 to 1, a number and a finite weight"
         )
         raise ConfigError(f"{self._name} drops by {given!r:.120}; expected {expected}")
 
@@ -104,4 +112,15 @@ class Own(Policy):
 def are_counts(numbers: Any, layers: int, lowest: int) -> bool:
     """Whether it is a list of whole numbers, one for each layer and none below the lowest."""
     listed = isinstance(numbers, (list, tuple)) and len(numbers) == layers
-    return listed and all(isinstance(n, int) and n >= lowest for n in numbers)
+    return listed and all(isinstance(n, int) and not isinstance(n, bool) and n >= lowest for n in numbers)
+
+
+def is_number(value: Any, most: float) -> bool:
+    """Whether it is a finite number from 0 to `most`."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return known and 0 <= value <= most and math.isfinite(value)
+
+
+def is_scores(part: Any, tokens: int) -> bool:
+    """Whether it is a score for each head and token."""
+    return isinstance(part, Tensor) and part.dim() == 2 and part.shape[1] == tokens

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minipyramid import LLM, MiniPyramidError, RequestError
 from minipyramid.cli.loading import load
-from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, Signals, exit_status
+from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, Signals, exit_status, tell
 from minipyramid.serve.loopback import is_loopback
 
 BACKLOG = 2048  # connections that wait to be taken
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> None:
         if not args.quiet:
             host = f"[{args.host}]" if ":" in args.host else args.host
             address = f"http://{host}:{listening.getsockname()[1]}"
-            print(f"minipyramid: {name} at {address}", file=sys.stderr, flush=True)
+            tell(f"minipyramid: {name} at {address}")
             if problem:
-                print(f"minipyramid: messages are refused, for {problem}", file=sys.stderr, flush=True)
+                tell(f"minipyramid: messages are refused, for {problem}")
         with Signals():
             Server(config, service, args.grace).run(sockets=[listening])
 

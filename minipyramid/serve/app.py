@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hmac
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -296,7 +297,7 @@ class Gate:
                     app = JSONResponse(error_body(told, 403), 403)
             elif scope["path"] not in OPEN:
                 given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-                if not hmac.compare_digest(given, self.api_key.encode()):
+                if not hmac.compare_digest(given, os.fsencode(self.api_key)):
                     told = "the API key is wrong or missing; send it as Authorization: Bearer KEY"
                     app = JSONResponse(error_body(told, 401, "invalid_api_key"), 401)
         # A client that leaves, or breaks the protocol, in the middle of its body is no error of ours.

@@ -5,7 +5,6 @@ is read of the caches is read between two steps.
 """
 
 import asyncio
-import sys
 import threading
 import time
 from collections import deque
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from minipyramid.cache import Positions
+from minipyramid.cli.terminal import tell
 from minipyramid.engine import Engine, News
 from minipyramid.errors import RequestError
 from minipyramid.request import Sequence
@@ -122,7 +122,7 @@ class Worker(threading.Thread):
                 self._tell()
             self.metrics.look(self.engine.scheduler)
         except Exception as error:  # what was to be told is lost, and nobody may wait for it for ever
-            print(f"minipyramid: what was new could not be told: {error!r}", file=sys.stderr)
+            tell(f"minipyramid: what was new could not be told: {error!r}")
             self._end_all(RequestError("the server failed between two steps; ask again"))
         return bool(self._tickets)
 
@@ -130,7 +130,7 @@ class Worker(threading.Thread):
         try:
             self.engine.advance()
         except Exception as error:  # those that ran are told by their sequence's error
-            print(f"minipyramid: a step failed: {error!r}", file=sys.stderr)
+            tell(f"minipyramid: a step failed: {error!r}")
             time.sleep(AFTER_ERROR_S)
         for ticket in self._tickets.values():
             if not ticket.has_begun and ticket.sequence.completion.token_ids:
