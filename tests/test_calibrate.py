@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from pass_through import insert_layers
 
 from minipyramid import LLM, RequestError
-from minipyramid.calibrate.__main__ import build_parser, check, computed_at, main
+from minipyramid.calibrate.__main__ import computed_at, main
 from minipyramid.calibrate.contexts import Contexts, Loss, Window, cut_windows, loss
-from minipyramid.calibrate.find import Found, Search, Wanted
+from minipyramid.calibrate.find import Found, Search
 from minipyramid.calibrate.fit import LineFit
 from minipyramid.calibrate.search import NEWEST, Point, allot, cut_level, cuts, hull_below, lower_hull
 from minipyramid.calibrate.settings import check_replaced, write_profile
@@ -195,7 +195,7 @@ def test_the_depth_at_which_a_model_looks_back_is_found(
     windows = cut_windows(tokens, [1], (300, 24), 2, random.Random(0))
     search = Search(llm, windows, torch.zeros(layers, 1, 132), repeats=False, notice=lambda what: None)
     search.choices = (("keydiff", 0.25),)
-    found = search.find([Wanted(0.15, 0.5)])
+    found = search.find([(0.15, 0.5)])
     (level,) = found.levels
     # Behind the layer that looks back, and behind as many of those after it that change nothing.
     assert looks_back + 1 <= level.computed.count(1.0) <= looks_back + 1 + after.count(3)
@@ -269,10 +269,7 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
         (["--context", "160,200", "--repeat"], "--context is 160, expected 128 or less"),
         (["--computed", "nan"], "--computed is nan"),
         (["--budget", "0.5,0.004"], "less than a token"),
-        (["--computed", "0.5"], "--computed has 1 numbers for 2 budgets"),
-        (["--again", "1"], "--again has 1 numbers for 2 budgets"),
-        (["--again", "1,-1"], "--again is -1"),
-        (["--again", "nan,1"], "--again is nan"),
+        (["--computed", "0.5"], "1 shares for 2 budgets"),
         (["--context", "60"], "--context is 60"),
         (["--following", "1"], "--following"),
         (["--following", "90"], "less than half"),
@@ -331,39 +328,9 @@ def test_so_little_that_no_layer_computes_all_becomes_more(
     llm = LLM(model, policy="full")
     search = Search(llm, windows_of([160]), lines_of(layers), repeats=False, notice=lambda what: None)
     search.choices = (("keydiff", 0.25),)
-    (level,) = search.find([Wanted(0.05, float(computed))]).levels
+    (level,) = search.find([(0.05, float(computed))]).levels
     assert level.share == pytest.approx(0.05)
     assert level.computed[0] == 1
-
-
-def test_what_is_said_again_weighs_as_much_as_is_asked_for(
-    tiny: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Layer 0 serves what follows, layer 1 what is said again; the heavier of both has more room."""
-    search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
-    search.choices = ()
-
-    def told(contexts: Contexts, level: Level) -> Loss:
-        following, again, rest = ((1 - held) ** 2 / 10 for held in level.held)
-        return Loss(following + rest, again + rest)
-
-    monkeypatch.setattr(search, "loss", told)
-    rooms = []
-    for weight in (0.1, 1.0, 3.0):
-        (level,) = search.find([Wanted(0.3, 1.0, weight)]).levels
-        assert level.share == pytest.approx(0.3)
-        rooms.append(level.held[:2])
-    assert [following - again for following, again in rooms] == sorted(
-        (following - again for following, again in rooms), reverse=True
-    )
-    assert rooms[0][0] > rooms[0][1] + 0.1
-    assert rooms[2][1] > rooms[2][0] + 0.1
-
-
-def test_below_a_tenth_both_weigh_the_same_unless_it_is_asked_otherwise() -> None:
-    wanted = ["--text", "x", "--budget", "0.5,0.05"]
-    assert check(build_parser().parse_args(wanted)) == [Wanted(0.05, 0.4, 1.0), Wanted(0.5, 0.75, 0.3)]
-    assert [w.again for w in check(build_parser().parse_args([*wanted, "--again", "2,0"]))] == [0.0, 2.0]
 
 
 @pytest.mark.parametrize(("holding", "computed"), [(0.05, 0.4), (0.03, 0.45)])

@@ -11,14 +11,13 @@ import random
 import sys
 import time
 from itertools import pairwise
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from minipyramid import LLM, RequestError
 from minipyramid.calibrate.check import checked
-from minipyramid.calibrate.contexts import AGAIN, Contexts, Window, cut_windows, profile_of
-from minipyramid.calibrate.find import Search, Wanted
+from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, profile_of
+from minipyramid.calibrate.find import Search
 from minipyramid.calibrate.fit import FIRST, NEWEST, LineFit
 from minipyramid.calibrate.picture import plot
 from minipyramid.calibrate.search import cut_level
@@ -41,9 +40,6 @@ from minipyramid.policies import SETTINGS
 
 # By share of the cache, the share of a prompt's token-layers that is computed, if that does for the model.
 COMPUTED = ((0.0, 0.4), (0.08, 0.4), (0.15, 0.45), (0.25, 0.5), (0.5, 0.75), (1.0, 1.0))
-# At small shares what is said again weighs as much as what follows: with 0.3 the layer that looks back held
-# less at 5 %, and one in forty answers among prose was lost (docs/settings.md).
-SMALL, AGAIN_WHERE_SMALL = 0.1, 1.0
 FITTED_TO = 0.75  # of the text
 LEAST_APART = 0.0002  # of budgets; those that are closer may become one as they are written
 SHORTEST = 4 * (FIRST + NEWEST)  # tokens of a context
@@ -69,13 +65,6 @@ def build_parser() -> Parser:
         type=listed(float),
         metavar="SHARE,SHARE",
         help="token-layers to compute at each of them (0.75 at 0.5, 0.4 at 0.05); more where it costs much",
-    )
-    add(
-        "--again",
-        type=listed(float),
-        metavar="WEIGHT,WEIGHT",
-        help="what a stretch that is said again weighs beside the text that follows, at each of them "
-        f"({AGAIN_WHERE_SMALL:g} below {SMALL}, else {AGAIN}): more keeps what may be asked for later",
     )
     add("--context", type=listed(int), default=[512, 1024], metavar="N,N", help="tokens (512,1024)")
     add("--following", type=int, default=96, metavar="N", help="tokens read after each context (96)")
@@ -123,7 +112,6 @@ def run(args: argparse.Namespace) -> None:
         search = Search(llm, to_fit, fitted_lines(llm, to_fit, line), args.repeat, line.update)
         found = search.find(budgets)
         rows = checked(Search(llm, to_check, search.lines, args.repeat, line.update), found.levels)
-    rows = [row | {"again": wanted.again} for row, wanted in zip(rows, budgets, strict=True)]
     measured = {"text": Path(args.text).name, "context": args.context, "following": args.following}
     measured |= {"samples": args.samples, "seed": args.seed, "levels": rows}
     levels = [level for level, row in zip(found.levels, rows, strict=True) if row["better"]]
@@ -139,8 +127,8 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(told) if args.json else table(rows, out))
 
 
-def check(args: argparse.Namespace) -> list[Wanted]:
-    """What levels are to be found for, by ascending share, if the flags are what they must be."""
+def check(args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Budgets with what is computed at each, if the flags are what they must be."""
     check_shares(args)
     for name, least in (("following", 2), ("samples", 1)):
         if vars(args)[name] < least:
@@ -158,13 +146,9 @@ def check(args: argparse.Namespace) -> list[Wanted]:
     check_plot(args.plot)
     budgets = list(dict.fromkeys(args.budget))
     computed = args.computed or [computed_at(share) for share in budgets]
-    again = args.again or [AGAIN_WHERE_SMALL if share < SMALL else AGAIN for share in budgets]
-    for flag, given in (("--computed", computed), ("--again", again)):
-        if len(given) != len(budgets):
-            raise RequestError(f"{flag} has {len(given)} numbers for {len(budgets)} budgets; give as many")
-    for weight in again:
-        check_number("--again", weight, (float, 0.0, 100.0), RequestError)
-    return sorted(map(Wanted, budgets, computed, again), key=attrgetter("share"))
+    if len(computed) != len(budgets):
+        raise RequestError(f"--computed has {len(computed)} shares for {len(budgets)} budgets; give as many")
+    return list(zip(budgets, computed, strict=True))
 
 
 def check_shares(args: argparse.Namespace) -> None:

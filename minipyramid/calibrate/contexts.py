@@ -24,7 +24,7 @@ from minipyramid.policies.profile import Level, Profile
 from minipyramid.policies.repeat import say_again
 from minipyramid.policy import Compute, Policy, Seen
 
-AGAIN = 0.3  # weight of what is said again beside 1 for the text that follows, unless a budget has its own
+AGAIN = 0.3  # weight of what is said again, beside 1 for the text that follows
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,10 @@ class Loss:
     following: float
     again: float
 
-    def total(self, weight: float = AGAIN) -> float:
-        """What a search makes small, by the weight of what is said again."""
-        return self.following + weight * self.again
+    @property
+    def total(self) -> float:
+        """What a search makes small."""
+        return self.following + AGAIN * self.again
 
 
 def loss(full: Tensor, pruned: Tensor, windows: list[Window]) -> Loss:

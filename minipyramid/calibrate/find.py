@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from minipyramid import LLM
-from minipyramid.calibrate.contexts import AGAIN, Contexts, Loss, Window, loss, profile_of
+from minipyramid.calibrate.contexts import Contexts, Loss, Window, loss, profile_of
 from minipyramid.calibrate.search import (
     CHOICES,
     REPEAT,
@@ -31,15 +31,6 @@ from minipyramid.policies.profile import Level
 # answers at 8 %.)
 STEP, CHEAP = 0.05, 0.01
 Notice = Callable[[str], None]  # called after each measurement with what is being looked for
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a level is to be found for."""
-
-    share: float  # of the full cache that it holds
-    computed: float  # share of a prompt's token-layers that it computes, if that does for the model
-    again: float = AGAIN  # weight of what is said again
 
 
 @dataclass
@@ -92,24 +83,21 @@ class Search:
         self.notice(f"computes {sum(level.computed) / self.layers:.0%}, holds {level.share:.0%}")
         return measured
 
-    def cost(self, contexts: Contexts, level: Level, again: float = AGAIN) -> float:
+    def cost(self, contexts: Contexts, level: Level) -> float:
         """What the search makes small."""
-        return self.loss(contexts, level).total(again)
+        return self.loss(contexts, level).total
 
-    def find(self, budgets: list[Wanted]) -> Found:
-        """A level for each, by ascending share; it computes more than wanted where that would cost too much.
-
-        The weight of what is said again counts where layers choose and exchange room; curves and cuts serve
-        all budgets.
-        """
+    def find(self, budgets: list[tuple[float, float]]) -> Found:
+        """Levels that hold these shares and compute these, or more where that would cost too much."""
         found = Found()
         whole = self.full.profile.levels[0]
         for layer in range(self.layers):
             found.curves.append(curve(whole, layer, self.choices, partial(self.cost, self.full)))
-        for wanted in budgets:
-            cut = self.cut(found, wanted.share, max(wanted.share, wanted.computed))
-            level = allot(cut, found.curves, wanted.share)
-            cost = partial(self.cost, self.computing(cut), again=wanted.again)
+        for share, computed in sorted(budgets):
+            cut = self.cut(found, share, max(share, computed))
+            contexts = self.computing(cut)
+            level = allot(cut, found.curves, share)
+            cost = partial(self.cost, contexts)
             found.levels.append(exchange(choose_anew(level, self.choices, cost), cost))
         return found
 
@@ -130,7 +118,7 @@ class Search:
             if computed not in found.depths:
                 found.depths[computed] = []
                 for level in cuts(self.layers, computed):
-                    cost = self.cost(self.computing(level), level)
+                    cost = self.loss(self.computing(level), level).total
                     found.depths[computed].append((level.computed.count(1.0), cost))
             depth, cost = min(found.depths[computed], key=lambda measured: measured[1])
             if cost < max(cost_of_holding, CHEAP):
