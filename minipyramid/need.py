@@ -4,7 +4,6 @@ The cache is allotted from it, once. With nothing pruned each layer gets prompt 
 """
 
 from dataclasses import dataclass
-from operator import add
 
 from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError
@@ -27,7 +26,8 @@ class Need:
 
     def plus(self, held: list[int]) -> "Need":
         """Room for so many further tokens in each layer."""
-        return Need(tuple(map(add, self.slots, held)), self.pending, self.group)
+        slots = tuple(a + b for a, b in zip(self.slots, held, strict=True))
+        return Need(slots, self.pending, self.group)
 
 
 def need_of(policy: Policy, prompt_tokens: int, new_tokens: int, layers: int) -> Need:

@@ -14,13 +14,15 @@ import pytest
 import torch
 from helpers import PROFILE, TINY, lines_of
 
-from minipyramid import Policy, PyramidConfig, RequestError, compiled
+from minipyramid import LLM, Policy, PyramidConfig, RequestError, compiled
 from minipyramid.bench.__main__ import build_parser, main
 from minipyramid.bench.floors import Rates, best_of, floors
+from minipyramid.bench.growth import filled_cache
 from minipyramid.bench.methods import our_method, our_methods
 from minipyramid.bench.table import COLUMNS
 from minipyramid.bench.work import Work, make_work
 from minipyramid.bench.workers import Worker, peak_mb
+from minipyramid.cache import KVCache
 from minipyramid.calibrate.settings import write_profile
 from minipyramid.cli.terminal import DEFAULT_TEXT
 from minipyramid.formats.huggingface import config_of
@@ -308,7 +310,7 @@ def test_a_client_that_is_refused_ends_the_measurement(
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--fixed", "-1"], "--fixed is -1"),
         (["--growth", "--batch-size", "0"], "--batch-size is 0"),
-        (["--growth", "--batch-size", "100000000"], "smaller --batch-size"),
+        (["--batch-size", "100000000000"], "--batch-size is 100000000000, expected at most 10000"),
         (["--growth", "--ragged"], "no use for --ragged"),
         (["--growth", "--compile"], "no use for --compile"),
         (["--served", "--growth"], "no use for --growth"),
@@ -341,3 +343,14 @@ def test_nonsense_is_one_line_before_anything_loads(
 def test_the_machine_counts_as_it_is_at_its_best() -> None:
     """Its rates were measured once, in a slow moment, and a prompt came out quicker than its floor."""
     assert best_of([Rates(3.0, 1.0), Rates(1.0, 4.0), Rates(2.0, 2.0)]) == Rates(3.0, 4.0)
+
+
+def test_a_cache_that_finds_no_memory_is_one_line(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> KVCache:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(KVCache, "allot", refuse)
+    with pytest.raises(
+        RequestError, match=r"3 sequences of 9 tokens do not fit .*; give a smaller --batch-size"
+    ):
+        filled_cache(tiny, 3, 9)

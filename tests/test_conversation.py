@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_pyramid import SlowPyramid
 
-from minipyramid import LLM, Conversation, RequestError, SamplingParams
+from minipyramid import LLM, Conversation, Request, RequestError, SamplingParams
 from minipyramid.cache import KVCache, Span
 from minipyramid.need import Need
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import PROFILE, WEIGHTS
 
-from minipyramid import LLM, Policy, PyramidConfig, SamplingParams
+from minipyramid import LLM, Policy, PyramidConfig, RequestError, SamplingParams
 from minipyramid.cli.terminal import DEFAULT_TEXT
 from minipyramid.cli.texts import read_text
 from minipyramid.eval import __main__ as command

@@ -468,7 +468,7 @@ def test_what_a_look_over_cannot_have_found_is_refused(found: Any, tiny: LLM) ->
         def hold(self, seen: Seen, count: int) -> Tensor:
             return torch.arange(count)
 
-    with pytest.raises(ConfigError, match="^Strange has looked over 20 tokens and found "):
+    with pytest.raises(ConfigError, match=r"^Strange has looked over 20 tokens and found "):
         tiny.under(Strange()).prefill(prompts_of([20]))
 
 

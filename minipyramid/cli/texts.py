@@ -16,7 +16,7 @@ def read_text(file: str) -> str:
         if len(raw) > MOST_BYTES:
             raise RequestError(f"--text {file} is larger than {MOST_BYTES >> 20} MiB; give a part of it")
         return raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise RequestError(f"--text {file} cannot be read as UTF-8 text: {error}") from error
 
 
