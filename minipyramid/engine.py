@@ -60,9 +60,8 @@ class Engine:
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         self.scheduler = Scheduler(self.config, self.dtype, self.device, kv_memory)
         self.planner = Planner(self.config, policy, kv_budget, self.scheduler.per_token)
-        self._step_over = (
-            threading.Condition()
-        )  # guards what is taken from the three below; free during a step
+        # Guards what is taken from the three below; free during a step.
+        self._step_over = threading.Condition()
         self._stepping = 0  # the thread that is in a step
         self._cancelled: deque[Sequence] = deque()
         self._news: deque[News] = deque()  # of what was added by `add`

@@ -39,7 +39,8 @@ def download(name: str, revision: str | None, wanted: str, progress: bool, told_
     Raises:
         CheckpointError: access is refused, the hub cannot be reached, or the disk has no room.
     """
-    bars = tqdm if progress and sys.stderr.isatty() else _NoBar
+    shown = progress and sys.stderr is not None and sys.stderr.isatty()
+    bars = tqdm if shown else _NoBar
     which: dict[str, Any] = {"revision": revision, "allow_patterns": wanted.split()}
     try:
         with _without_remarks():
