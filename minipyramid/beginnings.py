@@ -38,7 +38,7 @@ def next_together(
         source, shared = longest(sequence, row, running)
         most -= len(sequence.prompt) - shared
         waits = may_take(sequence, row) and any(
-            common(sequence.prompt, other.earlier_ids + other.prompt) >= shared + WORTH_WAITING
+            common(sequence.prompt, other.all_ids) >= shared + WORTH_WAITING
             for other, _ in together
             if other.request.continuation is None  # one that is scored ends at once, with its row
         )
@@ -65,7 +65,7 @@ def longest(sequence: Sequence, row: Row, running: Iterable[Sequence]) -> tuple[
     for other in running if may_take(sequence, row) else ():
         source = other.row
         if source and source.lengths == [source.position] * len(source.lengths):  # nothing is dropped of it
-            ids = (other.earlier_ids + other.prompt + other.completion.token_ids)[: source.position]
+            ids = other.all_ids[: source.position]
             shared = common(ids, sequence.prompt[:-1])  # the last token's scores are wanted
             if shared > most:
                 best, most = source, shared

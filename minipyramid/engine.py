@@ -269,16 +269,15 @@ class Engine:
                     sequence.error = error
                     self._let_go(sequence)
                 elif not (sequence.ended or sequence.completion.token_ids):  # others have it already
-                    row.adopt(None)
                     sequence.completion.shared_tokens = 0
                     self._try_prompts([(sequence, row)])
 
     def _compute_prompts(self, together: list[tuple[Sequence, Row]]) -> None:
         began = time.perf_counter()
         for sequence, row in together:
-            if sequence.earlier:
+            # What a row already holds of its prompt was computed for another one that begins alike.
+            if not sequence.completion.shared_tokens:
                 row.adopt(sequence.earlier)
-        # What a row already holds of its prompt was computed for another one that begins alike.
         to_compute = [s.prompt[s.completion.shared_tokens :] for s, _ in together]
         ids = self._tensor([token for tokens in to_compute for token in tokens])
         spans = [

@@ -237,7 +237,7 @@ def describe(completion: Completion, policy: str) -> dict[str, Any]:
 def print_stats(completion: Completion, policy: str) -> None:
     """The same figures on stderr, a line each, without the text and the long lists."""
     for name, value in describe(completion, policy).items():
-        if name not in ("text", "token_ids", "kept_positions", "pyramid"):
+        if name not in ("text", "token_ids", "kept_positions"):
             shown = f"{value:.4g}" if isinstance(value, float) else value
             tell(f"{name + ':':15}{shown}")
 

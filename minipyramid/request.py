@@ -99,6 +99,11 @@ class Sequence:
     error: Exception | None = None
     prepared_by: object = None  # the engine that may still take it, once
 
+    @property
+    def all_ids(self) -> list[int]:
+        """Token ids of earlier turns, of the prompt, and of what followed it so far."""
+        return self.earlier_ids + self.prompt + self.completion.token_ids
+
     def take_row(self, cache: KVCache) -> Row:
         """Take a row of a cache and return it."""
         pending = None
@@ -137,7 +142,7 @@ class Sequence:
         conversation = self.request.conversation
         if conversation is not None and not self.request.continuation:  # what is scored becomes no turn
             conversation.held = row.copy_out()
-            conversation.token_ids = self.earlier_ids + self.prompt + completion.token_ids
+            conversation.token_ids = self.all_ids
 
 
 def as_list(prompts: Any) -> list[Any]:

@@ -14,10 +14,9 @@ import pytest
 import torch
 from helpers import PROFILE, TINY, lines_of
 
-from minipyramid import LLM, Policy, PyramidConfig, RequestError, compiled
+from minipyramid import Policy, PyramidConfig, RequestError, compiled
 from minipyramid.bench.__main__ import build_parser, main
 from minipyramid.bench.floors import Rates, best_of, floors
-from minipyramid.bench.growth import filled_cache
 from minipyramid.bench.methods import our_method, our_methods
 from minipyramid.bench.table import COLUMNS
 from minipyramid.bench.work import Work, make_work
@@ -345,12 +344,12 @@ def test_the_machine_counts_as_it_is_at_its_best() -> None:
     assert best_of([Rates(3.0, 1.0), Rates(1.0, 4.0), Rates(2.0, 2.0)]) == Rates(3.0, 4.0)
 
 
-def test_a_cache_that_finds_no_memory_is_one_line(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_finds_no_memory_is_one_line(
+    tiny_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> KVCache:
         raise RuntimeError("not enough memory")
 
     monkeypatch.setattr(KVCache, "allot", refuse)
-    with pytest.raises(
-        RequestError, match=r"3 sequences of 9 tokens do not fit .*; give a smaller --batch-size"
-    ):
-        filled_cache(tiny, 3, 9)
+    assert main(["--model", str(tiny_dir), "--growth", "--batch-size", "10000"]) == 2
+    assert "smaller --batch-size" in capsys.readouterr().err

@@ -336,7 +336,7 @@ def test_the_command_reports_every_policy(capsys: pytest.CaptureFixture[str]) ->
 def test_half_of_the_bytes_keep_what_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
     """By the profile beside the checkpoint; the published settings lose more than half of the answers."""
     wanted = (
-        "--context 512 --budgets 0.5 --samples 2 --recall --policies full,profile,streaming --json".split()
+        "--context 1024 --budgets 0.5 --samples 2 --recall --policies full,profile,streaming --json".split()
     )
     full, profile, streaming = json.loads(run(capsys, *wanted)[1])["rows"]
     assert full["inside"][0] > 0.9

@@ -31,17 +31,20 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     check_budgets(planners, work)
     if args.versus:
         planners[args.versus] = Planner(config, FULL, None, plain_kv_bytes(config, dtype))
-    seen: list[Rates] = [measure_rates(dtype, device)]
-    torch.cuda.empty_cache()  # for the models, which other processes load; without a GPU it does nothing
+    seen: list[Rates] = []
+    # Others may use a CPU as well, so it may be quicker in another moment. A GPU is full of models by then.
+    each_turn = device.type == "cpu"
+    if not each_turn:
+        seen.append(measure_rates(dtype, device))
+        torch.cuda.empty_cache()  # for the models, which other processes load
     # Workers would each time which format is quicker, and might find otherwise.
     argv = [*argv, "--dtype", str(dtype).removeprefix("torch.")]
 
-    def measure_again() -> None:
-        # Others may use a CPU as well, so it may be quicker in another moment. A GPU is full of models now.
-        if device.type == "cpu":
+    def before_turn() -> None:
+        if each_turn:
             seen.append(measure_rates(dtype, device))
 
-    figures = take_turns(list(planners), args.runs, argv, measure_again)
+    figures = take_turns(list(planners), args.runs, argv, before_turn)
     rates = best_of(seen)
     rows = []
     for name, planner in planners.items():

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from minipyramid.cli.texts import read_at_most
 from minipyramid.errors import RequestError
 
 MOST_BYTES = 64 << 20  # of a prompt file; what is larger, or never ends, is no prompt
@@ -34,18 +35,15 @@ def read_text(name: str) -> str:
 
     Raises `RequestError` where it is no text, or larger than `MOST_BYTES`.
     """
+    told = f"--prompt-file {name}", "give a smaller one, or several"
     try:
         if name == "-":
             if sys.stdin is None:
                 raise OSError("stdin is closed")
-            data = sys.stdin.buffer.read(MOST_BYTES + 1)
+            data = read_at_most(sys.stdin.buffer, MOST_BYTES, *told)
         else:
             with Path(name).open("rb") as file:
-                data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise RequestError(
-                f"--prompt-file {name} is larger than {MOST_BYTES >> 20} MiB; give a smaller one, or several"
-            )
+                data = read_at_most(file, MOST_BYTES, *told)
         return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--prompt-file {name} cannot be read as UTF-8 text: {error}") from error

@@ -2,6 +2,7 @@
 
 import lzma
 from pathlib import Path
+from typing import IO
 
 from minipyramid import LLM, RequestError
 
@@ -12,12 +13,17 @@ def read_text(file: str) -> str:
     """A UTF-8 text, or its .xz. Raises `RequestError` where it is none, or larger than `MOST_BYTES`."""
     try:
         with lzma.open(file) if file.endswith(".xz") else Path(file).open("rb") as opened:
-            raw = opened.read(MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            raise RequestError(f"--text {file} is larger than {MOST_BYTES >> 20} MiB; give a part of it")
-        return raw.decode("utf-8")
+            return read_at_most(opened, MOST_BYTES, f"--text {file}", "give a part of it").decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise RequestError(f"--text {file} cannot be read as UTF-8 text: {error}") from error
+
+
+def read_at_most(file: IO[bytes], most: int, name: str, way_out: str) -> bytes:
+    """All of a file; `RequestError` where it is larger than `most` bytes, or never ends."""
+    data = file.read(most + 1)
+    if len(data) > most:
+        raise RequestError(f"{name} is larger than {most >> 20} MiB; {way_out}")
+    return data
 
 
 def read_tokens(llm: LLM, text: str, file: str, least: int) -> list[int]:

@@ -37,7 +37,6 @@ def request_of(
 ) -> Request:
     """What is asked of the engine; arguments and errors as those of `LLM.chat_request`."""
     expect_type("conversation", conversation, (Conversation, type(None)), "a Conversation")
-    expect_type("chat_format", chat_format, (str, type(None)), "a name")
     earlier = conversation.token_ids if conversation else []
     form = make_format(chat_format)
     ids = form.encode(messages, after=earlier[-1] if earlier else None, variables=variables)
