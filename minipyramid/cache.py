@@ -281,4 +281,4 @@ class Span:
     count: int
     policy: Policy = FULL
     seed: int = 0  # of the prompt, for policies that draw
-    scores: list[Tensor] | None = None  # [layer] of [K, count], by `Policy.look_over`
+    looked_over: list[Tensor] | None = None  # [layer] of [K, count], by `Policy.look_over`

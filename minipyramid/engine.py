@@ -59,7 +59,7 @@ class Engine:
         self.eos_ids = self.config.eos_token_ids or (tokenizer.eos_ids if tokenizer else ())
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         self.scheduler = Scheduler(self.config, self.dtype, self.device, kv_memory)
-        self.planner = Planner(self.config, policy, kv_budget, self.scheduler.per_token)
+        self.planner = Planner(self.config, policy, kv_budget, self.scheduler.bytes_per_token)
         # Guards what is taken from the three below; free during a step.
         self._step_over = threading.Condition()
         self._stepping = 0  # the thread that is in a step
@@ -281,7 +281,7 @@ class Engine:
         to_compute = [s.prompt[s.completion.shared_tokens :] for s, _ in together]
         ids = self._tensor([token for tokens in to_compute for token in tokens])
         spans = [
-            Span(row, len(tokens), s.policy, seed=sum(s.prompt), scores=self._look_over(s, row))
+            Span(row, len(tokens), s.policy, seed=sum(s.prompt), looked_over=self._look_over(s, row))
             for (s, row), tokens in zip(together, to_compute, strict=True)
         ]
         logits = self.model.logits(self.model.extend(ids, spans))  # [B, vocab_size]

@@ -112,11 +112,11 @@ def attend_and_hold(
     newest_only = passed_on == 1 and layer == last_layer
     out, logsumexp = attend(q[-1:] if newest_only else q, keys, values)
     of_all = None if newest_only and T > 1 else logsumexp  # of every query, or not at all
-    scores = None
-    if span.scores and layer < len(span.scores):
-        scores = span.scores[layer][:, positions - row.position]  # [K, T]
+    looked_over = None
+    if span.looked_over and layer < len(span.looked_over):
+        looked_over = span.looked_over[layer][:, positions - row.position]  # [K, T]
     seed = span.seed * len(row.lengths) + layer
-    seen = Seen(q, keys, values, of_all, layer, span.count, seed, scores)
+    seen = Seen(q, keys, values, of_all, layer, span.count, seed, looked_over)
     if held < T:
         chosen = span.policy.hold(seen, held)  # [held] or [K, held]
         positions = positions[chosen]

@@ -20,9 +20,9 @@ class Need:
     pending: int = 0  # generated tokens that wait for a compaction, at most
     group: int = 0  # tokens of one compaction; 0 where none waits
 
-    def bytes(self, per_token: int) -> int:
-        """Keys, values and votes; `per_token` is the bytes of one token in one layer."""
-        return per_token * sum(self.slots) + VOTE_BYTES * self.pending * len(self.slots)
+    def bytes(self, bytes_per_token: int) -> int:
+        """Keys, values and votes; `bytes_per_token` is the bytes of one token in one layer."""
+        return bytes_per_token * sum(self.slots) + VOTE_BYTES * self.pending * len(self.slots)
 
     def plus(self, held: list[int]) -> "Need":
         """Room for so many further tokens in each layer."""

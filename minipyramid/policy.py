@@ -40,7 +40,7 @@ class Seen:
     layer: int  # 0-based
     prompt_tokens: int  # N: layer 0 computed so many
     seed: int = 0  # of this prompt and layer, the same in every batch
-    repeated: Tensor | None = None  # [K, T] what `Policy.look_over` has found of them
+    looked_over: Tensor | None = None  # [K, T] what `Policy.look_over` has found of them
 
     def votes(self, voters: int, weights: Tensor | None = None) -> Tensor:
         """How much the newest `voters` of the T tokens look at each one before them.  [K, G, T - voters]"""
@@ -105,11 +105,11 @@ class Policy:
         """Score a prompt before it is computed, for a policy that needs a pass of its own for it.
 
         `compute(ids, policy)` runs tokens through the layers; what the policy holds of them is let go.
-        Returns [layer] of [K, N], which `hold` then finds in `Seen.repeated`, as far as layers need it.
+        Returns [layer] of [K, N], which `hold` then finds in `Seen.looked_over`, as far as layers need it.
         """
         return None
 
-    def looked_over(self, prompt_tokens: int, layers: int) -> int:
+    def computed_by_look_over(self, prompt_tokens: int, layers: int) -> int:
         """Token-layers that `look_over` computes: its tokens, added up over the layers that they pass."""
         return 0
 

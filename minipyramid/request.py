@@ -135,10 +135,10 @@ class Sequence:
 
     def note_held(self, row: Row) -> None:
         """Write down what is held of it at its end, and leave it to the next turn, if there is one."""
-        completion, per_token = self.completion, row.cache.bytes_per_token
+        completion, bytes_per_token = self.completion, row.cache.bytes_per_token
         completion.kept_positions, completion.kv_lengths = row.kept_positions(), list(row.lengths)
-        completion.kv_bytes = per_token * sum(row.lengths)
-        completion.kv_bytes_full = per_token * len(row.lengths) * row.position
+        completion.kv_bytes = bytes_per_token * sum(row.lengths)
+        completion.kv_bytes_full = bytes_per_token * len(row.lengths) * row.position
         conversation = self.request.conversation
         if conversation is not None and not self.request.continuation:  # what is scored becomes no turn
             conversation.held = row.copy_out()

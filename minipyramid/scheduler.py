@@ -37,7 +37,7 @@ class Scheduler:
         from minipyramid.sizes import memory_bound
 
         self.config, self.dtype, self.device = config, dtype, device
-        self.per_token = config.kv_bytes_per_token(dtype.itemsize)
+        self.bytes_per_token = config.kv_bytes_per_token(dtype.itemsize)
         self._bound = memory_bound(memory, device)
         self._memory = 0  # the bound when last nothing was in flight
         self.waiting: deque[Sequence] = deque()
@@ -61,7 +61,7 @@ class Scheduler:
     def bytes_of(self, sequence: Sequence) -> int:
         """What it needs at its longest, with what earlier turns have left until it ends."""
         earlier = sequence.earlier.bytes if sequence.earlier else 0
-        return sequence.need.bytes(self.per_token) + earlier
+        return sequence.need.bytes(self.bytes_per_token) + earlier
 
     def check(self, sequence: Sequence) -> None:
         """Refuse what could never run: `RequestError` where it needs more than the memory by itself."""
@@ -83,11 +83,11 @@ class Scheduler:
         while len(fresh) < len(self.waiting):
             sequence = self.waiting[len(fresh)]
             needed = self.bytes_of(sequence)
-            earlier = needed - sequence.need.bytes(self.per_token)
+            earlier = needed - sequence.need.bytes(self.bytes_per_token)
             free = [cache for cache in self.caches if cache.takes(sequence.need)]
             if free and earlier <= room:
                 room -= earlier
-                self._begin(sequence, min(free, key=lambda cache: cache.need.bytes(self.per_token)))
+                self._begin(sequence, min(free, key=lambda cache: cache.need.bytes(self.bytes_per_token)))
                 begun.append(sequence)
             # With nothing else in flight it would wait for ever: half of what is free may have become less
             # since `check`.
@@ -107,7 +107,7 @@ class Scheduler:
             return [(fresh, KVCache.allot)] if fresh else []
         from minipyramid.sharing import shared  # sequences of one size do without
 
-        return shared(fresh, self.per_token, room, others_wait=len(fresh) < len(self.waiting))
+        return shared(fresh, self.bytes_per_token, room, others_wait=len(fresh) < len(self.waiting))
 
     def _begin_together(self, sequences: list[Sequence], allot: Allot) -> None:
         """Allot a cache and start them in it."""

@@ -16,18 +16,20 @@ from minipyramid.request import Sequence
 
 
 def shared(
-    fresh: list[Sequence], per_token: int, room: int, others_wait: bool
+    fresh: list[Sequence], bytes_per_token: int, room: int, others_wait: bool
 ) -> list[tuple[list[Sequence], Allot]]:
     """Those that start, by cache, and how it is allotted; who waits after all is in none.
 
-    `room` are the bytes that are left when each has what it needs, `per_token` those of a token in a layer.
+    `room` are the bytes that are left when each has what it needs, `bytes_per_token` those of one token in
+    one layer.
     """
     caches: list[tuple[list[Sequence], Allot]] = []
     # Rows of a cache drop generated tokens in groups of one size, or all of them drop none.
     for together in split(fresh, lambda sequence: sequence.need.group):
         paging = Paging.of([sequence.need for sequence in together])
-        sizes = [s.need.bytes(per_token) for s in together]
-        added = [paging.rounded(s.need).bytes(per_token) - n for s, n in zip(together, sizes, strict=True)]
+        sizes = [s.need.bytes(bytes_per_token) for s in together]
+        rounded = [paging.rounded(s.need).bytes(bytes_per_token) for s in together]
+        added = [paged - exact for paged, exact in zip(rounded, sizes, strict=True)]
         missing, end = sum(added) - room, len(together)
         while missing > 0 and end:
             end -= 1

@@ -104,7 +104,7 @@ def test_the_lines_are_those_that_foretell_a_score_that_lies_on_one(tiny: LLM) -
         of_lines = [
             (f @ line[..., None])[..., 0].exp() for f, line in zip(known, 0.1 * lines_of(3), strict=True)
         ]
-        recorded.append([replace(x, repeated=y) for x, y in zip(seen, of_lines, strict=True)])
+        recorded.append([replace(x, looked_over=y) for x, y in zip(seen, of_lines, strict=True)])
     fit = LineFit()
     for seen in recorded:
         fit.add(seen)
@@ -112,8 +112,8 @@ def test_the_lines_are_those_that_foretell_a_score_that_lies_on_one(tiny: LLM) -
     for seen in recorded:
         for x, line in zip(seen, lines, strict=True):
             foretold = (features(x.keys, x.values) @ line[..., None])[..., 0]
-            assert x.repeated is not None
-            torch.testing.assert_close(foretold, x.repeated.log(), rtol=0, atol=0.05)
+            assert x.looked_over is not None
+            torch.testing.assert_close(foretold, x.looked_over.log(), rtol=0, atol=0.05)
 
 
 def test_a_line_is_fitted_to_scores_only() -> None:

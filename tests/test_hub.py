@@ -22,8 +22,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 from helpers import TINY, lines_of, random_tensors, train_pieces
+from meta_files import write_meta
 from safetensors.torch import save
-from test_formats import write_meta
 
 import minipyramid
 from minipyramid import LLM, SamplingParams

@@ -98,8 +98,9 @@ def test_prefill_and_score_keep_to_the_bound_too(tiny: LLM) -> None:
 
 def test_what_a_conversation_holds_is_in_flight_during_its_turn(tiny: LLM) -> None:
     first, second = prompts_of([60, 20])
-    params, per_token = SamplingParams(max_new_tokens=10, ignore_eos=True), tiny.config.kv_bytes_per_token(4)
-    needs = [limited(tiny, None).plan([n], 10).needs[0].bytes(per_token) for n in (60, 20)]
+    params = SamplingParams(max_new_tokens=10, ignore_eos=True)
+    bytes_per_token = tiny.config.kv_bytes_per_token(4)
+    needs = [limited(tiny, None).plan([n], 10).needs[0].bytes(bytes_per_token) for n in (60, 20)]
     llm, conversation = limited(tiny, needs[0]), Conversation()
     list(llm.stream(first, params, conversation))
     with pytest.raises(RequestError, match="kv_memory"):
@@ -184,8 +185,8 @@ def test_one_that_starts_later_takes_the_pages_of_one_that_has_ended(tiny: LLM) 
     prompts = prompts_of([40, 60, 50, 90])
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (3, 3, 20, 5)]
     needs = [tiny.under("full").plan([n], new).needs[0] for n, new in ((40, 3), (60, 3), (50, 20))]
-    rounded, per_token = Paging.of(needs).rounded, tiny.config.kv_bytes_per_token(4)
-    llm = tiny.under("full", kv_memory=sum(rounded(need).bytes(per_token) for need in needs))
+    rounded, bytes_per_token = Paging.of(needs).rounded, tiny.config.kv_bytes_per_token(4)
+    llm = tiny.under("full", kv_memory=sum(rounded(need).bytes(bytes_per_token) for need in needs))
     sequences = [llm.engine.add(Request(*both)) for both in zip(prompts, params, strict=True)]
     llm.engine.step()
     (cache,) = llm.engine.scheduler.caches

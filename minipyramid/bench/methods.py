@@ -55,11 +55,11 @@ def planners_of(args: argparse.Namespace) -> dict[str, Planner]:
     """What the methods will hold; no weights are loaded. Raises what `pick_policy` does."""
     config = config_of(args)
     _, dtype = device_and_dtype(args, config)
-    per_token = config.kv_bytes_per_token(dtype.itemsize)
+    bytes_per_token = config.kv_bytes_per_token(dtype.itemsize)
     planners = {}
     for name, method in our_methods(args).items():
         policy = pick_policy(method.policy, Path(args.model), config.num_hidden_layers)
-        planners[name] = Planner(config, policy, method.kv_budget, per_token)
+        planners[name] = Planner(config, policy, method.kv_budget, bytes_per_token)
     return planners
 
 

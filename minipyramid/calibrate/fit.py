@@ -27,11 +27,11 @@ class LineFit:
     def add(self, recorded: list[Seen]) -> None:
         """Take one window, recorded with its repeated scores: [layer]."""
         for seen in recorded:
-            if seen.repeated is None:
+            if seen.looked_over is None:
                 raise ValueError("the window was recorded without its repeated scores")
             # Of the T' tokens between the two ends.
             x = features(seen.keys, seen.values)[:, FIRST:-NEWEST].double()  # [K, T', F]
-            y = seen.repeated[:, FIRST:-NEWEST].double().clamp(min=LEAST).log()[..., None]
+            y = seen.looked_over[:, FIRST:-NEWEST].double().clamp(min=LEAST).log()[..., None]
             if seen.layer == len(self.square):
                 self.square.append(x.mT @ x)
                 self.product.append(x.mT @ y)

@@ -40,8 +40,8 @@ def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -
         raise RequestError("nothing to plan for; give a prompt or --prompt-tokens N")
     policy = pick_policy(args.policy, directory, config.num_hidden_layers)
     dtype = pick_dtype(args.dtype, config.dtype, pick_device(args.device))
-    per_token = config.kv_bytes_per_token(dtype.itemsize)
-    return Plan.of(Planner(config, policy, args.kv_budget, per_token), lengths, max_new_tokens)
+    bytes_per_token = config.kv_bytes_per_token(dtype.itemsize)
+    return Plan.of(Planner(config, policy, args.kv_budget, bytes_per_token), lengths, max_new_tokens)
 
 
 def count_tokens(

@@ -36,7 +36,7 @@ class HeldContext:
     def computed(self) -> int:
         """Tokens of the context that were computed, over all layers and passes."""
         sizes = len(self.ids), self.llm.config.num_hidden_layers
-        return self.policy.looked_over(*sizes) + sum(self.policy.computed(*sizes))
+        return self.policy.computed_by_look_over(*sizes) + sum(self.policy.computed(*sizes))
 
     def follow(self, ids: list[int], continuation: list[int]) -> Tensor:
         """Log-probabilities behind the context and `ids`, and then behind each token of a continuation.

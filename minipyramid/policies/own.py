@@ -58,9 +58,9 @@ class Own(Policy):
         told = f"{self._name} has looked over {len(ids)} tokens and found {given!r:.60}"
         raise ConfigError(f"{told}; expected None, or a tensor [heads, {len(ids)}] for each layer in a list")
 
-    def looked_over(self, prompt_tokens: int, layers: int) -> int:
+    def computed_by_look_over(self, prompt_tokens: int, layers: int) -> int:
         """See `Policy`."""
-        return self.policy.looked_over(prompt_tokens, layers)
+        return self.policy.computed_by_look_over(prompt_tokens, layers)
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """See `Policy`."""

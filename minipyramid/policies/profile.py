@@ -233,7 +233,7 @@ class Profile(Policy):
         scores = self.level(self.share).scores
         return [layer for layer, score in enumerate(scores) if "repeat" in score.split("+")]
 
-    def looked_over(self, prompt_tokens: int, layers: int) -> int:
+    def computed_by_look_over(self, prompt_tokens: int, layers: int) -> int:
         """All of twice the prompt, up to the last layer that needs it."""
         repeating = self.repeating_layers
         return 2 * prompt_tokens * (repeating[-1] + 1) if repeating else 0

@@ -54,9 +54,9 @@ def usualness(keys: Tensor) -> Tensor:
 
 def repeated(seen: Seen, lines: Lines) -> Tensor:
     """What `repeat.py` has found before the prompt was computed.  [K, T]"""
-    if seen.repeated is None:
+    if seen.looked_over is None:
         raise ConfigError("the score repeat needs a second pass over the prompt, which only a profile takes")
-    return seen.repeated
+    return seen.looked_over
 
 
 def fitted(seen: Seen, lines: Lines) -> Tensor:

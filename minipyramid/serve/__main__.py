@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 def check_memory(llm: LLM) -> None:
     """Refuse a bound that no request fits in."""
     scheduler = llm.engine.scheduler
-    needed = llm.config.num_hidden_layers * scheduler.per_token
+    needed = llm.config.num_hidden_layers * scheduler.bytes_per_token
     if scheduler.memory < needed:
         problem = f"--kv-memory is {scheduler.memory} bytes, and a single token needs {needed}"
         raise RequestError(f"{problem}; give enough for whole requests, as 2GiB")

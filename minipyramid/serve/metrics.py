@@ -18,7 +18,7 @@ class Metrics:
         """Between two steps: what runs, waits and is held."""
         self.running, self.waiting = len(scheduler.running), len(scheduler.waiting)
         self.planned, self.memory = scheduler.bytes_in_flight, scheduler.memory
-        self.held = scheduler.per_token * sum(sum(row.lengths) for row in scheduler.running)
+        self.held = scheduler.bytes_per_token * sum(sum(row.lengths) for row in scheduler.running)
 
     def first_token(self, seconds: float) -> None:
         """A sequence's first token came so long after it was asked for."""
