@@ -5,7 +5,7 @@ from minipyramid import LLM, Request, SamplingParams
 llm = LLM("weights/storyteller", kv_memory="8MiB")
 engine = llm.engine
 coming = ["Once upon a time", "The river was wide, and", "Nora said that"]
-running = {}
+running: dict[object, str] = {}
 
 while coming or running:
     if coming:  # a request a step; they join those that run

@@ -1,6 +1,6 @@
 """`LLM`: a checkpoint, ready to generate. It loads, and hands requests to the engine."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ Memory = int | str | None  # bytes, or as in "2GiB"
 Messages = list[dict[str, Any]]  # of a chat
 Single = SamplingParams | None
 Earlier = Conversation | None  # turns that a prompt follows
-Finished = Iterator[tuple[int, Completion]]  # a prompt's index, and what became of it
+Finished = Generator[tuple[int, Completion], None, None]  # a prompt's index, and what became of it
 
 
 class LLM:

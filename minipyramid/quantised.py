@@ -87,9 +87,8 @@ class Int4(NamedTuple):
         of_rows = torch.split(self.values, PIECE), torch.split(self.scales, PIECE, dim=1)
         for packed, scales in zip(*of_rows, strict=True):
             scale, zero = scales.to(dtype).unbind(-1)  # [G, rows]
-            values = (
-                unpack_int4(packed, self.interleaved).to(dtype).view(len(scales), self.group, -1)
-            )  # [G, group, rows]
+            values = unpack_int4(packed, self.interleaved).to(dtype)
+            values = values.view(len(scales), self.group, -1)  # [G, group, rows]
             yield values.mul_(scale[:, None]).add_((zero - 8 * scale)[:, None]).flatten(0, 1)
 
     def times(self, x: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class Oracle:
         return ids[-new:]
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt() * weight
+        eps = float(self.config["rms_norm_eps"])
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
     @staticmethod
     def rotate(x: Tensor, theta: float) -> Tensor:

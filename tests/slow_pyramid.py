@@ -75,8 +75,8 @@ class SlowPyramid(Oracle):
                 values = torch.stack([cache.values[s] for s in seen]).repeat_interleave(group, 1)
                 probs = (torch.einsum("hd,nhd->hn", q[t], keys) / math.sqrt(D)).softmax(-1)
                 out.append(torch.einsum("hn,nhd->hd", probs, values).flatten())
-                for s, prob in zip(seen, probs.T, strict=True):
-                    cache.probs[position, s] = prob
+                for other, prob in zip(seen, probs.T, strict=True):
+                    cache.probs[position, other] = prob
             x = x + torch.stack(out) @ w[p + "self_attn.o_proj.weight"].T
             h = self.norm(x, w[p + "post_attention_layernorm.weight"])
             gate = h @ w[p + "mlp.gate_proj.weight"].T

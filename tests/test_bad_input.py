@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -239,7 +239,7 @@ def test_requests_are_refused_wherever_they_come_in(tiny: LLM) -> None:
     with pytest.raises(RequestError, match="empty"):
         tiny.score("fox", "")
     with pytest.raises(RequestError, match="empty"):
-        tiny.prefill([[]])
+        tiny.prefill(cast("list[list[int]]", [[]]))
     with pytest.raises(RequestError, match="empty"):
         next(tiny.stream(""))
     with pytest.raises(RequestError, match="context of 256"):
@@ -267,7 +267,7 @@ def test_other_wrong_types_raise_type_error(tiny: LLM, tiny_dir: Path) -> None:
         lambda: LLM(tiny_dir, revision=3),  # type: ignore[arg-type]
         lambda: tiny.generate("fox", {"temperature": 1}),  # type: ignore[arg-type]
         lambda: tiny.score("fox", None),  # type: ignore[arg-type]
-        lambda: list(tiny.stream(["fox"])),  # type: ignore[arg-type]
+        lambda: list(tiny.stream(["fox"])),  # type: ignore[list-item]
         lambda: tiny.stream(5),  # type: ignore[arg-type]
         lambda: tiny.score(5, [6]),  # type: ignore[arg-type]
         lambda: tiny.generate("fox", {}),  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from oracle import Oracle
 from minipyramid import LLM, SamplingParams
 from minipyramid.cache import KVCache
 from minipyramid.formats.huggingface import config_of
+from minipyramid.model import Model
 from minipyramid.need import Need
 
 
@@ -79,13 +80,13 @@ def test_more_prompts_than_one_prefill_takes(tiny: LLM, monkeypatch: pytest.Monk
 
 def test_a_finished_sequence_leaves_its_row(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that have ended must not be computed any further."""
-    rows = []
-    step = type(tiny.model).step
-    monkeypatch.setattr(
-        type(tiny.model),
-        "step",
-        lambda self, ids, caches: (rows.append(len(ids)), step(self, ids, caches))[1],
-    )
+    rows, step = [], Model.step
+
+    def noted(model: Model, ids: torch.Tensor, caches: list[KVCache]) -> torch.Tensor:
+        rows.append(len(ids))
+        return step(model, ids, caches)
+
+    monkeypatch.setattr(Model, "step", noted)
     tiny.generate(
         prompts_of([4, 4, 4]), [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 5, 3)]
     )

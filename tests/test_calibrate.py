@@ -117,7 +117,8 @@ def test_the_lines_are_those_that_foretell_a_score_that_lies_on_one(tiny: LLM) -
 
 
 def test_a_line_is_fitted_to_scores_only() -> None:
-    seen = Seen(torch.zeros(90, 4, 8), *torch.zeros(2, 2, 90, 8), None, layer=0, prompt_tokens=90)
+    q, keys, values = torch.zeros(90, 4, 8), torch.zeros(2, 90, 8), torch.zeros(2, 90, 8)
+    seen = Seen(q, keys, values, None, layer=0, prompt_tokens=90)
     with pytest.raises(ValueError, match="without its repeated scores"):
         LineFit().add([seen])
 

@@ -343,7 +343,7 @@ def test_many_prompts_tell_how_many_wait_run_and_are_finished(
 
 
 def test_the_pyramid_is_heeded(run: Any, tmp_path: Path) -> None:
-    settings = {"recent_ratio": 0.1, "exceed_length_to_compress": 4}
+    settings: dict[str, Any] = {"recent_ratio": 0.1, "exceed_length_to_compress": 4}
     (tmp_path / "p.json").write_text(json.dumps(settings))
     flags = ["the fox", "--json", "--max-new-tokens", "60", "--ignore-eos"]
     full, pruned = (json.loads(run(*flags, "--policy", p)[1]) for p in ("full", str(tmp_path / "p.json")))

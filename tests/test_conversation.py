@@ -34,7 +34,7 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(tiny: LLM, pieces: lis
     cache = KVCache.allot(tiny.config, [Need((len(prompt),) * 3)], tiny.dtype, tiny.device)
     row = cache.add_row()
     with torch.inference_mode():
-        for n, ids in zip(pieces, torch.tensor(prompt).split(pieces), strict=True):
+        for n, ids in zip(pieces, torch.split(torch.tensor(prompt), pieces), strict=True):
             x = tiny.model.extend(ids, [Span(row, n)])
         logits = tiny.model.logits(x)[0]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
@@ -152,9 +152,10 @@ def test_a_conversation_stays_with_its_engine(tiny: LLM, tmp_path: Path) -> None
     other = LLM(write_checkpoint(tmp_path, num_hidden_layers=2), policy="full")
     with pytest.raises(RequestError, match="another LLM"):
         other.stream(prompt, EIGHT, conversation)
-    for wrong in ("x", 5, [], Conversation):
+    others: list[Any] = ["x", 5, [], Conversation]
+    for wrong in others:
         with pytest.raises(TypeError):
-            tiny.stream(prompt, EIGHT, wrong)  # type: ignore[arg-type]
+            tiny.stream(prompt, EIGHT, wrong)
 
 
 def test_a_completion_is_the_callers_own(tiny: LLM) -> None:

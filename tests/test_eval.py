@@ -10,8 +10,10 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ from minipyramid.model import Layer
 from minipyramid.policies.profile import Level, Profile
 from minipyramid.policy import FULL
 
-CLOSE = {"atol": 2e-4, "rtol": 2e-4}
+CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 SETTINGS = PyramidConfig(recent_ratio=0.1, min_context_length=8, prefill_decay_ratio=0.5)
 
 
@@ -56,8 +58,8 @@ def policies_of(names: list[str], pyramid: PyramidConfig = SETTINGS) -> dict[str
 def test_all_policies_hold_equal_bytes(tiny: LLM) -> None:
     """Of every kind of context, before anything follows; whoever rounds up would be favoured."""
     rng = random.Random(0)
-    kinds = [texts(tiny, ids_of(300), 100, 8, rng), openings(tiny, ids_of(300), 90, 8, rng)]
-    kinds.append(planted(tiny, 200, rng))
+    kinds: list[Iterator[list[Any]]] = [texts(tiny, ids_of(300), 100, 8, rng)]
+    kinds += [openings(tiny, ids_of(300), 90, 8, rng), planted(tiny, 200, rng)]
     others = [name for name in command.NAMES if name != "full"]
     compared = Comparison(policies_of(others), [0.8, 0.6, 0.45])
     for task, *_ in map(next, kinds):
@@ -349,8 +351,8 @@ def test_half_of_the_bytes_keep_what_readme_says(capsys: pytest.CaptureFixture[s
 @needs_weights
 def test_windows_are_the_same_whatever_else_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     short = "--samples 2 --context 128 --continuation 8 --policies full --json".split()
-    flags = ([], ["--recall"], ["--recall", "stories"], ["--recall", "prose"], ["--recall", "prose,stories"])
-    rows = [json.loads(run(capsys, *short, *more)[1])["rows"][0] for more in flags]
+    flags = ("", "--recall", "--recall stories", "--recall prose", "--recall prose,stories")
+    rows = [json.loads(run(capsys, *short, *more.split())[1])["rows"][0] for more in flags]
     alone, stories, named, prose, both = rows
     assert all(row["perplexity"] == alone["perplexity"] for row in rows)
     assert "inside" not in prose

@@ -101,17 +101,17 @@ def test_a_step_finds_in_pages_what_each_row_finds_by_itself(
         q = torch.randn(len(pairs), heads, 8, generator=generator).to(dtype)
         k, v = torch.randn(2, len(pairs), 2, 8, generator=generator).to(dtype)
         together = cache.begin_step()
-        by_itself = [own.cache.begin_step() for _, own in pairs]
+        by_itself = [alone.cache.begin_step() for _, alone in pairs]
         for layer in range(LAYERS):
             found = together[layer].attend(q, k, v)
-            for i, (row, own) in enumerate(pairs):
+            for i, (row, alone) in enumerate(pairs):
                 expected = by_itself[i][layer].attend(q[i : i + 1], k[i : i + 1], v[i : i + 1])
                 torch.testing.assert_close(found[row.index][None], expected, atol=exact, rtol=exact)
-                votes = cache.votes[layer][row.index], own.cache.votes[layer][0]
+                votes = cache.votes[layer][row.index], alone.cache.votes[layer][0]
                 torch.testing.assert_close(*votes, atol=exact, rtol=exact)
         cache.end_step()
-        for _, own in pairs:
-            own.cache.end_step()
+        for _, alone in pairs:
+            alone.cache.end_step()
 
 
 def test_what_is_not_finite_stays_with_its_own_row() -> None:

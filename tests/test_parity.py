@@ -76,7 +76,8 @@ def reference_greedy(model: LlamaForCausalLM, prompt: list[int], new: int) -> li
     out = model.generate(
         torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    return out[0, len(prompt) :].tolist()
+    ids: list[int] = out[0, len(prompt) :].tolist()
+    return ids
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -129,7 +129,7 @@ def test_the_engine_gives_each_layer_and_prompt_a_seed_of_its_own(tiny: LLM) -> 
         for layer, kept in enumerate(prefill.kept_positions):
             seen = replace(seen_of(len(prompt)), seed=3 * sum(prompt) + layer)
             assert kept == Random().hold(seen, prefill.kv_lengths[layer]).tolist()
-            layers += [tuple(head) for head in kept]
+            layers += [tuple(head) for head in cast("list[list[int]]", kept)]
     assert len(set(layers)) == len(layers)
 
 

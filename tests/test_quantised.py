@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from minipyramid import LLM, CheckpointError, ConfigError, SamplingParams, quantised
 from minipyramid.generate import main
+from minipyramid.model import Layer
 from minipyramid.quantised import (
     MOST_ROWS,
     Int4,
@@ -40,11 +41,15 @@ def scores(directory: Path, ids: list[int] = IDS, **how: Any) -> torch.Tensor:
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+    return float((found - expected).norm() / expected.norm())
+
+
+def first_layer(llm: LLM) -> Layer:
+    return cast("Layer", llm.model.layers[0])
 
 
 def forms(llm: LLM) -> set[str]:
-    return {type(linear.weight).__name__ for linear in (llm.model.layers[0].qkv_proj, llm.model.lm_head)}
+    return {type(linear.weight).__name__ for linear in (first_layer(llm).qkv_proj, llm.model.lm_head)}
 
 
 # --- what lies in files ---
@@ -60,7 +65,7 @@ def test_each_layout_gives_the_scores_of_its_plain_weights(
     caplog.clear()
     form = CASES[name].form if name in CASES else "Tensor"
     form = "Tensor" if form == "Int4" and not HAS_VECTORS else form
-    layer = LLM(stored, dtype="float32").model.layers[0]
+    layer = first_layer(LLM(stored, dtype="float32"))
     linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
     assert {type(linear.weight).__name__ for linear in linears} == {form}
     assert len(caplog.messages) == (form == "Tensor")
@@ -299,7 +304,7 @@ def test_without_torchs_operators_the_products_are_plain(
     monkeypatch.setattr(quantised, "HAS_INT4", False)
     stored, plain = write_both(tmp_path, "int8")
     llm = LLM(stored, dtype="float32", policy="full")
-    assert isinstance(llm.model.layers[0].qkv_proj.weight, Int8)  # a quarter of the bytes all the same
+    assert isinstance(first_layer(llm).qkv_proj.weight, Int8)  # a quarter of the bytes all the same
     assert error(llm.prefill([IDS])[0].logits, scores(plain)) < 1e-5
     assert not caplog.messages
     stored, plain = write_both(tmp_path, "awq")

@@ -50,8 +50,8 @@ def test_the_walk_of_a_prompt_is_drawn_as_it_is_called(tiny: LLM) -> None:
     file = ""
     for line in drawing[1:]:
         file = line.split()[0] if line[0] != " " else file
-        for called in re.finditer(r"(\w+)\(\)", line):
-            (once if called.start() < middle else each).append((file, called[1]))
+        for name in re.finditer(r"(\w+)\(\)", line):
+            (once if name.start() < middle else each).append((file, name[1]))
     assert (len(once), len(each)) == (12, 7)
     calls: list[tuple[str, str]] = []
 

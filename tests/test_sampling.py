@@ -41,14 +41,14 @@ def slow_choice(
     return int((probs / torch.empty_like(probs).exponential_(generator=generator)).argmax())
 
 
-VALUES = {
+VALUES: dict[str, list[Any]] = {
     "temperature": [0.0, 0.7, 1.5],
     "top_k": [0, 1, 7, 40],
     "top_p": [0.05, 0.9, 0.999, 1.0],
     "min_p": [0.0, 0.1, 1.0],
     "repetition_penalty": [1.0, 1.3],
 }
-CHANGES = [{name: value} for name, values in VALUES.items() for value in values]
+CHANGES: list[dict[str, Any]] = [{name: value} for name, values in VALUES.items() for value in values]
 
 
 @given(

@@ -5,6 +5,7 @@ needed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import STEEP, prompts_of
@@ -111,14 +112,16 @@ def test_what_a_conversation_holds_is_in_flight_during_its_turn(tiny: LLM) -> No
 
 
 def test_sizes_are_read_and_nonsense_is_refused(tiny_dir: Path) -> None:
-    sizes = {"1": 1, "2KiB": 2048, "1.5 MB": 3 << 19, "3g": 3 << 30, "1TiB": 1 << 40, 77: 77}
+    sizes = {"1": 1, "2KiB": 2048, "1.5 MB": 3 << 19, "3g": 3 << 30, "1TiB": 1 << 40}
     assert [parse_bytes(size) for size in sizes] == list(sizes.values())
-    for wrong in ("", "GiB", "-1", "2 gigs", "1e9", "0", 0, "0.2"):
+    assert parse_bytes(77) == 77
+    for nonsense in ("", "GiB", "-1", "2 gigs", "1e9", "0", 0, "0.2"):
         with pytest.raises(RequestError, match="2GiB"):
-            parse_bytes(wrong)
-    for wrong in (1.5, True, None, [1]):
+            parse_bytes(nonsense)
+    others: list[Any] = [1.5, True, None, [1]]
+    for other in others:
         with pytest.raises(TypeError):
-            parse_bytes(wrong)  # type: ignore[arg-type]
+            parse_bytes(other)
     assert LLM(tiny_dir, kv_memory="1MiB").engine.scheduler.memory == 1 << 20
 
 

@@ -101,7 +101,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
             raise KeyboardInterrupt
         if messages[-1]["content"] == "stop at once":
             raise KeyboardInterrupt
-        return (yield from pieces)
+        yield from pieces
 
     monkeypatch.setattr(LLM, "stream_chat", interrupted)
     lines = ("Hello", "stop", "/stats", "stop at once", KeyboardInterrupt, "go on", f"/save {file}")

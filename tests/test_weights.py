@@ -201,7 +201,7 @@ def test_the_optimiser_learns(data: Data) -> None:
     losses = []
     for _ in range(30):
         loss, _ = weighted_loss(model, ids, weights)
-        loss.backward()
+        torch.autograd.backward(loss)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad()
@@ -224,7 +224,7 @@ def test_the_first_weights_repeat_what_was_said() -> None:
     torch.manual_seed(0)
     model = Llama(Shape())
     before = repeated(model, 8)
-    wire(model.layers, model.embed_tokens.weight, Shape().rope_theta)
+    wire(list(model.layers), model.embed_tokens.weight, Shape().rope_theta)
     assert before < 0.05
     assert repeated(model, 8) > 0.6
 

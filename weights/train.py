@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import sentencepiece
@@ -60,8 +61,7 @@ class Shape:
     rope_theta: float = 1e6
 
 
-# --- The model, as one trains it: whole sequences, no cache. Parameter names are the checkpoint's.
-# ---------------
+# --- The model, as one trains it: whole sequences, no cache. Parameter names are the checkpoint's. ---
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,7 +85,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (rotate(k, cos, sin), v))
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, is_causal=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return out
 
 
 class MLP(nn.Module):
@@ -96,7 +97,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(s.intermediate_size, s.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
@@ -109,10 +111,14 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Llama(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, s: Shape) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(s.vocab_size, s.hidden_size)
@@ -181,8 +187,9 @@ class Muon(torch.optim.Optimizer):
                 updates = []
                 for p in params:
                     held = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    held.lerp_(p.grad, 0.05)
-                    updates.append(p.grad.lerp(held, 0.95))
+                    grad = cast("Tensor", p.grad)
+                    held.lerp_(grad, 0.05)
+                    updates.append(grad.lerp(held, 0.95))
                 u = torch.stack(updates)
                 u = u.mT if shape[0] > shape[1] else u
                 u = u / (u.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -315,7 +322,7 @@ class Run:
     ) -> None:
         self.shape, self.out, self.lr = shape, out, lr
         self.model = Llama(shape)
-        wire(self.model.layers, self.model.embed_tokens.weight, shape.rope_theta)
+        wire(list(self.model.layers), self.model.embed_tokens.weight, shape.rope_theta)
         self.model.to(device)
         matrices = [p for name, p in self.model.named_parameters() if p.dim() == 2 and "embed" not in name]
         others = [p for name, p in self.model.named_parameters() if p.dim() != 2 or "embed" in name]
@@ -323,7 +330,7 @@ class Run:
         self.adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.stage = self.step = self.tokens = 0
         self.seconds = 0.0
-        self.parts = {"model": self.model, "muon": self.muon, "adam": self.adam}
+        self.parts: dict[str, Any] = {"model": self.model, "muon": self.muon, "adam": self.adam}
         if (out / "state.pt").exists():
             vars(self).update(self.load(out / "state.pt"))
         elif start:
@@ -340,7 +347,8 @@ class Run:
         held = torch.load(file, weights_only=True, map_location=next(self.model.parameters()).device)
         for name, part in self.parts.items():
             part.load_state_dict(held[name])
-        return held["state"]
+        state: dict[str, float] = held["state"]
+        return state
 
     def save(self) -> None:
         state = {name: vars(self)[name] for name in ("stage", "step", "tokens", "seconds")}
@@ -351,7 +359,7 @@ class Run:
     def learn(self, loss: Tensor, done: float) -> None:
         """One step; the rate rises over 50 steps and falls over the last 40 %."""
         rate = self.lr * min(1.0, (self.step + 1) / 50, max(0.02, (1 - done) / 0.4))
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, share in ((self.muon, 1.0), (self.adam, 0.25)):
             for group in optimizer.param_groups:

@@ -46,8 +46,7 @@ def perplexity_ratio(full: Tensor, pruned: Tensor, windows: list[Window]) -> flo
     targets = torch.tensor([window.following[1:] for window in windows], device=full.device)[..., None]
     nats = []
     for logprobs in (pruned, full):
-        after = logprobs.view(len(windows), 2, following, -1)[
-            :, 0, :-1
-        ]  # [windows, following - 1, vocab_size]
+        of_windows = logprobs.view(len(windows), 2, following, -1)
+        after = of_windows[:, 0, :-1]  # [windows, following - 1, vocab_size]
         nats.append(-float(after.gather(-1, targets).mean()))
     return math.exp(nats[0] - nats[1])

@@ -124,9 +124,8 @@ def discard_output() -> None:
 def exit_status(command: Callable[[], None]) -> int:
     """Run what a command does; what goes wrong is told in one line, and by the status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a text or a name may hold what the terminal's own encoding lacks
+        # A text or a name may hold what the terminal's own encoding lacks.
+        sys.stdout.reconfigure(errors="replace")
     try:
         command()
         print(end="", flush=True)  # here, where a failure can still be told

@@ -18,9 +18,8 @@ from minipyramid.policies import POLICIES, SPLIT, class_of, pick_policy
 from minipyramid.policies.split import Split
 from minipyramid.policy import FULL
 
-Samples = dict[
-    tuple[str, float], dict[str, list[float]]
-]  # by policy and budget: a figure's name, one per sample
+# By policy and budget: a figure's name, and a value of each sample.
+Samples = dict[tuple[str, float], dict[str, list[float]]]
 
 
 def no_samples() -> Samples:

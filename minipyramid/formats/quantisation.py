@@ -56,9 +56,8 @@ def gather(
         rows, columns = shape
         found = {}
         for suffix, part in layout.parts(rows, columns).items():
-            own = (
-                f"{layer}.{suffix}" != name and f"{layer}.{suffix}" in shapes
-            )  # the model's, as Qwen2's biases
+            # Some are the model's own, as Qwen2's biases.
+            own = f"{layer}.{suffix}" != name and f"{layer}.{suffix}" in shapes
             stored = None if own else gathered.pop(f"{layer}.{suffix}", None)
             if stored is not None:
                 _check_shape(stored, f"{layer}.{suffix}", part, layout)

@@ -8,10 +8,8 @@ from torch import Tensor
 from minipyramid.policies.held_share import HeldShare
 from minipyramid.policy import Seen, top_scored
 
-WINDOW, POOL = (
-    32,
-    5,
-)  # the newest that vote, and over how many tokens a vote is averaged, as in its public code
+# The newest that vote, and over how many tokens a vote is averaged, as in its public code.
+WINDOW, POOL = 32, 5
 
 
 @dataclass(frozen=True)
