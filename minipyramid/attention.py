@@ -106,8 +106,8 @@ def looks(q: Tensor, keys: Tensor, logsumexp: Tensor | None, context: int) -> It
     V] the log of what a softmax divides by, where attention returned it  ->  which of the V tokens a block is
     of, and their probabilities [K, G, block, context] float32
 
-    So no n x n matrix is ever held. With the published settings 3 % of the time of a prompt of 512 tokens,
-    6 % of 2,048 (12 layers, hidden size 768, float32, two cores).
+    So no n x n matrix is ever held. With the published settings it takes 3 % of the time of a prompt of 512
+    tokens, 6 % of 2,048 (12 layers, hidden size 768, float32, two cores).
     """
     (V, H, D), (K, n, _) = q.shape, keys.shape
     # Without the log of the sum a softmax needs all keys.

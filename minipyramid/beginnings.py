@@ -19,7 +19,7 @@ from minipyramid.policy import FULL
 from minipyramid.request import Sequence
 
 LEAST = 16  # tokens in common that are worth a copy
-# And those that are worth to compute one prompt before the others. Two prompts that share a half took 0.92
+# And those for which one prompt is computed before the others. Two prompts that share a half took 0.92
 # times as long whole as in turn with 64 + 64 tokens, 1.07 with 128 + 128, and 16 that share 1,000 of 1,020
 # tokens 6.3 times (the embedded checkpoint, float32, one core; a larger model gains earlier).
 WORTH_WAITING = 100
@@ -66,14 +66,14 @@ def longest(sequence: Sequence, row: Row, running: Iterable[Sequence]) -> tuple[
         source = other.row
         if source and source.lengths == [source.position] * len(source.lengths):  # nothing is dropped of it
             ids = other.all_ids[: source.position]
-            shared = common(ids, sequence.prompt[:-1])  # the last token's scores are wanted
+            shared = common(ids, sequence.prompt[:-1])  # the last token's logits are wanted
             if shared > most:
                 best, most = source, shared
     return best, most if best else 0
 
 
 def may_take(sequence: Sequence, row: Row) -> bool:
-    """Whether it holds the same of a beginning whatever follows: all, after no earlier turn, unrounded."""
+    """Whether it may take another's beginning: nothing is dropped, no turn before it, nothing in 8 bits."""
     return sequence.policy == FULL and not sequence.earlier and row.cache.config.kv_dtype == "auto"
 
 

@@ -8,7 +8,7 @@ so they can be solved for without computing anything.
 The first of these that comes close is taken: the decay ratio is lowered (or, where generated tokens are most
 of it, they are pruned less than published); the schedule becomes `constant` with a ratio of its own, which
 drops from the first layer on, where cosine hardly does; on top of that `recent_ratio` falls to 0.05; fewer
-generated tokens stay; the first layers that drop drop more, down to `min_context_length`; that falls; full
+generated tokens stay; the layers that drop first cut deeper, down to `min_context_length`; that falls; full
 layers become fewer, down to one; `recent_ratio` falls to 0, last because the recent tokens are the voters.
 """
 
@@ -52,7 +52,7 @@ def solve(base: Settings, share: float, prompt_tokens: int, new_tokens: int, lay
                 if best < held <= most:
                     best, middle = held, t
             width *= 2 / POINTS
-        return max((t for t in tried if t[0] <= most), key=itemgetter(0), default=(-1, base))
+        return max((pair for pair in tried if pair[0] <= most), key=itemgetter(0), default=(-1, base))
 
     for line in stages(base, prompt_tokens, layers):
         best = search(*line)
@@ -61,7 +61,7 @@ def solve(base: Settings, share: float, prompt_tokens: int, new_tokens: int, lay
     if best[0] < 0:
         least = min(tried, key=itemgetter(0))[0]
         raise refusal(share, least, prompt_tokens, new_tokens, layers)
-    # A compaction drops a batch of tokens in every layer at once. What it left unused goes to the prompt, and
+    # A compaction drops a group's tokens in every layer at once. What it left unused goes to the prompt, and
     # what is left then to generated tokens.
     best = search(changed(best[1], prefill_decay_ratio=1.0), best[1])
     return search(changed(best[1], gen_decay_ratio=1.0, gen_compress_ratio=1.0), best[1])[1]
@@ -87,7 +87,7 @@ def most_tokens(share: float, prompt_tokens: int, new_tokens: int, layers: int) 
 
 def stages(base: Settings, prompt_tokens: int, layers: int) -> Iterator[tuple[Settings, Settings]]:
     """What is given up, in this order; a stage is a line between two configurations."""
-    # No prompt is pruned, whatever a file's ratios are.
+    # The stages begin with whole prompts, whatever a file's ratios are.
     base = changed(base, prefill_decay_ratio=1.0)
     given = asdict(base)
     few = min(given["recent_ratio"], 0.05)  # it falls to this first, and to 0 only last

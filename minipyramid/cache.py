@@ -17,7 +17,7 @@ from torch import Tensor
 from minipyramid.attention import attend_each
 from minipyramid.config import ModelConfig
 from minipyramid.need import Need
-from minipyramid.policy import FULL, Cast, PendingTokens, Policy, top_scored, votes_to_cast
+from minipyramid.policy import FULL, PendingTokens, Policy, VotesToCast, top_scored, votes_to_cast
 
 Slab = Any  # keys or values of a layer: a Tensor, or an `EightBits` or `PagedSlab` in its place
 Positions = list[int] | list[list[int]]  # of a layer: of all its heads alike, or one list per key/value head
@@ -31,8 +31,8 @@ class Row:
     index: int  # its number among the cache's rows
     need: Need  # what it may come to hold
     lengths: list[int]  # [layer] tokens held
-    # [layer] positions of all but the generated tokens that no compaction has reached, ascending. One line
-    # for all heads, or a line per head where heads hold different tokens.
+    # [layer] positions of all but the pending tokens, ascending. One line for all heads, or a line per head
+    # where heads hold different tokens.
     kept: list[Tensor]  # [1 or K, n] int32
     pending: PendingTokens | None = None  # None where generated tokens are never dropped
     position: int = 0  # of the next token
@@ -41,7 +41,7 @@ class Row:
         """Positions of all that each layer holds, ascending.  [layer][slot], or [layer][head][slot]"""
         layers: list[Positions] = []
         for length, kept in zip(self.lengths, self.kept, strict=True):
-            # Behind these come the generated tokens that no compaction has reached.
+            # Behind these come the pending tokens.
             pending = list(range(self.position - (length - kept.shape[1]), self.position))
             heads: list[list[int]] = [head + pending for head in kept.tolist()]
             layers.append(heads if len(heads) > 1 else heads[0])
@@ -69,7 +69,7 @@ class Row:
         self.kept[layer] = torch.cat([head.expand(lines, -1) for head in heads], dim=1)
 
     def copy_out(self) -> "HeldTokens":
-        """All that is held, apart from the slabs."""
+        """A copy of all that is held, outside the slabs."""
         layers = []
         for layer, kept in enumerate(self.kept_positions()):
             k, v = (slab.clone() for slab in self.stored(layer))
@@ -144,15 +144,15 @@ class KVCache:
         lengths = list(zip(*(row.lengths for row in self.rows), strict=True))  # [layer][B]
         # Of all layers in one copy to the device.
         ends = torch.tensor(lengths, device=self.keys[0].device)  # [L, B]
-        # All rows have pending tokens or none has, by `takes`.
+        # All rows drop generated tokens or none does, by `takes`.
         pending = [row.pending for row in self.rows if row.pending]
         to_cast = votes_to_cast(pending, ends, self.need.pending)
         return [self.layer(i, *found) for i, found in enumerate(zip(lengths, ends, to_cast, strict=True))]
 
-    def layer(self, number: int, lengths: tuple[int, ...], ends: Tensor, cast: Cast) -> "LayerCache":
+    def layer(self, layer: int, lengths: tuple[int, ...], ends: Tensor, to_cast: VotesToCast) -> "LayerCache":
         """One layer, the rows in use."""
-        k, v, votes = (slab[number][: len(lengths)] for slab in (self.keys, self.values, self.votes))
-        return LayerCache(k, v, votes, lengths, ends, cast)
+        k, v, votes = (slab[layer][: len(lengths)] for slab in (self.keys, self.values, self.votes))
+        return LayerCache(k, v, votes, lengths, ends, to_cast)
 
     def end_step(self) -> None:
         """Count the token that was written in every layer, and compact the rows where a group is due."""
@@ -238,7 +238,7 @@ class LayerCache:
     votes: Tensor  # [B, U]
     lengths: tuple[int, ...]  # [B] tokens held
     ends: Tensor  # [B] the same on the device: the new token's slot
-    to_cast: Cast
+    to_cast: VotesToCast
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token of every row looks at what its row holds and at itself, and votes.
@@ -255,10 +255,10 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Slab, Slab, Tensor | None]:
         """Write one token of every row, k and v [B, K, D], after what the row holds.
 
-        Returns the slabs [B, K, S, D] and which slots are held [B, S]. Where slots are adjacent they end
-        with the longest row, and there is no mask if all rows hold equally many. (In the other memory order
-        the products would copy such a slice; what is no tensor is copied anyway.) The rows' own counts follow
-        in `end_step`.
+        Returns the slabs [B, K, S, D] and which slots are held [B, S]. Where slots lie side by side the
+        slabs end behind the longest row, and there is no mask if all rows hold equally many. (In the other
+        memory order the products would copy such a slice; what is no tensor is copied anyway.) The rows' own
+        counts follow in `end_step`.
         """
         keys, values = self.keys, self.values
         # A compiled graph must not depend on how many are held, or each token would need another.

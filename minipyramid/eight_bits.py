@@ -36,8 +36,8 @@ AT_ONCE = 24 * 576 * 64
 Product = Callable[[Tensor, Tensor], Tensor]  # `scores_of` or `mixed`
 
 
-def holding(config: ModelConfig, kv_dtype: str) -> ModelConfig:
-    """The model with keys and values held in "int8", or "auto". Raises `ConfigError` for anything else."""
+def with_kv_dtype(config: ModelConfig, kv_dtype: str) -> ModelConfig:
+    """The configuration with keys and values in "int8", or "auto". Raises `ConfigError` for anything else."""
     expect_type("kv_dtype", kv_dtype, str, "a name")
     if kv_dtype not in ("auto", "int8"):
         raise ConfigError(f"kv_dtype is {kv_dtype!r:.60}, expected auto or int8")
@@ -50,7 +50,7 @@ class EightBits:
 
     numbers: Tensor  # [..., D] int8
     scales: Tensor  # [...] float16
-    # Where some numbers at a time are turned into the model's dtype, one place for all layers of a cache.
+    # Where some numbers at a time are turned into the model's dtype: one buffer for all layers of a cache.
     # Where it is empty all are turned at once, in new memory.
     place: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -91,7 +91,7 @@ class EightBits:
             self.numbers[where], self.scales[where] = held, held
 
     def clone(self) -> "EightBits":
-        """The same numbers and scales, apart from these."""
+        """A copy of the numbers and scales."""
         return EightBits(self.numbers.clone(), self.scales.clone())
 
     @property

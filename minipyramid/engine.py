@@ -1,7 +1,7 @@
 """The engine: requests in, tokens out, through the one decode loop of the project.
 
 A request becomes a `Sequence` that knows beforehand how much cache it will need. The scheduler starts as many
-as fit, their prompts are computed, and then every step takes one token of each running sequence. When a
+as fit, their prompts are computed, and then every step computes one token of each running sequence. When a
 sequence's last token is chosen it takes one more step, which writes that token into the cache; then it leaves
 its row.
 """
@@ -26,17 +26,17 @@ from minipyramid.scheduler import Scheduler
 from minipyramid.tokenizer import TextStream, Tokenizer
 
 # Prompt tokens that are computed together, by device: more of them only make the activations larger.
-PROMPTS_AT_ONCE = {"cpu": 512, "cuda": 4096, "mps": 4096}
+PROMPT_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096, "mps": 4096}
 
 News = tuple[Sequence, str | None]  # a piece of a sequence's text, or None: it has ended
-OnStep = Callable[[Scheduler], None] | None  # called after every step that took tokens
+OnStep = Callable[[Scheduler], None] | None  # called after every step that computed tokens
 
 
 class Engine:
-    """Requests can be added at any time; `step` takes one token of each that runs.
+    """Requests can be added at any time; `step` computes one token of each that runs.
 
-    Several threads may use one engine. One of them steps at a time; others that want to wait until its step
-    is over, for it has computed their sequences, too.
+    Several threads may use one engine. One of them steps at a time; the others wait until its step is
+    over, for it has computed their sequences, too.
 
     Args:
         model: the decoder with its weights.
@@ -60,7 +60,7 @@ class Engine:
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         self.scheduler = Scheduler(self.config, self.dtype, self.device, kv_memory)
         self.planner = Planner(self.config, policy, kv_budget, self.scheduler.bytes_per_token)
-        # Guards what is taken from the three below; free during a step.
+        # Guards `_stepping`, and what is taken from the two below it; free during a step.
         self._step_over = threading.Condition()
         self._stepping = 0  # the thread that is in a step
         self._cancelled: deque[Sequence] = deque()
@@ -82,7 +82,7 @@ class Engine:
         return sequence
 
     def step(self) -> list[News]:
-        """Take one token of every running sequence, and start what has room.
+        """Compute one token of every running sequence, and start what has room.
 
         Returns what is new of all that was added by `add` since `step` was last called, whichever thread has
         computed it. Where another thread is in a step, this call waits for its end.
@@ -205,7 +205,7 @@ class Engine:
                 return
             self._stepping = threading.get_ident()
         try:
-            # Around all of it: slabs that are allotted outside cost each compiled step another graph.
+            # Around all of it: slabs allotted outside inference mode cost a compiled step another graph.
             with torch.inference_mode():
                 self._decode()
                 self._start(self.scheduler.admit())
@@ -226,7 +226,7 @@ class Engine:
         if not running:
             return
         began = time.perf_counter()
-        # Also for those that have ended: their last token belongs in the cache, as the plan counts it.
+        # Also for those whose last token is chosen: it belongs in the cache, as the plan counts it.
         tokens = self._tensor([sequence.last_token for sequence in running])
         x = self.model.step(tokens, self.scheduler.caches)  # [B, hidden_size]
         self.scheduler.generated += len(running)
@@ -234,7 +234,7 @@ class Engine:
         left = [i for i, sequence in enumerate(running) if not sequence.completion.finish_reason]
         if left:
             self._choose(self.model.logits(x[left]), [running[i] for i in left])
-        # After the transfer of tokens, for a device runs asynchronously.
+        # Timed after the transfer of tokens, for a device runs asynchronously.
         seconds = time.perf_counter() - began
         for sequence in running:
             sequence.completion.decode_s += seconds
@@ -254,7 +254,7 @@ class Engine:
             if len(self.scheduler.running) > 1:
                 from minipyramid.beginnings import next_together  # a single prompt does without
 
-                most = PROMPTS_AT_ONCE[self.device.type]
+                most = PROMPT_TOKENS_AT_ONCE[self.device.type]
                 together = next_together(left, self.scheduler.running.values(), most)
             self._try_prompts(together)
             left = left[len(together) :]
@@ -268,7 +268,7 @@ class Engine:
                 if len(together) == 1:
                     sequence.error = error
                     self._let_go(sequence)
-                elif not (sequence.ended or sequence.completion.token_ids):  # others have it already
+                elif not (sequence.ended or sequence.completion.token_ids):  # the others have theirs
                     sequence.completion.shared_tokens = 0
                     self._try_prompts([(sequence, row)])
 
@@ -295,7 +295,7 @@ class Engine:
                 self._score(sequence, row, sequence.request.continuation, of_one[None])
 
     def _look_over(self, sequence: Sequence, row: Row) -> list[Tensor] | None:
-        """The scores that the policy gives a prompt in a pass of its own, for which it uses the row."""
+        """The scores that the policy gives a prompt in an extra pass, which uses the sequence's row."""
         start = row.position
 
         def compute(ids: list[int], policy: Policy) -> None:
@@ -304,12 +304,12 @@ class Engine:
                 told += f" is looked over, which takes {start + len(ids)} tokens of a context of {context}"
                 raise RequestError(f"{told}; shorten it or take a policy that reads it once")
             self.model.extend(self._tensor(ids), [Span(row, len(ids), policy)])
-            row.adopt(sequence.earlier)  # and nothing that the policy may have held of it
+            row.adopt(sequence.earlier)  # what the policy has held of the pass is let go
 
         return sequence.policy.look_over(sequence.prompt, compute)
 
     def _score(self, sequence: Sequence, row: Row, ids: list[int], logits: Tensor) -> None:
-        """Append a continuation, and note the scores after the prompt and after each of its tokens."""
+        """Append a continuation, and note the logits after the prompt and after each of its tokens."""
         if ids:
             x = self.model.extend(self._tensor(ids), [Span(row, len(ids))], all_positions=True)
             logits = torch.cat((logits, self.model.logits(x)))

@@ -79,24 +79,25 @@ class LLM:
         progress: checkpoint.Progress | None = None,
     ) -> None:
         # Imported where they are needed: a model that comes in an engine needs none of them.
-        from minipyramid.eight_bits import holding
+        from minipyramid.eight_bits import with_kv_dtype
         from minipyramid.formats.huggingface import read_config
         from minipyramid.hub import fetch_weights, locate
         from minipyramid.policies import pick_policy
 
         expect_type("compile", compile, bool, "bool")
         directory = locate(model, revision, progress=progress is not None)
-        config = holding(read_config(directory, quantize), kv_dtype)
+        config = with_kv_dtype(read_config(directory, quantize), kv_dtype)
         chosen = pick_policy(policy, directory, config.num_hidden_layers)
         on = pick_device(device)
-        tokenizer, numbers = load_tokenizer(directory, config.vocab_size), pick_dtype(dtype, config.dtype, on)
+        tokenizer = load_tokenizer(directory, config.vocab_size)
+        number_format = pick_dtype(dtype, config.dtype, on)
         fetch_weights(model, revision, directory, progress is not None)  # now that the rest can be used
-        weights = checkpoint.load(directory, config, numbers, on, progress)
+        loaded = checkpoint.load(directory, config, number_format, on, progress)
         if compile:
             from minipyramid.compiled import compile_step
 
-            compile_step(weights)
-        self._use(Engine(weights, tokenizer, chosen, kv_budget, kv_memory), directory, {})
+            compile_step(loaded)
+        self._use(Engine(loaded, tokenizer, chosen, kv_budget, kv_memory), directory, {})
         if chat_format is not None:
             self._chat_formats[None] = self.chat_format(chat_format)
 
@@ -136,7 +137,7 @@ class LLM:
     def completions(self, prompts: Prompts, params: Params = None, on_step: OnStep = None) -> Finished:
         """Like `generate`, but each as it is finished, with its prompt's index.
 
-        `on_step` is called after every step that took tokens.
+        `on_step` is called after every step that computed tokens.
         """
         listed = request.as_list(prompts)
         one = SamplingParams() if params is None else params
@@ -163,7 +164,7 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: Single = None, conversation: Earlier = None
     ) -> Generator[str, None, Completion]:
-        """The same for one prompt, as pieces of text; joined they are the completion's text.
+        """Continue one prompt, as pieces of text; joined they are the completion's text.
 
         With a `conversation` the prompt is its next turn. The generator's return value is the `Completion`. A
         generator that is closed gives its room back at once. Raises like `generate`.
@@ -227,7 +228,7 @@ class LLM:
         return self._chat_formats[name]
 
     def prefill(self, prompts: Prompts, conversation: Earlier = None) -> list[Prefill]:
-        """Compute prompts and tell what the cache holds of each, and the scores of the token that comes next.
+        """Compute prompts and tell what the cache holds of each, and the logits of the token that comes next.
 
         With a `conversation`, which is updated, one prompt is its next turn, to which nothing is replied.
         """
@@ -241,7 +242,7 @@ class LLM:
         return prefills
 
     def score(self, prompt: Prompt, continuation: Prompt, conversation: Earlier = None) -> list[float]:
-        """Log-probability (nats) of each token of a continuation, given the prompt's cache and those before.
+        """Log-probability (nats) of each token of a continuation, from the prompt's cache and earlier tokens.
 
         The prompt is pruned as for generating so many tokens; what is scored is given, so nothing of it is
         dropped.
@@ -253,7 +254,7 @@ class LLM:
         return scores
 
     def logits(self, prompt: Prompt, continuation: list[int], conversation: Earlier = None) -> Tensor:
-        """Scores of what may follow the prompt and each token of a continuation.  [1 + T, vocab_size]
+        """Logits of what may follow the prompt and each token of a continuation.  [1 + T, vocab_size]
 
         A `conversation` is left as it is.
         """
@@ -268,7 +269,7 @@ class LLM:
         return Plan.of(self.engine.planner, prompt_lengths, max_new_tokens)
 
     def _run_to_logits(self, sequence: Sequence) -> Tensor:
-        """Run what generates nothing; returns the scores after the prompt and each token to score."""
+        """Run what generates nothing; returns the logits after the prompt and each token to score."""
         self._run(sequence)
         if sequence.logits is None:
             raise RequestError(f"{sequence.request.name} was cancelled before it was computed; ask again")

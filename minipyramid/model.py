@@ -97,7 +97,7 @@ def attend_and_hold(
     """One layer's attention for the new tokens of one sequence; then the policy chooses.
 
     The tokens look at all that the layer holds and computes, so what it puts out is exact. Then it holds
-    `held` of them in its cache and passes `passed_on` of them on to the next layer.
+    `held` of the T tokens in its cache and passes `passed_on` of them on to the next layer.
 
     qkv of the T tokens, positions [T]  ->  what attention found for those passed on [passed_on, H * D], and
     which they are [passed_on]
@@ -204,5 +204,5 @@ class Model(nn.Module):
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """Scores of the next token.  [T, hidden_size] -> [T, vocab_size] float32"""
+        """Logits of the next token.  [T, hidden_size] -> [T, vocab_size] float32"""
         return self.lm_head(rms_norm(x, self.norm, self.config)).float()

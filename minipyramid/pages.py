@@ -25,7 +25,7 @@ from minipyramid.attention import mixed, scores_of
 from minipyramid.cache import KVCache, LayerCache, Row, Slab, empty_slabs
 from minipyramid.config import ModelConfig
 from minipyramid.need import VOTE_BYTES, Need
-from minipyramid.policy import Cast
+from minipyramid.policy import VotesToCast
 
 # Pages that a row of average size fills: with more of them less is unused, with fewer a step is quicker.
 PAGES = 8
@@ -50,13 +50,13 @@ class Paging:
         sizes = tuple(min(max(power, SMALLEST), LARGEST) for power in powers)
         return cls(sizes, max(need.pending for need in needs))
 
-    def pages(self, need: Need) -> list[int]:
+    def page_counts(self, need: Need) -> list[int]:
         """How many pages of each layer a row may fill."""
         return [-(-slots // size) for slots, size in zip(need.slots, self.sizes, strict=True)]
 
     def rounded(self, need: Need) -> Need:
-        """For its bytes alone, which a row adds to a cache's: whole pages, and the votes of `ROWS` rows."""
-        slots = tuple(count * size for count, size in zip(self.pages(need), self.sizes, strict=True))
+        """A need of the bytes that a row adds to a paged cache: whole pages, and the votes of `ROWS` rows."""
+        slots = tuple(count * size for count, size in zip(self.page_counts(need), self.sizes, strict=True))
         return replace(need, slots=slots, pending=ROWS * self.pending)
 
 
@@ -168,7 +168,7 @@ class PagedCache(KVCache):
         cls, paging: Paging, config: ModelConfig, needs: list[Need], dtype: torch.dtype, device: torch.device
     ) -> "PagedCache":
         """Room for sequences of these needs, all at once."""
-        counts = [sum(pages) for pages in zip(*map(paging.pages, needs), strict=True)]
+        counts = [sum(pages) for pages in zip(*map(paging.page_counts, needs), strict=True)]
         rows, layers = ROWS * len(needs) if paging.pending else min(counts), []
         shapes = list(zip(counts, paging.sizes, strict=True))
         for k, v in zip(*empty_slabs(config, shapes, dtype, device), strict=True):
@@ -195,28 +195,28 @@ class PagedCache(KVCache):
 
     def takes(self, need: Need) -> bool:
         """Whether a row is free, and as many pages as it may need."""
-        reserved = [self.paging.pages(one) for one in (need, *(row.need for row in self.rows))]
+        reserved = [self.paging.page_counts(one) for one in (need, *(row.need for row in self.rows))]
         counts = map(sum, zip(*reserved, strict=True))
-        return super().takes(need) and all(map(le, counts, self.paging.pages(self.need)))
+        return super().takes(need) and all(map(le, counts, self.paging.page_counts(self.need)))
 
     def clear(self, index: int) -> None:
         """Let a row's votes begin with zeros; its pages do when they are taken."""
         for votes in self.votes:
             votes[index] = 0
 
-    def layer(self, number: int, lengths: tuple[int, ...], ends: Tensor, cast: Cast) -> LayerCache:
+    def layer(self, layer: int, lengths: tuple[int, ...], ends: Tensor, to_cast: VotesToCast) -> LayerCache:
         """One layer, in which every row has the page that its next token needs.
 
-        It has none behind that, since `attend` takes a row's last page for the one that is partly used.
+        No row has one behind that, since `attend` takes a row's last page for the one that is partly used.
         """
-        pages, rows = self.pages[number], len(self.rows)
+        pages, rows = self.pages[layer], len(self.rows)
         for row, length in enumerate(lengths):
             pages.take(row, length + 1)
             pages.give_back(row, length + 1)
         # Pending tokens may begin and end within a page.
         owners, last = pages.index(rows, self.need.pending // pages.size + 2, ends.device)
-        k, v, votes = pages.keys[: len(owners)], pages.values[: len(owners)], self.votes[number][:rows]
-        return PagedLayer(k, v, votes, lengths, ends, cast, owners=owners, last=last)
+        k, v, votes = pages.keys[: len(owners)], pages.values[: len(owners)], self.votes[layer][:rows]
+        return PagedLayer(k, v, votes, lengths, ends, to_cast, owners=owners, last=last)
 
     def retire(self, row: Row) -> None:
         """Free a row and its pages."""
@@ -225,7 +225,7 @@ class PagedCache(KVCache):
         super().retire(row)
 
     def renumber(self, old: int, new: int) -> None:
-        """What is held of a row is of another number from now on."""
+        """What row `old` holds is row `new`'s from now on."""
         for pages, votes in zip(self.pages, self.votes, strict=True):
             pages.renumber(old, new)
             votes[new] = votes[old]

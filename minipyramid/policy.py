@@ -1,4 +1,4 @@
-"""The seam between the engine and what it keeps: a policy.
+"""What the engine asks of a policy.
 
 A policy answers three questions, and the rest of the engine asks them without knowing which policy it has.
 
@@ -150,7 +150,7 @@ class Policy:
 FULL = Policy()
 Compute = Callable[[list[int], Policy], None]  # run tokens through the layers; nothing of them stays held
 # Weights of the new tokens' votes, and the slots they are for, two of [B, U]; None where nothing is voted on.
-Cast = tuple[Tensor, Tensor] | None
+VotesToCast = tuple[Tensor, Tensor] | None
 
 
 def check_share(share: float) -> None:
@@ -161,7 +161,7 @@ def check_share(share: float) -> None:
 def top_scored(score: Tensor, count: int, first: int = 0, newest: int = 0) -> Tensor:
     """Indices of the `count` highest scores, ascending; the `newest` and then the `first` so many always win.
 
-    Of equal scores the earlier token wins, for topk promises no order.  [..., T] -> [..., count]
+    Of equal scores the earlier token wins, so this sorts: topk promises no order.  [..., T] -> [..., count]
     """
     score = score.float().clone()
     score[..., :first] = torch.finfo(score.dtype).max
@@ -206,7 +206,7 @@ class PendingTokens:
         return due
 
 
-def votes_to_cast(pending: list[PendingTokens], lengths: Tensor, room: int) -> list[Cast]:
+def votes_to_cast(pending: list[PendingTokens], lengths: Tensor, room: int) -> list[VotesToCast]:
     """Count one more generated token of every sequence; returns what its vote weighs, and for which slots.
 
     For each layer: the weights [B, U] with which the token votes on each pending token of its row, the oldest

@@ -1,4 +1,4 @@
-"""PyramidInfer: which tokens the layers keep, and why (Yang et al., Findings of ACL 2024, arXiv 2405.12532).
+"""PyramidInfer: which tokens the layers hold, and why (Yang et al., Findings of ACL 2024, arXiv 2405.12532).
 
 Two findings carry the method. Inference context redundancy: how many keys and values the next tokens need
 falls with depth. Recent attention consistency: the newest tokens agree on which context matters, so they can
@@ -61,7 +61,7 @@ class PyramidConfig(Policy):
         distance_weight: weight of the newest voter, the oldest one's being 1.
         gen_decay_ratio, gen_decay_strategy: the schedule of generated tokens.
         exceed_length_to_compress: generated tokens that are voted on together.
-        gen_compress_ratio: share of them that stays where the schedule is 1, in the first layer.
+        gen_compress_ratio: share of them that stays where the schedule is 1.
 
     Of our own, and by default without effect (docs/settings.md tells what it gives):
         prefill_full_layers: so many first layers hold the whole prompt; voting starts after the last of them.

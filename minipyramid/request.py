@@ -60,13 +60,13 @@ class Completion:
     kv_bytes: int = 0  # of keys and values held at the end
     kv_bytes_full: int = 0  # what the full cache would hold
     shared_tokens: int = 0  # first tokens of the prompt that were computed for another one that begins alike
-    prefill_s: float = 0.0  # seconds in which its prompt was computed, with those that started together
+    prefill_s: float = 0.0  # seconds in which its prompt was computed, with those computed together
     decode_s: float = 0.0  # seconds of the steps that it took part in
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """What a prompt leaves behind: the scores of the next token, and what each layer kept."""
+    """What a prompt leaves behind: the logits of the next token, and what each layer holds."""
 
     logits: Tensor  # [vocab_size] float32
     kept_positions: list[Positions]  # [layer][slot]; [layer][head][slot] where heads hold different tokens
@@ -83,7 +83,7 @@ class Sequence:
     policy: Policy
     need: Need  # of the cache
     completion: Completion  # what has become of it so far
-    earlier: HeldTokens | None  # what earlier turns had left when it was taken
+    earlier: HeldTokens | None  # what earlier turns had left when it was prepared
     earlier_ids: list[int]
     eos_ids: tuple[int, ...]  # that end it
     stream: TextStream
@@ -97,7 +97,7 @@ class Sequence:
     last_token: int = -1  # accepted, and computed in the next step
     ended: bool = False  # finished, cancelled or failed
     error: Exception | None = None
-    prepared_by: object = None  # the engine that may still take it, once
+    prepared_by: object = None  # the engine that prepared it, until it is submitted
 
     @property
     def all_ids(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 Nothing is guessed: what a request will need at its longest is known before it starts, so none that runs is
 ever swapped out or started over, and a `kv_memory` that was given is never exceeded. Requests that start
-together are rows of one cache and attend in one product: in slabs if all are of one size, in pages otherwise.
+together share caches where they can, and attend in one product for each (`minipyramid/sharing.py`).
 The next starts when a cache has room for it, or when a cache whose rows have all ended has given back its
 bytes.
 """
@@ -43,7 +43,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.caches: list[KVCache] = []
         self.running: dict[Row, Sequence] = {}  # who has which row of which cache
-        self.finished = self.generated = 0  # sequences that have ended, and tokens taken in steps
+        self.finished = self.generated = 0  # sequences that have ended, and tokens computed in steps
 
     @property
     def memory(self) -> int:
@@ -73,7 +73,7 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Start waiting sequences in their order, up to the first that has no room.
 
-        Of those that get a new cache the last may wait for whole pages (`minipyramid/sharing.py`).
+        Of those that get a new cache the last may have to wait, for whole pages take more.
 
         Returns those taken; one whose cache could not be allotted has `error` set.
         """
@@ -89,19 +89,19 @@ class Scheduler:
                 room -= earlier
                 self._begin(sequence, min(free, key=lambda cache: cache.need.bytes(self.bytes_per_token)))
                 begun.append(sequence)
-            # With nothing else in flight it would wait for ever: half of what is free may have become less
-            # since `check`.
+            # Or if nothing else is in flight, for then it would wait for ever: what is free may have become
+            # less since `check`.
             elif needed <= room or not (self.caches or fresh):
                 room -= needed
                 fresh.append(sequence)
             else:
                 break
-        for together, allot in self._shares(fresh, room):
+        for together, allot in self._by_cache(fresh, room):
             begun += together
             self._begin_together(together, allot)
         return begun
 
-    def _shares(self, fresh: list[Sequence], room: int) -> list[tuple[list[Sequence], Allot]]:
+    def _by_cache(self, fresh: list[Sequence], room: int) -> list[tuple[list[Sequence], Allot]]:
         """Those that start, by cache, and how it is allotted."""
         if len({sequence.need for sequence in fresh}) < 2:
             return [(fresh, KVCache.allot)] if fresh else []

@@ -1,9 +1,8 @@
 """Which of the sequences that start together share a cache.
 
 If all are of one size, they are rows of one slab. Else they share a cache in pages (`minipyramid/pages.py`),
-as far as there is room for their last, partly used pages. Those for whom there is none start in slabs of
-their own, if everybody can start. If somebody waits for bytes anyway, they wait as well, unless there is
-still room for exactly what they need.
+as far as there is room for their last, partly used pages. The last ones, for whom there is none,
+start in slabs: all of them if nobody else waits, else as many as there is room for.
 """
 
 from collections.abc import Callable, Hashable
@@ -24,27 +23,27 @@ def shared(
     one layer.
     """
     caches: list[tuple[list[Sequence], Allot]] = []
-    # Rows of a cache drop generated tokens in groups of one size, or all of them drop none.
+    # Rows of a cache drop generated tokens in groups of one size, or no row drops any.
     for together in split(fresh, lambda sequence: sequence.need.group):
         paging = Paging.of([sequence.need for sequence in together])
         sizes = [s.need.bytes(bytes_per_token) for s in together]
         rounded = [paging.rounded(s.need).bytes(bytes_per_token) for s in together]
         added = [paged - exact for paged, exact in zip(rounded, sizes, strict=True)]
         missing, end = sum(added) - room, len(together)
-        while missing > 0 and end:
+        while missing > 0 and end:  # the last leave the pages until the others fit
             end -= 1
             missing -= added[end] + (sizes[end] if others_wait else 0)
         room = -missing
-        alone = together[end:]
+        in_slabs = together[end:]
         if others_wait:
             taken = [size for size in accumulate(sizes[end:]) if size <= room]
-            alone, room = alone[: len(taken)], room - max(taken, default=0)
+            in_slabs, room = in_slabs[: len(taken)], room - max(taken, default=0)
         in_pages = together[:end]
         if len({sequence.need for sequence in in_pages}) < 2:
-            in_pages, alone = [], in_pages + alone
+            in_pages, in_slabs = [], in_pages + in_slabs
         if in_pages:
             caches.append((in_pages, partial(PagedCache.allot_pages, paging)))
-        caches += [(alike, KVCache.allot) for alike in split(alone, lambda sequence: sequence.need)]
+        caches += [(alike, KVCache.allot) for alike in split(in_slabs, lambda sequence: sequence.need)]
     return caches
 
 

@@ -21,7 +21,7 @@ def parse_bytes(size: int | str) -> int:
 def memory_bound(given: int | str | None, device: torch.device) -> Callable[[], int]:
     """What tells how many bytes may be in flight: those given, or half of what is free when it is asked.
 
-    Raises `RequestError` where the given size is none.
+    Raises `RequestError` where what is given is no size.
     """
     if given is None:
         return lambda: default_memory(device)

@@ -74,7 +74,7 @@ def test_more_prompts_than_one_prefill_takes(tiny: LLM, monkeypatch: pytest.Monk
     """The prompts of a batch are computed in groups; the groups must not show."""
     prompts = prompts_of([30, 3, 50, 20, 20, 1])
     expected = [c.token_ids for c in tiny.generate(prompts)]
-    monkeypatch.setattr("minipyramid.engine.PROMPTS_AT_ONCE", {"cpu": 40})
+    monkeypatch.setattr("minipyramid.engine.PROMPT_TOKENS_AT_ONCE", {"cpu": 40})
     assert [c.token_ids for c in tiny.generate(prompts)] == expected
 
 

@@ -13,7 +13,7 @@ from helpers import STEEP, WEIGHTS, prompts_of
 from minipyramid import LLM, ConfigError, Conversation, SamplingParams, eight_bits
 from minipyramid.attention import attend_each
 from minipyramid.cache import KVCache
-from minipyramid.eight_bits import LARGEST, EightBits, holding, rounded
+from minipyramid.eight_bits import LARGEST, EightBits, rounded, with_kv_dtype
 from minipyramid.generate import main
 from minipyramid.need import Need
 
@@ -119,7 +119,7 @@ def test_a_batch_gives_the_single_runs_texts_and_holds_what_was_planned(eight: L
 def test_its_bytes_are_counted_with_their_scales(eight: LLM) -> None:
     """With head size 64 they are 51.6 % of bf16's; a plan that left the scales out would promise too much."""
     config = LLM(WEIGHTS, policy="full", kv_dtype="int8").config
-    of_bf16 = holding(config, "auto").kv_bytes_per_token(2)
+    of_bf16 = with_kv_dtype(config, "auto").kv_bytes_per_token(2)
     assert config.kv_bytes_per_token(4) == config.kv_bytes_per_token(2) < 0.53 * of_bf16
     cache = KVCache.allot(eight.config, [Need((7, 5, 3))] * 2, torch.float32, torch.device("cpu"))
     slabs = [part for slab in cache.keys + cache.values for part in (slab.numbers, slab.scales)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minipyramid import LLM
 from minipyramid.cache import KVCache, Row
-from minipyramid.eight_bits import holding
+from minipyramid.eight_bits import with_kv_dtype
 from minipyramid.formats.huggingface import config_of
 from minipyramid.need import Need
 from minipyramid.pages import PagedCache, Paging
@@ -23,7 +23,7 @@ LAYERS = 3
 def cache_in_pages(
     needs: list[Need], kv_dtype: str = "auto", dtype: torch.dtype = torch.float32
 ) -> PagedCache:
-    config = holding(config_of(TINY), kv_dtype)
+    config = with_kv_dtype(config_of(TINY), kv_dtype)
     return PagedCache.allot_pages(Paging.of(needs), config, needs, dtype, CPU)
 
 
@@ -135,7 +135,7 @@ def test_what_was_not_finite_in_a_row_is_not_found_in_the_next(in_pages: bool, k
     if in_pages:
         cache: KVCache = cache_in_pages(needs, kv_dtype)
     else:
-        cache = KVCache.allot(holding(config_of(TINY), kv_dtype), needs, torch.float32, CPU)
+        cache = KVCache.allot(with_kv_dtype(config_of(TINY), kv_dtype), needs, torch.float32, CPU)
     stays, gone = (cache.add_row(need) for need in needs)
     write(stays, 35, torch.Generator().manual_seed(0))
     nan = torch.full((2, 38, 8), float("nan"))

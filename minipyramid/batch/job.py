@@ -64,10 +64,10 @@ def run(
     if strict:
         check(llm, source, params, stop)
     with Ids() as ids, Output(target, resume, ids) as output:
-        return Job(llm, params, output).run(unique(read_lines(source), ids), stop, on_step)
+        return Job(llm, params, output).run(mark_repeated(read_lines(source), ids), stop, on_step)
 
 
-def unique(lines: Iterator[Line], ids: Ids) -> Iterator[Line]:
+def mark_repeated(lines: Iterator[Line], ids: Ids) -> Iterator[Line]:
     """The lines; one whose id an earlier one has is told by its number."""
     for line in lines:
         repeated = not line.problem and not ids.add("read", line.label)
@@ -77,7 +77,7 @@ def unique(lines: Iterator[Line], ids: Ids) -> Iterator[Line]:
 def check(llm: LLM, source: Path, params: SamplingParams, stop: Callable[[], bool]) -> None:
     """Raise what is wrong with the first line that cannot be served."""
     with Ids() as ids:
-        for line in unique(read_lines(source), ids):
+        for line in mark_repeated(read_lines(source), ids):
             if stop():
                 return
             try:
@@ -116,11 +116,11 @@ class Job:
         return self.counts
 
     def step(self) -> None:
-        """A step; one that is broken off leaves each that ran with its error, and those to be tried again."""
+        """A step; if it is broken off, each that ran has an error, and its line is tried again."""
         try:
             self.llm.engine.advance()
         except Exception:
-            if not self.news:  # it would be so for ever
+            if not self.news:  # nothing ran, so it would fail for ever
                 raise
 
     def take(self, lines: Iterator[Line], stop: Callable[[], bool]) -> None:

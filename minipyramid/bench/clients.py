@@ -1,6 +1,6 @@
 """The clients of `served.py`, in a process of their own, so that their CPU time does not count.
 
-Each line of stdin is a port and the bodies of as many requests, which are sent at once. It is answered by a
+Each line of stdin is a port and the bodies of some requests, which are sent at once. It is answered by a
 line with the seconds until the last answer was there, and the tokens that the server counts.
 """
 

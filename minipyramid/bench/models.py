@@ -11,7 +11,7 @@ from minipyramid import LLM, Engine
 from minipyramid.cli.shapes import PREFIX, shape_config
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
-from minipyramid.eight_bits import holding
+from minipyramid.eight_bits import with_kv_dtype
 from minipyramid.formats.huggingface import read_config
 from minipyramid.formats.names import parameter_sources
 from minipyramid.formats.weights import parameter_of
@@ -29,12 +29,12 @@ def config_of(args: argparse.Namespace) -> ModelConfig:
         config = shape_config(args.model.removeprefix(PREFIX), args.quantize)
     else:
         config = read_config(Path(args.model), args.quantize)
-    return holding(config, args.kv_dtype)
+    return with_kv_dtype(config, args.kv_dtype)
 
 
 def plain_kv_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one token in one layer of another library's cache, which holds no 8 bits."""
-    return holding(config, "auto").kv_bytes_per_token(dtype.itemsize)
+    return with_kv_dtype(config, "auto").kv_bytes_per_token(dtype.itemsize)
 
 
 def device_and_dtype(args: argparse.Namespace, config: ModelConfig) -> tuple[torch.device, torch.dtype]:

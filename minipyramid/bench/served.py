@@ -55,8 +55,8 @@ def row_of(
         "seconds": seconds,
         "cpu_s": cpu_s,
         "tokens_per_s": work.generated / seconds,
-        "of_generate": statistics.median(best[0] / mine[0] for mine, best in turns),
-        "of_generate_by_cpu": statistics.median(best[1] / mine[1] for mine, best in turns),
+        "of_generate": statistics.median(generate[0] / mine[0] for mine, generate in turns),
+        "of_generate_by_cpu": statistics.median(generate[1] / mine[1] for mine, generate in turns),
     }
 
 

@@ -83,7 +83,7 @@ def load_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
 
 class FirstToken:
-    """A logits processor that changes nothing and notes when the scores of the first new token are there."""
+    """A logits processor that changes nothing and notes when the logits of the first new token are there."""
 
     def __init__(self) -> None:
         self.at = 0.0

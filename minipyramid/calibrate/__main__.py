@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minipyramid import LLM, RequestError
-from minipyramid.calibrate.check import checked
+from minipyramid.calibrate.check import check_levels
 from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, profile_of
 from minipyramid.calibrate.find import Search
 from minipyramid.calibrate.fit import FIRST, NEWEST, LineFit
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     with CalibrationLine(measurements(layers, len(budgets), args.repeat), quiet=args.quiet) as line:
         search = Search(llm, to_fit, fitted_lines(llm, to_fit, line), args.repeat, line.update)
         found = search.find(budgets)
-        rows = checked(Search(llm, to_check, search.lines, args.repeat, line.update), found.levels)
+        rows = check_levels(Search(llm, to_check, search.lines, args.repeat, line.update), found.levels)
     measured = {"text": Path(args.text).name, "context": args.context, "following": args.following}
     measured |= {"samples": args.samples, "seed": args.seed, "levels": rows}
     levels = [level for level, row in zip(found.levels, rows, strict=True) if row["better"]]

@@ -13,8 +13,8 @@ from minipyramid.policies.profile import Level
 EVEN_CHOICE = ("keydiff", 0.25)  # of the even split, whatever the calibration has found
 
 
-def checked(search: Search, levels: list[Level]) -> list[dict[str, Any]]:
-    """What each level costs: KL divergence and perplexity, of the full cache's, and of an even split's.
+def check_levels(search: Search, levels: list[Level]) -> list[dict[str, Any]]:
+    """What each level costs: KL divergence, perplexity over the full cache's, and that of an even split.
 
     `search` is over the windows to check on. A level is `better` where its KL divergence is below that of the
     even split, which computes everything.

@@ -2,8 +2,8 @@
 
 A context is followed by two things: by what follows it in the text, and by a stretch of its own, said again.
 The first asks for what a text usually needs, the second for what somebody may ask for later; neither needs a
-question or a label. A profile's loss is the KL divergence of its next-token distributions from the full
-cache's (nats per token, mean over tokens and windows).
+question or a label. A profile's loss is the KL divergence of the full cache's next-token distributions
+from its own (nats per token, mean over tokens and windows).
 
 Every layer's queries, keys and values are recorded in one pass. What a layer would hold is then chosen
 from the record by the profile's own code, and only what follows is computed: a profile costs tenths of a
@@ -72,7 +72,7 @@ def cut_windows(
 ) -> list[Window]:
     """Windows from places drawn at random; what is said again is drawn from all but a context's end.
 
-    `sizes` are the tokens of a context, with those of `begin`, and of each of what is read after it.
+    `sizes` are the tokens of a context, `begin` included, and of each of the two things read after it.
     """
     context, following = sizes
     length = context + following - len(begin)
@@ -117,13 +117,13 @@ class Contexts:
     @torch.inference_mode()
     def logprobs(self, level: Level) -> Tensor:
         """Log-probabilities behind what is held by a level.  [2 * windows * following, vocab_size]"""
-        held = profile_of(level, self.profile.lines)
+        profile = profile_of(level, self.profile.lines)
         ids: list[int] = []
         spans = []
         for window, rows, seen in zip(self.windows, self.rows, self.seen, strict=True):
-            counts = held.held(len(window.context), len(seen))
+            counts = profile.held(len(window.context), len(seen))
             for layer, (of_layer, count) in enumerate(zip(seen, counts, strict=True)):
-                self.hold(rows, of_layer, held, (count, level.scores[layer], level.newest[layer]))
+                self.hold(rows, of_layer, profile, (count, level.scores[layer], level.newest[layer]))
             for row, continuation in zip(rows, (window.following, window.again), strict=True):
                 row.position = len(window.context)
                 spans.append(Span(row, len(continuation)))
@@ -131,13 +131,13 @@ class Contexts:
         x = self.llm.model.extend(torch.tensor(ids, device=self.llm.device), spans, all_positions=True)
         return self.llm.model.logits(x).log_softmax(-1)
 
-    def hold(self, rows: tuple[Row, Row], seen: Seen, held: Profile, how: tuple[int, str, float]) -> None:
+    def hold(self, rows: tuple[Row, Row], seen: Seen, profile: Profile, how: tuple[int, str, float]) -> None:
         """Leave in both rows what a layer holds; nothing is copied where it stands there already."""
         count, layer = how[0], seen.layer
         same = self.standing.get((rows[0].index, layer)) == how
         if not same:
             self.standing[rows[0].index, layer] = how
-            keys, values = chosen_of(seen, held, count)
+            keys, values = chosen_of(seen, profile, count)
         for row in rows:
             row.lengths[layer] = count if same else 0  # what followed before is overwritten
             row.kept[layer] = row.kept[layer][:, : row.lengths[layer]]
@@ -145,11 +145,11 @@ class Contexts:
                 row.write(layer, keys, values, torch.arange(count, device=keys.device))
 
 
-def chosen_of(seen: Seen, held: Policy, count: int) -> tuple[Tensor, Tensor]:
+def chosen_of(seen: Seen, policy: Policy, count: int) -> tuple[Tensor, Tensor]:
     """Keys and values that a policy holds of a layer.  two of [K, count, D]"""
     keys, values = seen.keys, seen.values
     if count < keys.shape[1]:
-        chosen = held.hold(seen, count).expand(len(keys), -1)  # [K, count]
+        chosen = policy.hold(seen, count).expand(len(keys), -1)  # [K, count]
         slots = chosen[..., None].expand(-1, -1, keys.shape[2])
         keys, values = keys.gather(1, slots), values.gather(1, slots)
     return keys, values

@@ -30,7 +30,7 @@ from minipyramid.policies.profile import Level
 # allowed, a model of 18 layers that looks back in layer 6 was cut behind layer 0, and kept 0.14 of the
 # answers at 8 %.)
 STEP, CHEAP = 0.05, 0.01
-Notice = Callable[[str], None]  # called after each measurement with what is being looked for
+Notice = Callable[[str], None]  # called after each measurement with what was measured
 
 
 @dataclass
@@ -102,9 +102,10 @@ class Search:
         return found
 
     def cut(self, found: Found, share: float, computed: float) -> Level:
-        """The best depth for a share of token-layers to compute; the share rises where all are too dear.
+        """The best depth for a share of token-layers to compute; it rises where all cost too much.
 
-        What is dear is told beside the cost of holding `share` with everything computed, as the curves say.
+        Too much is more than `CHEAP`, and than it costs to hold `share` with everything computed, as the
+        curves say.
         """
         uncut = allot(self.full.profile.levels[0], found.curves, share)
         cost_of_holding = sum(

@@ -1,9 +1,9 @@
 """Which layer holds how much, and chooses how: from curves of single layers to the level of a budget.
 
-1. *Depth.* Hidden states are cut after one layer, to one share for all that follow. Every depth is tried;
-   the best one is where looking back is over.
-2. *Curves.* One layer alone holds less, in some sizes and by some choices: what does that cost? The others
+1. *Curves.* One layer alone holds less, in some sizes and by some choices: what does that cost? The others
    hold all they compute, so a curve tells what a layer needs, and which choice is best for it.
+2. *Depth.* Hidden states are cut after one layer, to one share for all that follow. Every depth is tried;
+   the best one is where looking back is over.
 3. *Allotment.* If costs just add up, the cheapest way to hold some tokens over all layers gives the next one
    to the layer where it saves most: the steepest piece of all curves' lower hulls comes first.
 4. *Exchange.* They do not just add up. So every layer chooses anew now that the others hold less, and room is

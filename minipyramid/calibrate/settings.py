@@ -14,13 +14,13 @@ from minipyramid.policies import load_policy
 from minipyramid.policies.profile import Level
 from minipyramid.policies.scores import read_lines
 
-DIGITS = 4  # of a share; a thousandth of a token at 1,024
+DIGITS = 4  # of a share; a tenth of a token at 1,024
 
 
 def write_profile(out: Path, levels: list[Level], lines: Tensor, measured: dict[str, Any]) -> None:
     """Write `out`, and beside it the lines of the score `fitted` where a layer chooses by it.
 
-    A kill leaves the former files or whole new ones. Raises `RequestError` where they cannot be written.
+    A kill leaves each file as it was, or whole and new. Raises `RequestError` where they cannot be written.
     """
     settings: dict[str, Any] = {"policy": "profile", "levels": [written(level) for level in levels]}
     files = {}
@@ -32,15 +32,15 @@ def write_profile(out: Path, levels: list[Level], lines: Tensor, measured: dict[
     files[out] = in_lines(settings | {"measured": measured}).encode()
     try:
         for path, content in files.items():
-            partial(path).write_bytes(content)
+            unfinished(path).write_bytes(content)
         for path in files:  # all are whole now, and fit together
-            partial(path).replace(path)
+            unfinished(path).replace(path)
     except OSError as error:
         raise RequestError(f"--out {out} cannot be written: {error}") from error
     finally:
         for path in files:
             with suppress(OSError):
-                partial(path).unlink(missing_ok=True)
+                unfinished(path).unlink(missing_ok=True)
 
 
 def check_replaced(out: Path) -> None:
@@ -57,7 +57,7 @@ def check_replaced(out: Path) -> None:
             raise RequestError(f"{told}; move it away or give another name") from error
 
 
-def partial(path: Path) -> Path:
+def unfinished(path: Path) -> Path:
     """What a file is called until it is whole."""
     return path.with_name(path.name + ".part")
 

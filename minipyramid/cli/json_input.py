@@ -7,7 +7,7 @@ from minipyramid.errors import RequestError
 
 
 def json_object(data: bytes, name: str) -> dict[str, Any]:
-    """The object that the bytes say; raises `RequestError`, which calls them `name`, where they are none."""
+    """The object that the bytes say; raises `RequestError`, which calls them `name`, where they say none."""
     try:
         value = json.loads(data.decode("utf-8-sig"))
     # The parser recurses, so nesting without end is an error of Python's own.

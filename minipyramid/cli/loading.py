@@ -33,7 +33,7 @@ def load(args: argparse.Namespace) -> LLM:
 
 
 def check_repository(args: argparse.Namespace) -> None:
-    """Refuse a hub repository for what texts, or `--chat`, need of it, before its weights are fetched."""
+    """Refuse a hub repository that lacks what texts, or `--chat`, need, before its weights are fetched."""
     if "prompt" not in args or args.batch:
         return  # a server's client, or a line of a batch, may give token ids
     from minipyramid.formats.chat import ChatFormat

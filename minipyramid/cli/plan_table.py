@@ -8,7 +8,7 @@ from minipyramid.cli.shapes import PREFIX, shape_config
 from minipyramid.cli.terminal import readable
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
-from minipyramid.eight_bits import holding
+from minipyramid.eight_bits import with_kv_dtype
 from minipyramid.errors import RequestError
 from minipyramid.formats.huggingface import read_config
 from minipyramid.hub import locate
@@ -32,7 +32,7 @@ def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -
     else:
         directory = locate(args.model, args.revision)
         config = read_config(directory, args.quantize)
-    config = holding(config, args.kv_dtype)
+    config = with_kv_dtype(config, args.kv_dtype)
     lengths = [args.prompt_tokens] if args.prompt_tokens is not None else []
     if prompts:
         lengths += count_tokens(args, directory, config, prompts)

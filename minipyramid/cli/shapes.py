@@ -24,7 +24,7 @@ FIELDS = (
 
 
 def shape_dict(name: str) -> dict[str, Any]:
-    """The `config.json` of a shape; `ConfigError` for a name that is none."""
+    """The `config.json` of a shape; `ConfigError` for an unknown name."""
     if name not in SHAPES:
         raise ConfigError(f"there is no shape {name!r}; {nearest(name, SHAPES)}")
     return {

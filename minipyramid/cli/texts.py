@@ -10,7 +10,7 @@ MOST_BYTES = 256 << 20  # of a text; what is larger, or never ends, would fill t
 
 
 def read_text(file: str) -> str:
-    """A UTF-8 text, or its .xz. Raises `RequestError` where it is none, or larger than `MOST_BYTES`."""
+    """A UTF-8 text, or its .xz. Raises `RequestError` where it is no text, or larger than `MOST_BYTES`."""
     try:
         with lzma.open(file) if file.endswith(".xz") else Path(file).open("rb") as opened:
             return read_at_most(opened, MOST_BYTES, f"--text {file}", "give a part of it").decode("utf-8")

@@ -28,7 +28,7 @@ from minipyramid.cli.terminal import (
     set_threads,
 )
 from minipyramid.cli.texts import read_text, read_tokens
-from minipyramid.eight_bits import holding
+from minipyramid.eight_bits import with_kv_dtype
 from minipyramid.eval.books import sentences
 from minipyramid.eval.compare import Comparison, compare, no_samples, pick_policies
 from minipyramid.eval.report import BY_PART, COLUMNS, plot, rows_of, table
@@ -150,7 +150,7 @@ def check(args: argparse.Namespace) -> None:
 def what_to_compare(args: argparse.Namespace) -> Comparison:
     """Policies and budgets; refuses what the model cannot hold, before its weights are loaded."""
     directory = locate(args.model, args.revision)
-    config = holding(read_config(directory, args.quantize), args.kv_dtype)
+    config = with_kv_dtype(read_config(directory, args.quantize), args.kv_dtype)
     layers = config.num_hidden_layers
     config.check_length(max(args.context), max(args.continuation, args.generate), "the longest context")
     if args.policies is None:
@@ -199,7 +199,7 @@ def report(result: dict[str, Any], args: argparse.Namespace) -> None:
                 print("\nThe same recall by where the fact stands:")
                 print(table(result["rows"], BY_PART))
         print(end="", flush=True)  # so that a plot that fails costs no figures
-    finally:  # nor a reader that leaves early the plot
+    finally:  # and a reader that leaves early costs no plot
         if args.plot is not None:
             plot(result["rows"], Path(args.plot))
 

@@ -39,14 +39,12 @@ class Size:
 
 
 def drop_oldest(held: HeldTokens, settings: PyramidConfig) -> HeldTokens:
-    """Every layer that is shorter than all that was seen drops its oldest tokens, as if they were pending."""
+    """A layer that holds a group or more less than was seen drops its oldest tokens, as if pending."""
     group = settings.exceed_length_to_compress
     tail = settings.recent_tokens(held.position)
     layers = []
     for (keys, values, positions), n in zip(held.layers, held.lengths, strict=True):
-        drop = min(group, n - tail)
-        if held.position - n < group or drop < 0:
-            drop = 0
+        drop = max(0, min(group, n - tail)) if held.position - n >= group else 0
         layers.append((keys[:, drop:], values[:, drop:], positions[..., drop:]))
     return replace(held, layers=layers, lengths=[positions.shape[-1] for _, _, positions in layers])
 

@@ -167,7 +167,7 @@ def openings(
 def planted(
     llm: LLM, context: int, rng: random.Random, book: Sequence[str] | None = None
 ) -> Iterator[list[Task]]:
-    """Of every story its questions after it, of one cache; then each inside, with a cache of its own.
+    """Of every story all questions after it, asked of one cache; then each inside, with its own.
 
     Args:
         book: sentences of which a stretch is what the facts stand among; None for made-up ones.
@@ -206,6 +206,6 @@ def planted(
 
 
 def part_of(tale: Story, question: str, answer: str) -> int:
-    """In which part the fact stands, of the three quarters in which facts are planted."""
+    """Which third of the first three quarters, where facts are planted, the fact stands in."""
     sentence = question.rpartition("Answer: ")[2] + answer.removesuffix(".")
     return min(PARTS - 1, int(PARTS * tale.text.index(sentence) / (0.75 * len(tale.text))))

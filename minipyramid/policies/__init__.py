@@ -51,7 +51,7 @@ def pick_policy(policy: AnyPolicy, directory: Path, layers: int) -> Policy:
     if isinstance(policy, Path) or name.endswith(".json"):
         return load_policy(Path(policy))
     if name in ("auto", "pyramid", "profile"):
-        return own_policy(name, directory, layers)
+        return checkpoint_policy(name, directory, layers)
     if name.endswith(SPLIT):
         from minipyramid.policies.split import Split
 
@@ -59,12 +59,12 @@ def pick_policy(policy: AnyPolicy, directory: Path, layers: int) -> Policy:
         if choice == "profile" or (choice not in POLICIES and ":" not in choice):
             those = [known for known in POLICIES if known not in ("full", "pyramid", "profile")]
             raise ConfigError(f"there is no policy {choice!r} for {name!r}; {nearest(choice, those)}")
-        return Split(own_policy("auto", directory, layers), by_default(choice))
+        return Split(checkpoint_policy("auto", directory, layers), by_default(choice))
     return PyramidConfig.preset(name) if name in PRESETS else by_default(name)
 
 
-def own_policy(name: str, directory: Path, layers: int) -> Policy:
-    """The checkpoint's settings, if they are of the policy `name` or if that is `auto`."""
+def checkpoint_policy(name: str, directory: Path, layers: int) -> Policy:
+    """The checkpoint's settings if `name` is theirs or `auto`, else the published ones."""
     beside = directory / SETTINGS
     # A link that leads nowhere is an error and not absent.
     own = load_policy(beside) if beside.exists() or beside.is_symlink() else None

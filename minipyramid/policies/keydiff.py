@@ -1,4 +1,4 @@
-"""KeyDiff (Park et al., 2025): the newest tokens, and those whose keys are least like the others."""
+"""KeyDiff (Park et al., 2025): the first 4 tokens, the newest, and those with the keys least like others'."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from minipyramid.policies.held_share import HeldShare
 from minipyramid.policies.scores import keydiff
 from minipyramid.policy import Seen, top_scored
 
-NEWEST = 8  # of so many tokens one is set aside for the newest
+ONE_IN = 8  # tokens that are held is set aside for the newest
 
 
 @dataclass(frozen=True)
@@ -17,4 +17,4 @@ class KeyDiff(HeldShare):
 
     def hold(self, seen: Seen, count: int) -> Tensor:
         """[K, count]"""
-        return top_scored(keydiff(seen, None), count, first=4, newest=max(1, count // NEWEST))
+        return top_scored(keydiff(seen, None), count, first=4, newest=max(1, count // ONE_IN))

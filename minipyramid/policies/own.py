@@ -46,7 +46,7 @@ class Own(Policy):
                 return list(computed), list(held)
         lists = f"{self._name} computes {computed!r:.80} and holds {held!r:.80}"
         rule = (
-            f"all {prompt_tokens} tokens computed first, then never more, and no layer to hold more than that"
+            f"all {prompt_tokens} tokens computed first, then never more, and never more held than computed"
         )
         raise ConfigError(f"{lists} in {layers} layers; expected {rule}")
 

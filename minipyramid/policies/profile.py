@@ -98,7 +98,7 @@ def names_of(kind: Any) -> set[str]:
 
 
 def between(low: Level, high: Level, share: float) -> Level:
-    """The level on the line between two that holds `share`; each layer chooses as the lower one does."""
+    """The level on the line between two that holds `share`; each layer chooses as in `low`."""
     t = (share - low.share) / (high.share - low.share)
     lists = {
         name: tuple(a + (b - a) * t for a, b in zip(getattr(low, name), getattr(high, name), strict=True))
@@ -114,10 +114,10 @@ class Profile(Policy):
     Attributes:
         levels: what the layers compute and hold, by ascending share.
         share: of a prompt that is held, over all layers.
-        generated_share: the same of generated tokens; None for as much. They are voted on as PyramidInfer's
-            are, and of each group a layer keeps its own share.
+        generated_share: share of generated tokens that is held; None for `share`. They are voted on as
+            PyramidInfer's are, and of each group a layer keeps its own share.
         sinks: first tokens of a prompt that are always held and passed on, as far as there is room.
-        fewest: no layer computes or holds fewer tokens of a prompt; 0 under a budget.
+        fewest: no layer computes or holds fewer tokens of a prompt; 0 under a budget, which counts as 1.
         fewest_recent: so many of the newest tokens are protected at least, beside the newest one; a budget
             lowers it where it must.
         lines: of the score `fitted`, a weight for each of `features`.  [L, K, 2 * D + 4]
@@ -209,7 +209,7 @@ class Profile(Policy):
             tried.append((left, settings))
             if left >= enough:
                 break
-        left, settings = max(tried, key=itemgetter(0)) if left < enough else tried[-1]
+        left, settings = max(tried, key=itemgetter(0))
         if left < layers:
             raise refusal(share, most - left + layers, prompt_tokens, new_tokens, layers)
         room = left

@@ -21,7 +21,7 @@ class Split(Policy):
     def __post_init__(self) -> None:
         if type(self.choice).hold is Policy.hold:
             raise ConfigError(
-                f"{type(self.choice).__name__} does not choose what is held, so nobody can say how many; "
+                f"{type(self.choice).__name__} does not choose what is held, so it cannot be told how many; "
                 "take a policy that has `hold`, as snapkv"
             )
 

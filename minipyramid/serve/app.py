@@ -215,7 +215,7 @@ class Service:
             while True:
                 if event.ended and event.ticket.sequence.error:
                     parts.append(sse(error_body(str(event.ticket.sequence.error), 500)))
-                    left = 1
+                    left = 1  # nothing follows an error
                 else:
                     parts.append(answer.piece(event))
                 if event.ended:
@@ -306,11 +306,11 @@ class Gate:
 
 
 async def not_there(request: HttpRequest, error: Exception) -> Response:
-    """Paths and methods that are none, in the clients' form."""
+    """Unknown paths and methods, in the clients' form."""
     status = getattr(error, "status_code", 500)
     told = f"{request.url.path} is not served here; expected one of {', '.join(PATHS)}"
     if status == 405:
-        told = f"{request.url.path} is not served here to {request.method}; the API's clients know by what"
+        told = f"{request.url.path} is not served here to {request.method}; use another method"
     return JSONResponse(error_body(told, status), status)
 
 

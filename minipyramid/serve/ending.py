@@ -1,4 +1,4 @@
-"""How the server ends: what runs may end within the grace, and who asked for what runs longer is told so."""
+"""How the server ends: what runs may end within the grace, and clients of what runs longer are told so."""
 
 import asyncio
 import contextlib
@@ -13,10 +13,10 @@ MORE_S = 5.0  # for the connections, after their requests have ended
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which would break off what runs in the middle of an answer."""
+    """uvicorn's, but it lets answers end that uvicorn would break off."""
 
     def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
-        # Longer than what is below takes, for it cuts without an answer.
+        # Longer than `_end_what_is_left` takes, for uvicorn cuts without an answer.
         config.timeout_graceful_shutdown = grace + 2 * MORE_S  # type: ignore[assignment]  # a float will do
         super().__init__(config)
         self.service, self.grace = service, grace

@@ -140,7 +140,7 @@ def characters_of(given: Any) -> int:
 
 
 def wants_logprobs(values: dict[str, Any], chat: bool) -> bool:
-    """Those of the chosen tokens; the likeliest others are not told."""
+    """Whether the chosen tokens' are asked for; the likeliest others are not told."""
     wanted = values.get("logprobs", False)
     if chat:
         expect_type("logprobs", wanted, bool, "true or false")

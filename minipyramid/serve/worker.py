@@ -202,7 +202,7 @@ def picture(layers: list[Positions]) -> list[Ranges]:
         alike = [position for position in layer if isinstance(position, int)]
         positions = sorted({position for head in heads for position in head}) if heads else alike
         ranges = []
-        # Positions that follow each other are as far from their index.
+        # Positions that follow each other differ from their index by the same number.
         for _, run in groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0]):
             each = [position for _, position in run]
             ranges.append([each[0], each[-1]])
