@@ -92,43 +92,38 @@ class Layer(nn.Module):
 
 
 def attend_and_hold(
-    span: Span, layer: int, qkv: list[Tensor], positions: Tensor, *, held: int, passed_on: int
+    span: Span, layer: int, parts: list[Tensor], *, held: int, passed_on: int
 ) -> tuple[Tensor, Tensor]:
     """One layer's attention for the new tokens of one sequence; then the policy chooses.
 
     The tokens look at all that the layer holds and computes, so what it puts out is exact. Then it holds
     `held` of the T tokens in its cache and passes `passed_on` of them on to the next layer.
 
-    qkv of the T tokens, positions [T]  ->  what attention found for those passed on [passed_on, H * D], and
-    which they are [passed_on]
+    parts, of the T tokens: positions [T], their cosines and sines, q, k and v  ->  what attention found for
+    those passed on [passed_on, H * D], and which they are [passed_on]
     """
-    q, k, v = qkv[0], qkv[1].transpose(0, 1), qkv[2].transpose(0, 1)  # [T, H, D], [K, T, D], [K, T, D]
+    positions, cos, sin, q = parts[:4]  # [T], two of [T, 1, D / 2], [T, H, D]
+    k, v = (t.transpose(0, 1) for t in parts[4:])  # two of [K, T, D]
     T, row = len(q), span.row
     keys, values = k, v
     if row.lengths[layer]:
         keys, values = (torch.cat(pair, 1) for pair in zip(row.read(layer), (k, v), strict=True))  # [K, n, D]
     # After the last layer only the newest token is wanted, so no other query is asked.
-    last_layer = len(row.lengths) - 1
-    newest_only = passed_on == 1 and layer == last_layer
+    newest_only = passed_on == 1 and layer == len(row.lengths) - 1
     out, logsumexp = attend(q[-1:] if newest_only else q, keys, values)
     of_all = None if newest_only and T > 1 else logsumexp  # of every query, or not at all
     looked_over = None
     if span.looked_over and layer < len(span.looked_over):
         looked_over = span.looked_over[layer][:, positions - row.position]  # [K, T]
     seed = span.seed * len(row.lengths) + layer
-    seen = Seen(q, keys, values, of_all, layer, span.count, seed, looked_over)
-    if held < T:
-        chosen = span.policy.hold(seen, held)  # [held] or [K, held]
-        positions = positions[chosen]
-        slots = chosen.expand(len(k), -1)[..., None].expand(-1, -1, k.shape[2])  # [K, held, D]
-        k, v = k.gather(1, slots), v.gather(1, slots)
-    row.write(layer, k, v, positions)
-    if newest_only:
-        return out, torch.tensor([T - 1], device=q.device)
-    if passed_on < T:
-        which = span.policy.pass_on(seen, passed_on)
-        return out[which], which
-    return out, torch.arange(T, device=q.device)
+    seen = Seen(q, keys, values, of_all, (cos[-1:], sin[-1:]), layer, span.count, seed, looked_over)
+    everything = torch.arange(T, device=q.device)
+    chosen = span.policy.hold(seen, held) if held < T else everything  # [held] or [K, held]
+    row.write(layer, *span.policy.entries(seen, chosen), positions[chosen])
+    if newest_only or passed_on == T:
+        return out, everything[-passed_on:]
+    which = span.policy.pass_on(seen, passed_on)
+    return out[which], which
 
 
 class Model(nn.Module):
@@ -158,8 +153,7 @@ class Model(nn.Module):
         """
         L = self.config.num_hidden_layers
         # They follow what each sequence has computed so far.
-        positions = torch.cat([span.row.position + torch.arange(span.count) for span in spans])  # [T]
-        positions = positions.to(ids.device)
+        positions = torch.cat([s.row.position + torch.arange(s.count, device=ids.device) for s in spans])
         cos, sin = rotations(positions, self.inv_freq, self.embed_tokens.dtype)  # [T, 1, D / 2]
         held = [s.policy.held(s.count, L) for s in spans]
         # [span][layer], and what passes the last layer.
@@ -167,10 +161,10 @@ class Model(nn.Module):
         x = F.embedding(ids, self.embed_tokens)  # [T, hidden_size]
         for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
             counts = [lengths[i] for lengths in computed]
-            parts = (torch.split(t, counts) for t in (positions, *layer.qkv(x, cos, sin)))
+            parts = (torch.split(t, counts) for t in (positions, cos, sin, *layer.qkv(x, cos, sin)))
             attended, passed_on, start = [], [], 0
-            for s, (span, pos, *qkv) in enumerate(zip(spans, *parts, strict=True)):
-                out, which = attend_and_hold(span, i, qkv, pos, held=held[s][i], passed_on=computed[s][i + 1])
+            for s, (span, *part) in enumerate(zip(spans, *parts, strict=True)):
+                out, which = attend_and_hold(span, i, part, held=held[s][i], passed_on=computed[s][i + 1])
                 attended.append(out)
                 passed_on.append(start + which)
                 start += counts[s]

@@ -37,6 +37,7 @@ class Seen:
     keys: Tensor  # [K, n, D] rotated; theirs are the last T, after those of earlier turns
     values: Tensor  # [K, n, D]
     logsumexp: Tensor | None  # [H, T] log of the sum under each query's softmax, if the kernel returned it
+    rotation: tuple[Tensor, Tensor]  # of the newest token's position, two of [1, 1, D / 2]
     layer: int  # 0-based
     prompt_tokens: int  # N: layer 0 computed so many
     seed: int = 0  # of this prompt and layer, the same in every batch
@@ -46,8 +47,7 @@ class Seen:
         """How much the newest `voters` of the T tokens look at each one before them.  [K, G, T - voters]"""
         T, n = len(self.q), self.keys.shape[1]
         logsumexp = None if self.logsumexp is None else self.logsumexp[:, T - voters :]
-        cast = votes(self.q[T - voters :], self.keys, logsumexp, n - voters, weights)
-        return cast[..., n - T :]
+        return votes(self.q[T - voters :], self.keys, logsumexp, n - voters, weights)[..., n - T :]
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,14 @@ class Policy:
         Returns [count] for all key/value heads alike or [K, count], ascending.
         """
         raise ConfigError(f"{type(self).__name__} holds less than it computes, so it needs hold")
+
+    def entries(self, seen: Seen, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that the cache gets for the chosen tokens: their own.  two of [K, held, D]"""
+        k, v = (t[:, -len(seen.q) :] for t in (seen.keys, seen.values))  # two of [K, T, D]
+        if chosen.shape[-1] == k.shape[1]:
+            return k, v
+        slots = chosen.expand(len(k), -1)[..., None].expand(-1, -1, k.shape[2])  # [K, held, D]
+        return k.gather(1, slots), v.gather(1, slots)
 
     def generation(self, prompt_tokens: int, layers: int) -> Generation | None:
         """How generated tokens are dropped; None where all of them stay."""

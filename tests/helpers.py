@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from minipyramid import LLM, Conversation, PyramidConfig, SamplingParams
-from minipyramid.policies.profile import Level, Profile
+from minipyramid.policies.levels import Level
+from minipyramid.policies.profile import Profile
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "storyteller"
 
@@ -130,11 +133,29 @@ def lines_of(layers: int, kv_heads: int = 2, head_dim: int = 8) -> torch.Tensor:
     return torch.randn(layers, kv_heads, 2 * head_dim + 4, generator=generator)
 
 
+def stand_ins_of(layers: int, kv_heads: int = 2, head_dim: int = 8) -> torch.Tensor:
+    """Keys and values that were fitted to nothing."""
+    generator = torch.Generator().manual_seed(11)
+    return 3 * torch.randn(layers, kv_heads, 2, head_dim, generator=generator)
+
+
+def with_stand_ins(levels: Iterable[Level], size: float = 1.0) -> tuple[Level, ...]:
+    """The levels with stand-ins, other ones for each; they are as large as `size`."""
+    return tuple(
+        replace(level, stand_ins=size * (1 + i) * stand_ins_of(len(level.held)))
+        for i, level in enumerate(levels)
+    )
+
+
 # Without a policy's name, for what a test of every policy needs where the checkpoint has no profile.
 PROFILE = Profile(
-    (
-        level_of([1, 0.8, 0.5], [0.2, 0.5, 0.1], ["newest", "fitted", "votes"], [1.0, 0.25, 0.5]),
-        level_of([1, 1, 0.7], [0.5, 0.9, 0.4], ["keydiff+votes", "fitted+newest", "votes"], [0.5, 0.25, 0.5]),
+    with_stand_ins(
+        (
+            level_of([1, 0.8, 0.5], [0.2, 0.5, 0.1], ["newest", "fitted", "votes"], [1.0, 0.25, 0.5]),
+            level_of(
+                [1, 1, 0.7], [0.5, 0.9, 0.4], ["keydiff+votes", "fitted+newest", "votes"], [0.5, 0.25, 0.5]
+            ),
+        )
     ),
     share=0.6,
     fewest=4,
@@ -159,11 +180,20 @@ _LEVELS = st.builds(
     st.lists(_SCORES, min_size=3, max_size=3),
     st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=3, max_size=3),
 )
+
+
+def ascending(levels: list[Level], stand_ins: bool) -> tuple[Level, ...]:
+    """By what they hold, with stand-ins or without."""
+    ordered = tuple(sorted(levels, key=lambda level: level.share))
+    return with_stand_ins(ordered) if stand_ins else ordered
+
+
 PROFILES = st.builds(
     Profile,
-    st.lists(_LEVELS, min_size=1, max_size=3, unique_by=lambda level: round(level.share, 6)).map(
-        lambda levels: tuple(sorted(levels, key=lambda level: level.share))
-    ),
+    st.tuples(
+        st.lists(_LEVELS, min_size=1, max_size=3, unique_by=lambda level: round(level.share, 6)),
+        st.booleans(),
+    ).map(lambda drawn: ascending(*drawn)),
     share=st.sampled_from([0.0, 0.05, 0.3, 0.6, 1.0]),
     generated_share=st.sampled_from([None, 0.0, 0.3, 1.0]),
     sinks=st.integers(0, 5),

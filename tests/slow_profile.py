@@ -27,6 +27,7 @@ class SlowProfile(Oracle):
         self.D = c["hidden_size"] // self.heads
         self.held: list[list[list[int]]] = []  # [layer][key/value head] positions
         self.cache: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = []  # [layer] keys, values by position
+        self.stands_in: list[int | None] = []  # [layer] position of the token whose slot is the stand-in's
 
     def logits_after(self, prompt: list[int], continuation: list[int]) -> Tensor:
         """Scores after the prompt and after each token of the continuation.  [1 + T, vocab_size]"""
@@ -46,7 +47,12 @@ class SlowProfile(Oracle):
             for g in range(self.kv_heads):
                 of_head = self.score(i, g, probs, k[:, g], v[:, g])
                 scores.append(of_head | {"repeat": repeated[i][g, positions].tolist()})
-            self.held.append([sorted(positions[j] for j in self.choose(i, s, counts[i])) for s in scores])
+            stands = self.profile.level(self.profile.share).stand_ins is not None
+            stands = stands and max(1, self.profile.fewest) < counts[i] < len(prompt)
+            place = min(self.profile.sinks, len(positions) - 2) if stands else None
+            self.stands_in.append(None if place is None else positions[place])
+            chosen = [self.choose(i, s, counts[i], place) for s in scores]
+            self.held.append([sorted(positions[j] for j in of_head) for of_head in chosen])
             self.cache.append((dict(zip(positions, k, strict=True)), dict(zip(positions, v, strict=True))))
             x = self.after_attention(i, x, out)
         rows = [self.head(x[-1])]
@@ -58,15 +64,20 @@ class SlowProfile(Oracle):
         """One token after the prompt: every head attends to what it holds and to all that was read since."""
         x = self.tensors["model.embed_tokens.weight"][[token]]
         for i in range(self.layers):
-            q, k, v = self.project(i, x, [position])
+            q, new_key, new_value = self.project(i, x, [position])
             keys, values = self.cache[i]
-            keys[position], values[position] = k[0], v[0]
+            keys[position], values[position] = new_key[0], new_value[0]
             out = []
             for h in range(self.heads):
                 g = h * self.kv_heads // self.heads
                 seen = self.held[i][g] + list(range(prompt_tokens, position + 1))
-                scores = torch.stack([keys[s][g] for s in seen]) @ q[0, h] / math.sqrt(self.D)
-                out.append(scores.softmax(0) @ torch.stack([values[s][g] for s in seen]))
+                k, v = torch.stack([keys[s][g] for s in seen]), torch.stack([values[s][g] for s in seen])
+                stand_ins = self.profile.level(self.profile.share).stand_ins
+                if stand_ins is not None and self.stands_in[i] is not None:
+                    slot = seen.index(self.stands_in[i])
+                    k[slot] = self.turn(stand_ins[i, g, 0][None, None], [prompt_tokens - 1])[0, 0]
+                    v[slot] = stand_ins[i, g, 1]
+                out.append((k @ q[0, h] / math.sqrt(self.D)).softmax(0) @ v)
             x = self.after_attention(i, x, torch.cat(out)[None])
         return self.head(x[-1])
 
@@ -105,19 +116,20 @@ class SlowProfile(Oracle):
             "fitted": fitted,
         }
 
-    def choose(self, i: int, scores: dict[str, list[float]], count: int) -> list[int]:
-        """Places of the tokens that are held: the newest, the sinks, then by the layer's score or scores."""
+    def choose(self, i: int, scores: dict[str, list[float]], count: int, place: int | None) -> list[int]:
+        """Places of what is held: the token whose slot is a stand-in's, the newest, the sinks, then by the
+        layer's score or scores.
+        """
         level = self.profile.level(self.profile.share)
         T = len(scores["newest"])
-        chosen = list(range(T))[::-1][: min(count, max(1, int(level.newest[i] * count)))]
+        chosen = [] if place is None else [place]
+        newest = min(count - len(chosen), max(1, int(level.newest[i] * count)))
+        always = len(chosen) + newest + self.profile.sinks
+        chosen += [j for j in range(T - newest, T)[::-1] if j not in chosen]
         chosen += [j for j in range(min(self.profile.sinks, T)) if j not in chosen]
         chosen = chosen[:count]
         by, *other = level.scores[i].split("+")
-        half = (
-            count
-            if not other
-            else (count + min(count, max(1, int(level.newest[i] * count)) + self.profile.sinks)) // 2
-        )
+        half = (count + min(count, always)) // 2 if other else count
         for name, most in ((by, half), *((o, count) for o in other)):
             ranked = sorted(range(T), key=lambda j: (-scores[name][j], j))
             chosen += [j for j in ranked if j not in chosen][: max(0, most - len(chosen))]

@@ -34,7 +34,8 @@ from minipyramid.calibrate.fit import LineFit
 from minipyramid.calibrate.search import NEWEST, Point, allot, cut_level, cuts, hull_below, lower_hull
 from minipyramid.calibrate.settings import check_replaced, write_profile
 from minipyramid.policies import load_policy
-from minipyramid.policies.profile import Level, Profile
+from minipyramid.policies.levels import Level
+from minipyramid.policies.profile import Profile
 from minipyramid.policies.scores import features
 from minipyramid.policy import Seen
 
@@ -118,7 +119,8 @@ def test_the_lines_are_those_that_foretell_a_score_that_lies_on_one(tiny: LLM) -
 
 def test_a_line_is_fitted_to_scores_only() -> None:
     q, keys, values = torch.zeros(90, 4, 8), torch.zeros(2, 90, 8), torch.zeros(2, 90, 8)
-    seen = Seen(q, keys, values, None, layer=0, prompt_tokens=90)
+    rotation = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+    seen = Seen(q, keys, values, None, rotation, layer=0, prompt_tokens=90)
     with pytest.raises(ValueError, match="without its repeated scores"):
         LineFit().add([seen])
 
@@ -250,13 +252,15 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
     assert isinstance(profile, Profile)
     kept = [row for row in told["levels"] if row["better"]]
     assert [level.share for level in profile.levels] == pytest.approx([row["held"] for row in kept], abs=1e-3)
+    assert all(level.stand_ins is not None for level in profile.levels)
     assert (tmp_path / "found.png").stat().st_size > 1000
     llm = LLM(tiny_dir, policy=out, kv_budget=0.5)
     (completion,) = llm.generate("the fox said who is there and went home again " * 4)
     assert completion.kv_bytes <= 0.5 * completion.kv_bytes_full
-    first = out.read_text()
+    files = [out, out.with_suffix(".safetensors")]
+    first = [file.read_bytes() for file in files]
     assert main(command) == 0
-    assert out.read_text() == first  # the same seed finds the same
+    assert [file.read_bytes() for file in files] == first  # the same seed finds the same
     assert "written to" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.part"))
 

@@ -33,7 +33,8 @@ from minipyramid.eval.report import BY_PART, COLUMNS, interval, perplexity, rows
 from minipyramid.eval.stories import story
 from minipyramid.eval.tasks import RecallAfter, RecallInside, Text, Writing, openings, part_of, planted, texts
 from minipyramid.model import Layer
-from minipyramid.policies.profile import Level, Profile
+from minipyramid.policies.levels import Level
+from minipyramid.policies.profile import Profile
 from minipyramid.policy import FULL
 
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}

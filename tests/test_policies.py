@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -44,7 +45,8 @@ def seen_of(tokens: int, former: int = 0, seed: int = 0) -> Seen:
     scores = q.transpose(0, 1) @ keys.repeat_interleave(2, 0).mT / math.sqrt(8)  # [H, T, n]
     unseen = torch.ones(tokens, former + tokens, dtype=torch.bool).triu(former + 1)
     logsumexp = scores.masked_fill(unseen, -math.inf).logsumexp(-1)
-    return Seen(q, keys, values, logsumexp, layer=1, prompt_tokens=tokens, seed=seed)
+    rotation = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+    return Seen(q, keys, values, logsumexp, rotation, layer=1, prompt_tokens=tokens, seed=seed)
 
 
 def looked_at(seen: Seen, head: int, voters: range) -> list[float]:
@@ -370,6 +372,47 @@ WRONG_GENERATIONS = {
     "a text for a weight": Generation(30, 0.2, 4, (1, 1, 1), "x"),  # type: ignore[arg-type]
     "fewer than none": Generation(30, 0.2, 4, (1, 1, 1), 1.0, -100),
 }
+
+
+WRONG_ENTRIES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "nothing": lambda k, v: None,
+    "one": lambda k, v: k,
+    "shorter": lambda k, v: (k[:, 1:], v[:, 1:]),
+    "of other numbers": lambda k, v: (k.double(), v),
+    "lists": lambda k, v: (k.tolist(), v.tolist()),
+    "elsewhere": lambda k, v: (k, v.to("meta")),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ENTRIES)
+def test_entries_that_cannot_be_are_refused_by_their_policy_s_name(wrong: str, tiny: LLM) -> None:
+    @dataclass(frozen=True)
+    class Strange(Policy):
+        def entries(self, seen: Seen, chosen: torch.Tensor) -> Any:
+            return WRONG_ENTRIES[wrong](*super().entries(seen, chosen))
+
+    with pytest.raises(ConfigError, match=r"^Strange has entries .*expected two tensors \[2, 30, 8\]"):
+        tiny.under(Strange()).prefill(prompts_of([30]))
+
+
+def test_the_cache_gets_the_entries_that_a_policy_gives(tiny: LLM) -> None:
+    @dataclass(frozen=True)
+    class Silent(Policy):
+        def entries(self, seen: Seen, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            k, v = super().entries(seen, chosen)
+            return k, torch.zeros_like(v)
+
+    (prompt,), llm = prompts_of([30]), tiny.under(Silent())
+    conversation = Conversation()
+    say(llm, prompt, SamplingParams(max_new_tokens=2, ignore_eos=True), conversation)
+    assert conversation.held
+    for k, v, _ in conversation.held.layers:
+        assert k.abs().min() > 0
+        assert not v[:, :30].any()
+        assert v[:, 30:].any()
+    full, silent = (x.logits(prompt, [5]) for x in (tiny, llm))
+    assert torch.equal(full[0], silent[0])  # the prompt itself sees its own values
+    assert not torch.allclose(full[1], silent[1])
 
 
 @pytest.mark.parametrize("wrong", WRONG_GENERATIONS)

@@ -25,7 +25,8 @@ from minipyramid import (
     SamplingParams,
 )
 from minipyramid.policies import load_policy
-from minipyramid.policies.profile import Level, Profile
+from minipyramid.policies.levels import Level
+from minipyramid.policies.profile import Profile
 
 LEVEL = {"computed": [1, 0.5, 0.5], "held": [0.2, 0.3, 0.1]}
 

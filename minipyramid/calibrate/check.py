@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minipyramid.calibrate.contexts import Window, loss
 from minipyramid.calibrate.find import Search
-from minipyramid.policies.profile import Level
+from minipyramid.policies.levels import Level
 
 EVEN_CHOICE = ("keydiff", 0.25)  # of the even split, whatever the calibration has found
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from minipyramid import LLM, RequestError
 from minipyramid.cache import KVCache, Row, Span
 from minipyramid.need import Need
-from minipyramid.policies.profile import Level, Profile
+from minipyramid.policies.levels import Level
+from minipyramid.policies.profile import Profile
 from minipyramid.policies.repeat import say_again
 from minipyramid.policy import Compute, Policy, Seen
 
@@ -67,6 +68,13 @@ class Recorder(Policy):
         return torch.arange(0, device=seen.q.device)
 
 
+def recorded(llm: LLM, profile: Profile, ids: list[int], repeats: bool = False) -> list[Seen]:
+    """What each layer has at hand of some tokens, computed as a profile computes them.  [layer]"""
+    recorder = Recorder(profile, repeats)
+    llm.under(recorder).prefill(ids)
+    return recorder.seen
+
+
 def cut_windows(
     tokens: list[int], begin: list[int], sizes: tuple[int, int], count: int, rng: random.Random
 ) -> list[Window]:
@@ -100,10 +108,9 @@ class Contexts:
         self.seen: list[list[Seen]] = []  # [window][layer]
         # What stands in the rows: by row and layer, how many tokens by which choice.
         self.standing: dict[tuple[int, int], tuple[int, str, float]] = {}
+        self.stand_ins: Tensor | None = None  # of the level by which it stands there
         for window in windows:
-            recorder = Recorder(profile, repeats)
-            llm.under(recorder).prefill(window.context)
-            self.seen.append(recorder.seen)
+            self.seen.append(recorded(llm, profile, window.context, repeats))
 
     @cached_property
     def rows(self) -> list[tuple[Row, Row]]:
@@ -118,6 +125,8 @@ class Contexts:
     def logprobs(self, level: Level) -> Tensor:
         """Log-probabilities behind what is held by a level.  [2 * windows * following, vocab_size]"""
         profile = profile_of(level, self.profile.lines)
+        if level.stand_ins is not self.stand_ins:
+            self.standing, self.stand_ins = {}, level.stand_ins
         ids: list[int] = []
         spans = []
         for window, rows, seen in zip(self.windows, self.rows, self.seen, strict=True):
@@ -147,12 +156,9 @@ class Contexts:
 
 def chosen_of(seen: Seen, policy: Policy, count: int) -> tuple[Tensor, Tensor]:
     """Keys and values that a policy holds of a layer.  two of [K, count, D]"""
-    keys, values = seen.keys, seen.values
-    if count < keys.shape[1]:
-        chosen = policy.hold(seen, count).expand(len(keys), -1)  # [K, count]
-        slots = chosen[..., None].expand(-1, -1, keys.shape[2])
-        keys, values = keys.gather(1, slots), values.gather(1, slots)
-    return keys, values
+    T = len(seen.q)
+    everything = torch.arange(T, device=seen.q.device)
+    return policy.entries(seen, policy.hold(seen, count) if count < T else everything)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The levels of a checkpoint: for every budget the depth of the cut, the layers' shares and their choices."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -23,7 +23,8 @@ from minipyramid.calibrate.search import (
     exchange,
     hull_below,
 )
-from minipyramid.policies.profile import Level
+from minipyramid.calibrate.stand_ins import fit_stand_ins
+from minipyramid.policies.levels import Level
 
 # A budget's share of token-layers that are computed rises by a step at a time while the cut costs more than
 # holding less does, and more than so many nats: looking back is then not over. (With four times as much
@@ -96,10 +97,17 @@ class Search:
         for share, computed in sorted(budgets):
             cut = self.cut(found, share, max(share, computed))
             contexts = self.computing(cut)
-            level = allot(cut, found.curves, share)
+            level = self.with_stand_ins(allot(cut, found.curves, share))
             cost = partial(self.cost, contexts)
-            found.levels.append(exchange(choose_anew(level, self.choices, cost), cost))
+            level = exchange(choose_anew(level, self.choices, cost), cost)
+            found.levels.append(self.with_stand_ins(level))
         return found
+
+    def with_stand_ins(self, level: Level) -> Level:
+        """The level with stand-ins for what it does not hold."""
+        stand_ins = fit_stand_ins(self.llm, self.windows, level, self.lines)
+        self.notice("fits what stands for the tokens that are not held")
+        return replace(level, stand_ins=stand_ins)
 
     def cut(self, found: Found, share: float, computed: float) -> Level:
         """The best depth for a share of token-layers to compute; it rises where all cost too much.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from minipyramid.policies.profile import Level
+from minipyramid.policies.levels import Level
 
 SIZES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # shares of a context that a layer alone holds
 MOVES = (0.4, 0.2)  # of the mean room of a layer that an exchange moves at a time

@@ -5,30 +5,36 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from minipyramid.config import read_json
 from minipyramid.errors import CheckpointError, ConfigError, RequestError
 from minipyramid.policies import load_policy
-from minipyramid.policies.profile import Level
-from minipyramid.policies.scores import read_lines
+from minipyramid.policies.fitted import read_fitted
+from minipyramid.policies.levels import Level
 
 DIGITS = 4  # of a share; a tenth of a token at 1,024
 
 
 def write_profile(out: Path, levels: list[Level], lines: Tensor, measured: dict[str, Any]) -> None:
-    """Write `out`, and beside it the lines of the score `fitted` where a layer chooses by it.
+    """Write `out`, and beside it what was fitted: stand-ins, and the lines of `fitted` if it is used.
 
     A kill leaves each file as it was, or whole and new. Raises `RequestError` where they cannot be written.
     """
     settings: dict[str, Any] = {"policy": "profile", "levels": [written(level) for level in levels]}
-    files = {}
+    files, fitted = {}, {}
     if any("fitted" in score for level in levels for score in level.scores):
+        fitted["lines"] = lines
+    stand_ins = [level.stand_ins for level in levels if level.stand_ins is not None]
+    if stand_ins:
+        fitted["stand_ins"] = torch.stack(stand_ins)
+    if fitted:
         beside = out.with_suffix(".safetensors")
         settings["fitted"] = beside.name
         # Not `save_file`, which lets nobody but its owner read the file.
-        files[beside] = save({"lines": lines.cpu().contiguous()})
+        files[beside] = save({name: tensor.cpu().contiguous() for name, tensor in fitted.items()})
     files[out] = in_lines(settings | {"measured": measured}).encode()
     try:
         for path, content in files.items():
@@ -45,7 +51,7 @@ def write_profile(out: Path, levels: list[Level], lines: Tensor, measured: dict[
 
 def check_replaced(out: Path) -> None:
     """Refuse to write over a file that no profile consists of, a checkpoint's config.json, say."""
-    for path, read in ((out, load_policy), (out.with_suffix(".safetensors"), read_lines)):
+    for path, read in ((out, load_policy), (out.with_suffix(".safetensors"), read_fitted)):
         if not path.is_file() or not path.stat().st_size:
             continue
         try:

@@ -70,6 +70,14 @@ class Own(Policy):
         """See `Policy`."""
         return self._indices(self.policy.hold(seen, count), [(count,), (len(seen.keys), count)], seen)
 
+    def entries(self, seen: Seen, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Policy`."""
+        given, own = self.policy.entries(seen, chosen), super().entries(seen, chosen)
+        if isinstance(given, tuple) and len(given) == 2 and all(map(is_like, given, own)):
+            return given
+        expected = f"two tensors {list(own[0].shape)}, keys and values, in {own[0].dtype}"
+        raise ConfigError(f"{self._name} has entries {given!r:.60}; expected {expected}")
+
     def _indices(self, chosen: Tensor, shapes: list[tuple[int, ...]], seen: Seen) -> Tensor:
         """What was chosen of the T tokens, if it is ascending indices of one of these shapes."""
         T, device = len(seen.q), seen.q.device
@@ -124,3 +132,10 @@ def is_number(value: Any, most: float) -> bool:
 def is_scores(part: Any, tokens: int) -> bool:
     """Whether it is a score for each head and token."""
     return isinstance(part, Tensor) and part.dim() == 2 and part.shape[1] == tokens
+
+
+def is_like(given: Any, own: Tensor) -> bool:
+    """Whether it is a tensor of the same shape, in the same number format, at the same place."""
+    if not isinstance(given, Tensor):
+        return False
+    return (given.shape, given.dtype, given.device) == (own.shape, own.dtype, own.device)

@@ -5,13 +5,13 @@ dropped (docs/method.md). Here the hidden states of a prompt are cut where looki
 layer holds what it needs of what it computes: much where it looks back, next to nothing where it looks at its
 neighbours only. `python -m minipyramid.calibrate` finds both lists for a checkpoint, from plain text.
 
-A *level* is one such pair of lists, with the scores by which each layer chooses. A file has several, each for
-a share of the full cache; between two levels the lists are interpolated, below the smallest what is held is
-scaled down, and above the largest both lists go up to the whole prompt.
+A *level* (`levels.py`) is one such pair of lists, with the scores by which each layer chooses. A file has
+several, each for a share of the full cache; between two levels the lists are interpolated, below the smallest
+what is held is scaled down, and above the largest both lists go up to the whole prompt.
 """
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -21,90 +21,17 @@ import torch
 from torch import Tensor
 
 from minipyramid.budget import most_tokens, refusal
-from minipyramid.errors import ConfigError, check_fields, check_number, expect_type, nearest, number
+from minipyramid.errors import ConfigError, check_fields, expect_type, number
+from minipyramid.policies.fitted import read_fitted
+from minipyramid.policies.levels import Level, between
 from minipyramid.policies.repeat import say_again
-from minipyramid.policies.scores import SCORES, read_lines
+from minipyramid.policies.scores import SCORES
+from minipyramid.policies.stand_ins import stand_in
 from minipyramid.policy import Compute, Generation, Policy, Seen, top_scored
 from minipyramid.settings import STAGES, settings_of
 
 GROUP = 16  # generated tokens of one compaction, as PyramidInfer publishes it
 FEWEST_RECENT = (64, 32, 16, 8, 0)  # recent tokens at least; tried in this order under a budget
-
-
-@dataclass(frozen=True)
-class Level:
-    """What the layers compute and hold of a prompt, as shares of its tokens, and how they choose.
-
-    Attributes:
-        computed: per layer; 1 in the first, then never more than before.
-        held: per layer, at most what is computed.
-        scores: per layer, a name of `SCORES`, or two with a + between them, which share the room.
-        newest: per layer, the share of the room that is set aside for the newest tokens.
-    """
-
-    computed: tuple[float, ...]
-    held: tuple[float, ...]
-    scores: tuple[str, ...]
-    newest: tuple[float, ...]
-
-    @classmethod
-    def read(cls, given: Any) -> "Level":
-        """From a settings file, where one score or one `newest` may stand for all layers.
-
-        Raises:
-            ConfigError: a list is missing, of another length, or has values that cannot be.
-        """
-        if not isinstance(given, dict) or not {"computed", "held"} <= given.keys() <= names_of(cls):
-            told = f"a level is {given!r:.60}, expected an object with computed and held"
-            raise ConfigError(f"{told}, and scores and newest where they differ from keydiff and 0.5")
-        layers = len(given["held"]) if isinstance(given["held"], list) else 1
-        spread = {"scores": "keydiff", "newest": 0.5} | given
-        lists = {}
-        for name, value in spread.items():
-            lists[name] = value if isinstance(value, list) else [value] * layers
-            if len(lists[name]) != layers:
-                raise ConfigError(f"a level has {len(lists[name])} {name}, but {layers} held; give as many")
-        for name in ("computed", "held", "newest"):
-            limits = (float, 0.0, 1.0)
-            lists[name] = [check_number(name, x, limits, ConfigError, ConfigError) for x in lists[name]]
-        level = cls(**{name: tuple(value) for name, value in lists.items()})
-        level.check()
-        return level
-
-    def check(self) -> None:
-        """Raise `ConfigError` for lists that no layers could follow, and for unknown scores."""
-        if self.computed[:1] != (1.0,) or any(b > a for a, b in pairwise(self.computed)):
-            raise ConfigError(f"computed is {self.computed!r:.80}, expected 1.0 first and then never a rise")
-        for layer, (held, computed) in enumerate(zip(self.held, self.computed, strict=True)):
-            if held > computed:
-                raise ConfigError(f"layer {layer} holds {held} and computes {computed}; hold no more")
-        for score in self.scores:
-            parts = score.split("+") if isinstance(score, str) else [repr(score)]
-            for part in parts[:2]:
-                if part not in SCORES:
-                    raise ConfigError(f"there is no score {part!r:.60}; {nearest(part, SCORES)}")
-            if len(parts) > 2:
-                raise ConfigError(f"the score {score!r:.60} joins more than two; join two")
-
-    @property
-    def share(self) -> float:
-        """Of the full cache that is held."""
-        return sum(self.held) / len(self.held)
-
-
-def names_of(kind: Any) -> set[str]:
-    """The fields of a dataclass."""
-    return {part.name for part in fields(kind)}
-
-
-def between(low: Level, high: Level, share: float) -> Level:
-    """The level on the line between two that holds `share`; each layer chooses as in `low`."""
-    t = (share - low.share) / (high.share - low.share)
-    lists = {
-        name: tuple(a + (b - a) * t for a, b in zip(getattr(low, name), getattr(high, name), strict=True))
-        for name in ("computed", "held")
-    }
-    return replace(low, **lists)
 
 
 @dataclass(frozen=True)
@@ -144,9 +71,11 @@ class Profile(Policy):
             raise ConfigError(
                 f"levels hold the shares {shares!r:.80}, expected one or more, ascending, of equal layers"
             )
-        if self.lines is not None and layers != {len(self.lines)}:
-            told = f"the fitted lines are of {len(self.lines)} layers, the levels of {layers.pop()}"
-            raise ConfigError(f"{told}; the lines were fitted for another model")
+        fitted = [("lines", self.lines)] + [("stand-ins", level.stand_ins) for level in self.levels]
+        for name, tensor in fitted:
+            if tensor is not None and layers != {len(tensor)}:
+                told = f"the fitted {name} are of {len(tensor)} layers, the levels of {layers.pop()}"
+                raise ConfigError(f"{told}; the {name} were fitted for another model")
 
     # --- how many ---
 
@@ -154,7 +83,8 @@ class Profile(Policy):
         """The lists that hold this share of a prompt."""
         first, last = self.levels[0], self.levels[-1]
         nothing = replace(first, held=(0.0,) * len(first.held))
-        whole = replace(last, computed=(1.0,) * len(last.held), held=(1.0,) * len(last.held))
+        ones = (1.0,) * len(last.held)
+        whole = replace(last, computed=ones, held=ones, stand_ins=None)
         path = [nothing, *self.levels, *([whole] if last.share < 1 else [])]
         for low, high in pairwise(path):
             if share < high.share:
@@ -246,16 +176,41 @@ class Profile(Policy):
         """By the layer's score, beside the newest and the sinks.  [K, count], or [count] for all heads."""
         level = self.level(self.share)
         newest = max(1, int(level.newest[seen.layer] * count))
+        stands_in = self.stand_ins(seen, count) is not None
         by, *other = level.scores[seen.layer].split("+")
-        score = SCORES[by](seen, self.lines)  # [K, T], or [T] for all heads alike
+        score = SCORES[by](seen, self.lines).float().clone()  # [K, T], or [T] for all heads alike
+        if stands_in:
+            score[..., self.place(seen)] = math.inf
+            newest = min(newest, count - 1)
         if not other:
             return top_scored(score, count, self.sinks, newest)
         # Half of the room that is left is for what the first score puts first.
-        half = (count + min(newest + self.sinks, count)) // 2
+        half = (count + min(newest + self.sinks + stands_in, count)) // 2
         first = top_scored(score, half, self.sinks, newest)
         second = SCORES[other[0]](seen, self.lines).float()
         both = second.expand(len(seen.keys), -1).scatter(1, first.expand(len(seen.keys), -1), math.inf)
         return top_scored(both, count)
+
+    def stand_ins(self, seen: Seen, count: int) -> Tensor | None:
+        """Those of the level, if one slot of the layer is for what stands for all that it does not hold.
+
+        They were fitted where a layer drops what its share says, so not where `fewest` lets it hold more.
+        """
+        is_pruned = max(1, self.fewest) < count < seen.prompt_tokens
+        return self.level(self.share).stand_ins if is_pruned else None
+
+    def place(self, seen: Seen) -> int:
+        """The token, of the T, whose slot that is: the first behind the sinks, and never the newest."""
+        return min(self.sinks, len(seen.q) - 2)
+
+    def entries(self, seen: Seen, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen tokens' own keys and values, but for the slot that stands for what is not held."""
+        k, v = super().entries(seen, chosen)  # two of [K, held, D]
+        stand_ins = self.stand_ins(seen, chosen.shape[-1])
+        if stand_ins is None:
+            return k, v
+        slot = (chosen == self.place(seen)).expand(len(k), -1)  # [K, held]
+        return stand_in(seen, k, v, slot, stand_ins)
 
 
 def is_name_beside(file: Any) -> bool:
@@ -278,5 +233,11 @@ def read_profile(given: dict[str, Any], path: Path) -> Profile:
         read = tuple(Level.read(level) for level in levels)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    lines = None if file is None else read_lines(path.parent / file)
-    return settings_of(Profile, given | {"levels": read, "lines": lines}, str(path))
+    fitted = {} if file is None else read_fitted(path.parent / file)
+    if "stand_ins" in fitted:
+        stand_ins = fitted["stand_ins"]
+        if len(stand_ins) != len(read):
+            told = f"{path}: the stand-ins are of {len(stand_ins)} levels, expected {len(read)}"
+            raise ConfigError(f"{told}; calibrate again")
+        read = tuple(replace(level, stand_ins=own) for level, own in zip(read, stand_ins, strict=True))
+    return settings_of(Profile, given | {"levels": read, "lines": fitted.get("lines")}, str(path))

@@ -12,16 +12,13 @@ fitted    the logarithm of `repeat`, predicted by a straight line from what the 
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from minipyramid.attention import votes
-from minipyramid.errors import CheckpointError, ConfigError
+from minipyramid.errors import ConfigError
 from minipyramid.policy import Seen
 
 VOTERS = 64  # newest tokens that vote; 32 and 128 did as well (KL within 3 %, embedded checkpoint)
@@ -79,19 +76,6 @@ def features(keys: Tensor, values: Tensor) -> Tensor:
     k, v = keys.float(), values.float()
     sizes = [k.norm(dim=-1), v.norm(dim=-1), usualness(k), torch.ones(k.shape[:2], device=k.device)]
     return torch.cat((k, v, torch.stack(sizes, -1)), -1)
-
-
-def read_lines(path: Path) -> Tensor:
-    """The lines of `fitted` from their file; raises `CheckpointError`."""
-    try:
-        lines: Tensor = load_file(path)["lines"]
-    except (SafetensorError, OSError, KeyError, ValueError) as error:  # a name may be no file's name
-        raise CheckpointError(f"{path} holds no fitted lines ({error}); calibrate again") from error
-    if lines.dim() != 3 or not lines.is_floating_point() or not lines.float().isfinite().all():
-        raise CheckpointError(
-            f"{path}: lines are {list(lines.shape)}, expected finite numbers by layer and head"
-        )
-    return lines.float()
 
 
 SCORES: dict[str, Callable[[Seen, Lines], Tensor]] = {

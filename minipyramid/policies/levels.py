@@ -1,0 +1,91 @@
+"""Levels: what each layer computes and holds of a prompt, and how it chooses, for one share of the cache."""
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from minipyramid.errors import ConfigError, check_number, nearest
+from minipyramid.policies.scores import SCORES
+
+LISTS = ("computed", "held", "scores", "newest")  # of a level, in a settings file
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the layers compute and hold of a prompt, as shares of its tokens, and how they choose.
+
+    Attributes:
+        computed: per layer; 1 in the first, then never more than before.
+        held: per layer, at most what is computed.
+        scores: per layer, a name of `SCORES`, or two with a + between them, which share the room.
+        newest: per layer, the share of the room that is set aside for the newest tokens.
+        stand_ins: per layer and head a key, not rotated, and a value, which stand for what the layer does not
+            hold (`stand_ins.py`); they lie in a file of their own.  [L, K, 2, D]
+    """
+
+    computed: tuple[float, ...]
+    held: tuple[float, ...]
+    scores: tuple[str, ...]
+    newest: tuple[float, ...]
+    stand_ins: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def read(cls, given: Any) -> "Level":
+        """From a settings file, where one score or one `newest` may stand for all layers.
+
+        Raises:
+            ConfigError: a list is missing, of another length, or has values that cannot be.
+        """
+        if not isinstance(given, dict) or not {"computed", "held"} <= given.keys() <= set(LISTS):
+            told = f"a level is {given!r:.60}, expected an object with computed and held"
+            raise ConfigError(f"{told}, and scores and newest where they differ from keydiff and 0.5")
+        layers = len(given["held"]) if isinstance(given["held"], list) else 1
+        spread = {"scores": "keydiff", "newest": 0.5} | given
+        lists = {}
+        for name, value in spread.items():
+            lists[name] = value if isinstance(value, list) else [value] * layers
+            if len(lists[name]) != layers:
+                raise ConfigError(f"a level has {len(lists[name])} {name}, but {layers} held; give as many")
+        for name in ("computed", "held", "newest"):
+            limits = (float, 0.0, 1.0)
+            lists[name] = [check_number(name, x, limits, ConfigError, ConfigError) for x in lists[name]]
+        computed, held, scores, newest = (tuple(lists[name]) for name in LISTS)
+        level = cls(computed, held, scores, newest)
+        level.check()
+        return level
+
+    def check(self) -> None:
+        """Raise `ConfigError` for lists that no layers could follow, and for unknown scores."""
+        if self.computed[:1] != (1.0,) or any(b > a for a, b in pairwise(self.computed)):
+            raise ConfigError(f"computed is {self.computed!r:.80}, expected 1.0 first and then never a rise")
+        for layer, (held, computed) in enumerate(zip(self.held, self.computed, strict=True)):
+            if held > computed:
+                raise ConfigError(f"layer {layer} holds {held} and computes {computed}; hold no more")
+        for score in self.scores:
+            parts = score.split("+") if isinstance(score, str) else [repr(score)]
+            for part in parts[:2]:
+                if part not in SCORES:
+                    raise ConfigError(f"there is no score {part!r:.60}; {nearest(part, SCORES)}")
+            if len(parts) > 2:
+                raise ConfigError(f"the score {score!r:.60} joins more than two; join two")
+
+    @property
+    def share(self) -> float:
+        """Of the full cache that is held."""
+        return sum(self.held) / len(self.held)
+
+
+def between(low: Level, high: Level, share: float) -> Level:
+    """The level on the line between two that holds `share`.
+
+    Each layer chooses as in `low`; what stands for tokens that are not held is that of the nearer level.
+    """
+    t = (share - low.share) / (high.share - low.share)
+    computed, held = (
+        tuple(a + (b - a) * t for a, b in zip(*ends, strict=True))
+        for ends in ((low.computed, high.computed), (low.held, high.held))
+    )
+    stand_ins = (low if t < 0.5 else high).stand_ins
+    return replace(low, computed=computed, held=held, stand_ins=stand_ins)
