@@ -38,7 +38,10 @@ class Row:
     position: int = 0  # of the next token
 
     def kept_positions(self) -> list[Positions]:
-        """Positions of all that each layer holds, ascending.  [layer][slot], or [layer][head][slot]"""
+        """Positions of all that each layer holds, ascending.  [layer][slot], or [layer][head][slot]
+
+        A slot that stands for dropped tokens (`policies/stand_ins.py`) has that of the token it replaces.
+        """
         layers: list[Positions] = []
         for length, kept in zip(self.lengths, self.kept, strict=True):
             # Behind these come the pending tokens.

@@ -37,7 +37,7 @@ class Seen:
     keys: Tensor  # [K, n, D] rotated; theirs are the last T, after those of earlier turns
     values: Tensor  # [K, n, D]
     logsumexp: Tensor | None  # [H, T] log of the sum under each query's softmax, if the kernel returned it
-    rotation: tuple[Tensor, Tensor]  # of the newest token's position, two of [1, 1, D / 2]
+    rotation: tuple[Tensor, Tensor]  # cosines and sines at the newest token's position, [1, 1, D / 2]
     layer: int  # 0-based
     prompt_tokens: int  # N: layer 0 computed so many
     seed: int = 0  # of this prompt and layer, the same in every batch

@@ -203,6 +203,11 @@ PROFILES = st.builds(
 )
 
 
+def heads_of(kept: list[Any]) -> list[list[int]]:
+    """A layer's positions by head, where all heads alike are given once."""
+    return kept if kept and isinstance(kept[0], list) else [kept, kept]
+
+
 def prompts_of(lengths: list[int]) -> list[list[int]]:
     """Random token ids, other ones for other lengths."""
     generator = torch.Generator().manual_seed(sum(lengths))

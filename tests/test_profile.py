@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PROFILE, PROFILES, lines_of, prompts_of, say, write_checkpoint
+from helpers import PROFILE, PROFILES, heads_of, lines_of, prompts_of, say, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -29,11 +29,6 @@ from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile
 
 LEVEL = {"computed": [1, 0.5, 0.5], "held": [0.2, 0.3, 0.1]}
-
-
-def heads_of(kept: list[Any]) -> list[list[int]]:
-    """A layer's positions by head, where all heads alike are given once."""
-    return kept if kept and isinstance(kept[0], list) else [kept, kept]
 
 
 # --- the two lists ---

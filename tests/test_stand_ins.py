@@ -1,24 +1,29 @@
-"""Stand-ins: the fit against what queries really find, the slot in the cache, and files that hold none."""
+"""Stand-ins: the fit against what queries really find, the slot in the cache, and the file."""
 
 from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import PROFILE, WEIGHTS, ids_of_text, lines_of, prompts_of, stand_ins_of
+from helpers import PROFILE, PROFILES, WEIGHTS, heads_of, ids_of_text, lines_of, prompts_of, say, stand_ins_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
+from slow_profile import SlowProfile
 from torch import Tensor
 
-from minipyramid import LLM, CheckpointError, ConfigError
+from minipyramid import LLM, CheckpointError, ConfigError, Conversation, SamplingParams
 from minipyramid.calibrate.contexts import Contexts, Window, loss, profile_of, recorded
+from minipyramid.calibrate.find import Search
 from minipyramid.calibrate.search import cut_level
 from minipyramid.calibrate.settings import write_profile
-from minipyramid.calibrate.stand_ins import Found, fit_stand_ins, fitted, held_of, looked_at
+from minipyramid.calibrate.stand_ins import Attended, fit_heads, fit_stand_ins, held_of, looked_at
 from minipyramid.policies import load_policy
 from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile
@@ -29,28 +34,33 @@ needs_weights = pytest.mark.skipif(
 )
 
 
-def outputs(found: Found, stand_in: Tensor | None) -> Tensor:
+def outputs(attended: Attended, stand_in: Tensor | None) -> Tensor:
     """What every query gets of what is held, with a stand-in beside it or without.  [K, Q, D]"""
     if stand_in is None:
-        return found.held_mean
+        return attended.held_mean
     key, value = stand_in[:, 0], stand_in[:, 1]  # two of [K, D]
-    part = ((found.q @ key[..., None])[..., 0] - found.held_logsumexp).sigmoid()[..., None]
-    return part * value[:, None] + (1 - part) * found.held_mean
+    weight = ((attended.q @ key[..., None])[..., 0] - attended.held_logsumexp).sigmoid()[..., None]
+    return weight * value[:, None] + (1 - weight) * attended.held_mean
 
 
-def exact_outputs(found: Found) -> Tensor:
+def exact_outputs(attended: Attended) -> Tensor:
     """What it gets of all tokens.  [K, Q, D]"""
-    part = (found.dropped_logsumexp - found.held_logsumexp).sigmoid()[..., None]
-    return part * found.dropped_mean + (1 - part) * found.held_mean
+    weight = (attended.dropped_logsumexp - attended.held_logsumexp).sigmoid()[..., None]
+    return weight * attended.dropped_mean + (1 - weight) * attended.held_mean
 
 
-def random_found(queries: int) -> Found:
+def missing(attended: Attended, stand_in: Tensor | None) -> Tensor:
+    """Squared error of what the queries get.  [K]"""
+    return (exact_outputs(attended) - outputs(attended, stand_in)).square().sum((1, 2))
+
+
+def random_attended(queries: int) -> Attended:
     """Queries with a mean, as those of a model have, and what they find."""
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(2, queries, 8, generator=generator) + torch.tensor([2.0, -1, 0, 0, 1, 0, 0, 0])
     means = torch.randn(2, 2, queries, 8, generator=generator)
     sums = torch.randn(2, 2, queries, generator=generator)
-    return Found(q, sums[0] + q[..., 0], means[0], sums[1] + 1, means[1])
+    return Attended(q, sums[0] + q[..., 0], means[0], sums[1] + 1, means[1])
 
 
 # --- the fit ---
@@ -58,62 +68,113 @@ def random_found(queries: int) -> Found:
 
 def test_what_one_token_would_do_is_found_again() -> None:
     """Where a single token is dropped the stand-in is that token."""
-    found = random_found(4000)
-    key, value = torch.randn(2, 8), torch.randn(2, 8)
+    attended, stand_ins = random_attended(4000), stand_ins_of(1)[0] / 3  # [K, 2, D]
+    key, value = stand_ins.unbind(1)
     alone = replace(
-        found,
-        dropped_logsumexp=(found.q @ key[..., None])[..., 0],
-        dropped_mean=value[:, None].expand_as(found.q),
+        attended,
+        dropped_logsumexp=(attended.q @ key[..., None])[..., 0],
+        dropped_mean=value[:, None].expand_as(attended.q),
     )
-    stand_in = fitted(alone)
-    torch.testing.assert_close(stand_in[:, 0], key, rtol=0, atol=0.1)
-    torch.testing.assert_close(stand_in[:, 1], value, rtol=0, atol=0.05)
+    torch.testing.assert_close(fit_heads(alone), stand_ins, rtol=0, atol=0.1)
 
 
 def test_no_value_near_it_leaves_less_of_the_output_missing() -> None:
-    found = random_found(500)
-    stand_in = fitted(found)
-
-    def missing(tried: Tensor | None) -> Tensor:
-        return (exact_outputs(found) - outputs(found, tried)).square().sum((1, 2))  # [K]
-
-    best = missing(stand_in)
-    assert (best < missing(None)).all()
+    attended = random_attended(500)
+    stand_in = fit_heads(attended)
+    least = missing(attended, stand_in)
+    assert (least < missing(attended, None)).all()
     for component in range(8):
         for step in (-0.05, 0.05):
             other = stand_in.clone()
             other[:, 1, component] += step
-            assert (best < missing(other)).all()
+            assert (least < missing(attended, other)).all()
 
 
-def test_what_queries_find_is_what_a_softmax_over_all_tokens_gives(tiny: LLM) -> None:
-    """Dropped and held together are the layer's own attention, and a turned query meets a key as it lies."""
-    ids, tokens = prompts_of([70])[0], 58
-    level = Level((1.0, 0.6, 0.4), (0.3, 0.2, 0.2), ("votes", "newest", "keydiff"), (0.3,) * 3)
+def test_less_weight_is_taken_where_it_leaves_less_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By head: in the first, what is dropped says what is held, so weight for one value costs."""
+    attended = random_attended(500)
+    attended.dropped_mean[0] = attended.held_mean[0]
+    attended.dropped_mean[1] = torch.ones(8)
+    least = missing(attended, fit_heads(attended))
+    monkeypatch.setattr("minipyramid.calibrate.stand_ins.SHIFTS", (0.0,))
+    with_all_weight = missing(attended, fit_heads(attended))
+    assert least[0] < 0.999 * with_all_weight[0]
+    assert least[1] <= with_all_weight[1]
+
+
+def test_a_head_that_never_looks_at_what_is_dropped_gets_a_finite_stand_in() -> None:
+    """Weights below e^-50 have squares of 0, and the value was 0 / 0."""
+    attended = random_attended(50)
+    attended.held_logsumexp[0] += 100
+    assert fit_heads(attended).isfinite().all()
+
+
+LEVELS = [
+    Level((1.0, 0.6, 0.4), (0.3, 0.2, 0.2), ("votes", "newest", "keydiff"), (0.3, 1.0, 0.0)),
+    Level((1.0, 1.0, 0.4), (1.0, 0.1, 0.4), ("newest", "votes+keydiff", "repeat"), (0.3, 0.0, 0.5)),
+]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_fitted_to_is_what_the_engine_drops_and_what_a_softmax_over_all_tokens_gives(
+    level: Level, tiny: LLM
+) -> None:
+    """Dropped and held together are the layer's own attention; a query rotated back meets a key as the
+    query itself meets the rotated key.
+    """
+    (ids,), tokens = prompts_of([70]), 58
+    window = Window(ids[:tokens], ids[tokens:], ids[:12])
+    contexts = Contexts(tiny, [window], profile_of(level), repeats=True)
+    filled = profile_of(replace(level, stand_ins=stand_ins_of(3)))
+    (prefill,) = tiny.under(filled).prefill([ids[:tokens]])
     rotation = rotations(torch.tensor([tokens - 1]), tiny.model.inv_freq, torch.float32)
-    for seen in recorded(tiny, profile_of(cut_level(3, 3, 1.0)), ids):
-        held = held_of(seen, tokens, profile_of(level))
-        counts = profile_of(level).held(tokens, 3)
-        assert held.sum(1).tolist() == [counts[seen.layer] - 1] * 2
-        found = looked_at(seen, held, rotation)
+    fitted = []
+    for seen, of_level in zip(
+        recorded(tiny, profile_of(cut_level(3, 3, 1.0)), ids), contexts.seen[0], strict=True
+    ):
+        held, layer = held_of(of_level, profile_of(level)), seen.layer
+        if level.held[layer] < 1:
+            kept = heads_of(prefill.kept_positions[layer])
+            oldest = 4 if level.computed[layer] == 1 else 4 + tokens - round(level.computed[layer] * tokens)
+            assert [[*row.nonzero()[:, 0].tolist(), oldest] for row in held] == [
+                [*(p for p in head if p != oldest), oldest] for head in kept
+            ]
+        else:  # as if a twentieth were dropped
+            assert held.sum(1).tolist() == [54, 54]
+        attended = looked_at(seen, held, rotation)
         for h in range(4):
             g = h // 2
             for t in range(tokens, 70):
                 row = (t - tokens) * 2 + h % 2
                 probs = (seen.keys[g, : t + 1] @ seen.q[t, h] / math.sqrt(8)).softmax(0)
-                torch.testing.assert_close(exact_outputs(found)[g, row], probs @ seen.values[g, : t + 1])
-                dropped = (~held[g]).nonzero()[:, 0]
+                torch.testing.assert_close(exact_outputs(attended)[g, row], probs @ seen.values[g, : t + 1])
                 torch.testing.assert_close(
-                    (found.dropped_logsumexp - found.held_logsumexp)[g, row].sigmoid(), probs[dropped].sum()
+                    (attended.dropped_logsumexp - attended.held_logsumexp)[g, row].sigmoid(),
+                    probs[(~held[g]).nonzero()[:, 0]].sum(),
                 )
-                key = torch.randn(8)
-                turned = key.clone()
-                rotate_(turned[None, None], *rotation)
-                torch.testing.assert_close(found.q[g, row] @ key, seen.q[t, h] @ turned / math.sqrt(8))
+                key = stand_ins_of(3)[layer, g, 0]
+                rotated = key.clone()
+                rotate_(rotated[None, None], *rotation)
+                torch.testing.assert_close(attended.q[g, row] @ key, seen.q[t, h] @ rotated / math.sqrt(8))
+        fitted.append(fit_heads(attended))
+    torch.testing.assert_close(fit_stand_ins(contexts, level), torch.stack(fitted))
+
+
+def test_a_search_ends_with_stand_ins_of_the_level_that_it_has_found(tiny: LLM) -> None:
+    """With --repeat it ended in an error, after all that had been measured."""
+    rng = random.Random(5)
+    windows = [Window(rng.choices(range(3, 320), k=100), [7, 8, 9] * 3, [5] * 9) for _ in range(2)]
+    for repeats in (False, True):
+        search = Search(tiny, windows, lines_of(3), repeats, notice=lambda what: None)
+        search.choices = (("repeat", 0.25),) if repeats else (("keydiff", 0.25),)
+        (level,) = search.find([(0.2, 0.7)]).levels
+        assert level.stand_ins is not None
+        assert torch.equal(level.stand_ins, fit_stand_ins(search.computing(level), level))
+        assert any("repeat" in score for score in level.scores) is repeats
 
 
 @needs_weights
-def test_text_that_nothing_was_fitted_to_is_foretold_better_with_stand_ins() -> None:
+def test_text_that_nothing_was_fitted_to_is_predicted_better_with_stand_ins() -> None:
     llm = LLM(WEIGHTS, policy="full", dtype="float32")
     tokens = ids_of_text(llm, WEIGHTS.parent / "books-fit.txt")
     windows = [
@@ -123,7 +184,7 @@ def test_text_that_nothing_was_fitted_to_is_foretold_better_with_stand_ins() -> 
     to_fit, others = windows[:8], windows[8:]
     held = (0.05, 0.05, 0.05, 0.5, *(0.05,) * 8)
     level = Level((*(1.0,) * 4, *(0.2,) * 8), held, ("newest",) * 12, (0.5,) * 12)
-    filled = replace(level, stand_ins=fit_stand_ins(llm, to_fit, level, None))
+    filled = replace(level, stand_ins=fit_stand_ins(Contexts(llm, to_fit, profile_of(level)), level))
     whole = cut_level(12, 12, 1.0)
     expected = Contexts(llm, others, profile_of(whole)).logprobs(whole)
     contexts = Contexts(llm, others, profile_of(level))
@@ -138,9 +199,64 @@ def test_text_that_nothing_was_fitted_to_is_foretold_better_with_stand_ins() -> 
 # --- the slot ---
 
 
+@given(profile=PROFILES, tokens=st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_every_profile_holds_and_says_what_the_slow_version_does(
+    profile: Profile, tokens: int, tiny: LLM, tiny_dir: Path
+) -> None:
+    """With 4 sinks and 3 to 5 tokens, or as many sinks as tokens, no slot was left for the stand-in."""
+    (prompt,) = prompts_of([tokens])
+    slow, llm = SlowProfile(tiny_dir, profile), tiny.under(profile)
+    expected = slow.logits_after(prompt, [5, 9])
+    (prefill,) = llm.prefill([prompt])
+    assert [heads_of(kept) for kept in prefill.kept_positions] == slow.held
+    torch.testing.assert_close(llm.logits(prompt, [5, 9]), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("sinks", [0, 3, 28, 29, 10**9])
+def test_the_newest_token_never_gives_way_to_a_stand_in(sinks: int, tiny: LLM) -> None:
+    level = Level((1.0,) * 3, (0.5, 0.3, 0.1), ("keydiff",) * 3, (0.0,) * 3)
+    profile = Profile((replace(level, stand_ins=stand_ins_of(3)),), level.share, sinks=sinks, fewest=0)
+    for tokens in (2, 3, 4, 5, 6, 30):
+        (prefill,) = tiny.under(profile).prefill(prompts_of([tokens]))
+        assert all(tokens - 1 in head for kept in prefill.kept_positions for head in heads_of(kept))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("float32", "int8")]
+)
+def test_every_turn_leaves_a_stand_in_rotated_by_its_own_newest_position(
+    dtype: str, kv_dtype: str, tiny_dir: Path
+) -> None:
+    level = Level((1.0, 1.0, 0.6), (0.3, 1.0, 0.2), ("keydiff", "newest", "votes"), (0.3, 1.0, 0.3))
+    profile = Profile(
+        (replace(level, stand_ins=stand_ins_of(3)),), level.share, fewest=0, generated_share=1.0
+    )
+    llm, conversation = LLM(tiny_dir, policy=profile, dtype=dtype, kv_dtype=kv_dtype), Conversation()
+    for ids in prompts_of([40, 30]):
+        say(llm, ids, SamplingParams(max_new_tokens=2, ignore_eos=True), conversation)
+    assert conversation.held
+    for layer, (k, v, positions) in enumerate(conversation.held.layers):
+        if layer == 1:
+            continue  # it drops nothing
+        # Of turns of 40 + 2 and 30 + 2 tokens; the third layer computes the newest 24 and 18 of each, 4 sinks
+        # among them.
+        for place, newest in ((4, 39), (46, 71)) if layer == 0 else ((20, 39), (58, 71)):
+            for head in range(2):
+                line = positions[head] if positions.dim() == 2 else positions
+                slot = line.tolist().index(place)
+                key = stand_ins_of(3)[layer, head, 0].clone()
+                rotation = rotations(torch.tensor([newest]), llm.model.inv_freq, torch.float32)
+                rotate_(key[None, None], *rotation)
+                for held, expected in ((k, key), (v, stand_ins_of(3)[layer, head, 1])):
+                    torch.testing.assert_close(
+                        held[head, slot].to(torch.float32), expected, rtol=0, atol=0.06
+                    )
+
+
 def test_a_layer_that_drops_nothing_or_holds_one_token_has_none(tiny: LLM) -> None:
-    """The one token is the newest, without which nothing could go on; and where `fewest` lifts a layer it
-    drops less than the stand-in was fitted to.
+    """The one token is the newest, without which nothing could go on; and a layer of no more than `fewest`
+    may drop far less than its stand-in was fitted to.
     """
     level = replace(
         Level((1.0,) * 3, (1.0, 0.5, 0.02), ("newest",) * 3, (1.0,) * 3), stand_ins=1e3 * stand_ins_of(3)
@@ -160,8 +276,8 @@ def test_between_two_levels_the_nearer_one_s_stand_ins_are_taken() -> None:
     low, high = PROFILE.levels
     for share, expected in (
         (low.share / 9, low),
-        (0.7 * low.share + 0.3 * high.share, low),
-        (0.3 * low.share + 0.7 * high.share, high),
+        (0.55 * low.share + 0.45 * high.share, low),
+        (0.45 * low.share + 0.55 * high.share, high),
         (high.share + 0.05, high),
     ):
         found = PROFILE.level(share).stand_ins
@@ -191,9 +307,9 @@ def test_stand_ins_are_read_as_they_were_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "kind", "told"),
     [
-        ({"others": torch.zeros(3)}, CheckpointError, "no fitted lines"),
+        ({"others": torch.zeros(3)}, CheckpointError, "expected lines or stand_ins"),
         ({"stand_ins": torch.zeros(3, 2, 2, 8)}, CheckpointError, "stand_ins are [3, 2, 2, 8]"),
-        ({"stand_ins": torch.full((1, 3, 2, 2, 8), math.nan)}, CheckpointError, "finite numbers"),
+        ({"stand_ins": torch.full((1, 3, 2, 2, 8), math.nan)}, CheckpointError, "finite numbers on 5 axes"),
         ({"stand_ins": torch.zeros(2, 3, 2, 2, 8)}, ConfigError, "of 2 levels, expected 1"),
         (
             {"stand_ins": torch.zeros(1, 4, 2, 2, 8)},

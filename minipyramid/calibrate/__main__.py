@@ -2,7 +2,7 @@
 
 The text's first three quarters are fitted to, its last quarter is what the profile is checked on before it is
 written. What is measured: `contexts.py`. How levels are found: `find.py` and `search.py`. The score `fitted`:
-`fit.py`.
+`fit.py`. What stands for the tokens that are not held: `stand_ins.py`.
 """
 
 import argparse

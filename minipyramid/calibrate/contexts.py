@@ -108,7 +108,7 @@ class Contexts:
         self.seen: list[list[Seen]] = []  # [window][layer]
         # What stands in the rows: by row and layer, how many tokens by which choice.
         self.standing: dict[tuple[int, int], tuple[int, str, float]] = {}
-        self.stand_ins: Tensor | None = None  # of the level by which it stands there
+        self.stand_ins: Tensor | None = None  # of the level whose choice now stands in the rows
         for window in windows:
             self.seen.append(recorded(llm, profile, window.context, repeats))
 

@@ -97,17 +97,12 @@ class Search:
         for share, computed in sorted(budgets):
             cut = self.cut(found, share, max(share, computed))
             contexts = self.computing(cut)
-            level = self.with_stand_ins(allot(cut, found.curves, share))
+            level = allot(cut, found.curves, share)
             cost = partial(self.cost, contexts)
             level = exchange(choose_anew(level, self.choices, cost), cost)
-            found.levels.append(self.with_stand_ins(level))
+            self.notice("fits stand-ins")
+            found.levels.append(replace(level, stand_ins=fit_stand_ins(contexts, level)))
         return found
-
-    def with_stand_ins(self, level: Level) -> Level:
-        """The level with stand-ins for what it does not hold."""
-        stand_ins = fit_stand_ins(self.llm, self.windows, level, self.lines)
-        self.notice("fits what stands for the tokens that are not held")
-        return replace(level, stand_ins=stand_ins)
 
     def cut(self, found: Found, share: float, computed: float) -> Level:
         """The best depth for a share of token-layers to compute; it rises where all cost too much.

@@ -28,6 +28,8 @@ def write_profile(out: Path, levels: list[Level], lines: Tensor, measured: dict[
     if any("fitted" in score for level in levels for score in level.scores):
         fitted["lines"] = lines
     stand_ins = [level.stand_ins for level in levels if level.stand_ins is not None]
+    if stand_ins and len(stand_ins) != len(levels):
+        raise ValueError("some levels have stand-ins and others none")
     if stand_ins:
         fitted["stand_ins"] = torch.stack(stand_ins)
     if fitted:

@@ -1,14 +1,15 @@
 """The stand-ins of a level: one key and value for what a layer does not hold, fitted in closed form.
 
-Everything is computed for some windows of plain text, and the text that follows looks back. Of each of its
-queries it is known what it finds among the tokens that the level would drop, and the logarithm of the sum
-that these have under the softmax. A stand-in (`minipyramid/policies/stand_ins.py`) has to give both again:
+All of some windows of plain text is computed and held, and the text behind each context looks back. Of each
+of its queries it is known what it finds among the tokens that the level would drop, and the logarithm of the
+sum that these have under the softmax. A stand-in (`minipyramid/policies/stand_ins.py`) has to reproduce both:
 
-- its key is the straight line of least squares from the queries to these logarithms,
-- its value is what makes the smallest squared error of the layer's output then, over all queries.
+- its key is the linear function of the queries, without a constant, that is nearest to these logarithms in
+  the mean square,
+- its value is what makes the smallest squared error in what attention gives then.
 
-A constant value is not what every query would have found, so a stand-in does better with a little less
-weight. A few such shifts of the logarithm are tried for each head, and the best one is taken.
+One value is not what every query would have found, so a stand-in does better with a little less weight:
+`SHIFTS` are added to the logarithms, and for each head the best one is taken.
 """
 
 import math
@@ -17,112 +18,115 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minipyramid import LLM
-from minipyramid.calibrate.contexts import Window, profile_of, recorded
+from minipyramid.calibrate.contexts import Contexts, profile_of, recorded
 from minipyramid.calibrate.search import cut_level
 from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile
-from minipyramid.policy import Seen
+from minipyramid.policy import Seen, top_scored
 from minipyramid.rope import rotate_, rotations
 
 RIDGE = 0.01  # of the mean square of a query's component
 SHIFTS = (0.5, 0.25, 0.0, -0.25, -0.5, -0.75, -1.0, -1.5, -2.0)
-# Where a level holds all of a layer it is fitted as if it held so much, for budgets between two levels.
+# A layer that holds everything is fitted as if it held so much, so that budgets below have a stand-in.
 MOST = 0.95
 
 
 @dataclass(frozen=True)
-class Found:
-    """What queries find among the tokens that are dropped, and among the others.
+class Attended:
+    """What queries find among the tokens that are dropped, and among all others.
 
     Of Q queries of each key/value head: those of all query heads that share it, at all tokens that follow.
     """
 
-    q: Tensor  # [K, Q, D] divided by sqrt(D), and turned back by the position where the context ends
+    q: Tensor  # [K, Q, D] divided by sqrt(D), and rotated back by the position of the context's newest token
     dropped_logsumexp: Tensor  # [K, Q]
     dropped_mean: Tensor  # [K, Q, D]
-    held_logsumexp: Tensor  # [K, Q]
+    held_logsumexp: Tensor  # [K, Q] of what is held of the context, and of what follows it
     held_mean: Tensor  # [K, Q, D]
 
 
-def fit_stand_ins(llm: LLM, windows: list[Window], level: Level, lines: Tensor | None) -> Tensor:
-    """One key and value for each layer and head of a level, from some windows.  [L, K, 2, D]"""
-    layers, profile = llm.config.num_hidden_layers, profile_of(replace(level, stand_ins=None), lines)
-    whole = profile_of(cut_level(layers, layers, 1.0))
-    found: list[list[Found]] = [[] for _ in range(layers)]  # [layer][window]
-    for window in windows:
-        tokens = len(window.context)
-        end = torch.tensor([tokens - 1], device=llm.device)
+def fit_stand_ins(contexts: Contexts, level: Level) -> Tensor:
+    """One key and value for each layer and head, on contexts computed as the level does.  [L, K, 2, D]"""
+    llm, layers = contexts.llm, contexts.llm.config.num_hidden_layers
+    whole, profile = profile_of(cut_level(layers, layers, 1.0)), profile_of(level, contexts.profile.lines)
+    attended: list[list[Attended]] = [[] for _ in range(layers)]  # [layer][window]
+    for window, computed in zip(contexts.windows, contexts.seen, strict=True):
+        end = torch.tensor([len(window.context) - 1], device=llm.device)
         rotation = rotations(end, llm.model.inv_freq, torch.float32)
-        for seen in recorded(llm, whole, window.context + window.following):
-            held = held_of(seen, tokens, profile)
-            found[seen.layer].append(looked_at(seen, held, rotation))
-    return torch.stack([fitted(joined(of_layer)) for of_layer in found])
+        exact = recorded(llm, whole, window.context + window.following)
+        for of_layer, of_level in zip(exact, computed, strict=True):
+            attended[of_layer.layer].append(looked_at(of_layer, held_of(of_level, profile), rotation))
+    return torch.stack([fit_heads(joined(of_layer)) for of_layer in attended])
 
 
-def held_of(seen: Seen, tokens: int, profile: Profile) -> Tensor:
-    """Which of a context's tokens a layer holds under a profile.  [K, tokens] bool"""
-    layer, layers = seen.layer, len(profile.levels[0].held)
-    computed, held = (counts[layer] for counts in profile.counts(tokens, layers))
-    of_context = only(seen, torch.arange(tokens, device=seen.q.device))
-    passed = profile.pass_on(of_context, computed)
-    count = min(held, int(MOST * tokens)) - 1  # one slot is the stand-in's
-    chosen = profile.hold(only(of_context, passed), count)
-    is_held = torch.zeros(len(seen.keys), tokens, dtype=torch.bool, device=seen.q.device)
-    return is_held.scatter(1, passed[chosen].expand(len(seen.keys), -1), True)
+def held_of(seen: Seen, profile: Profile) -> Tensor:
+    """Which tokens of a context a layer holds under a profile, beside its stand-in.  [K, N] bool"""
+    (T, _, D), N, layers = seen.q.shape, seen.prompt_tokens, len(profile.levels[0].held)
+    count = min(profile.held(N, layers)[seen.layer], int(MOST * N))
+    # Whatever it has or has not yet, the layer leaves a slot for it.
+    placeholder = torch.zeros(layers, len(seen.keys), 2, D, device=seen.q.device)
+    filled = profile_of(replace(profile.levels[0], stand_ins=placeholder), profile.lines)
+    chosen = filled.hold(seen, count).expand(len(seen.keys), -1)  # [K, count]
+    if filled.stand_ins_for(seen, count) is not None:
+        chosen = chosen[chosen != filled.replaced(seen)].view(len(seen.keys), -1)
+    # Of the T that the layer computes, as `Profile.pass_on` has chosen them.
+    positions = top_scored(torch.arange(N, device=chosen.device), T, profile.sinks, newest=1)
+    is_held = torch.zeros(len(seen.keys), N, dtype=torch.bool, device=chosen.device)
+    return is_held.scatter(1, positions[chosen], True)
 
 
-def only(seen: Seen, which: Tensor) -> Seen:
-    """The same of some of the tokens alone."""
-    logsumexp = None if seen.logsumexp is None else seen.logsumexp[:, which]
-    q, keys, values = seen.q[which], seen.keys[:, which], seen.values[:, which]
-    return replace(seen, q=q, keys=keys, values=values, logsumexp=logsumexp)
+def looked_at(seen: Seen, held: Tensor, rotation: tuple[Tensor, Tensor]) -> Attended:
+    """What the F tokens behind a context find; held [K, N] says which of its tokens are not dropped.
 
-
-def looked_at(seen: Seen, held: Tensor, rotation: tuple[Tensor, Tensor]) -> Found:
-    """What the tokens behind a context find in it; held [K, tokens] says what the layer holds of that."""
-    (n, H, D), (K, tokens) = seen.q.shape, held.shape
-    following = n - tokens
-    q = seen.q[tokens:].float() / math.sqrt(D)  # [F, H, D]
-    grouped = q.view(following, K, H // K, D).permute(1, 0, 2, 3).flatten(1, 2)  # [K, F * G, D]
-    keys, values = seen.keys.float(), seen.values.float()
-    scores = (grouped @ keys.mT).view(K, following, -1, n)
-    visible = torch.ones(following, n, dtype=torch.bool, device=q.device).tril(tokens)[:, None]
-    scores = scores.masked_fill(~visible, -math.inf).flatten(1, 2)  # [K, F * G, n]
+    `seen` is of all N + F tokens, rotation that of the context's newest.
+    """
+    (n, _, D), (K, N) = seen.q.shape, held.shape
+    q, keys, values = seen.q[N:].float() / math.sqrt(D), seen.keys.float(), seen.values.float()
+    scores = by_head(q, K) @ keys.mT  # [K, F * G, n]
+    visible = torch.ones(n - N, n, dtype=torch.bool, device=q.device).tril(N)  # [F, n]
+    scores.masked_fill_(~visible.repeat_interleave(q.shape[1] // K, 0), -math.inf)
     # What follows the context is held.
-    is_held = torch.cat((held, held.new_ones(K, following)), 1)[:, None]
+    is_held = torch.cat((held, held.new_ones(K, n - N)), 1)[:, None]  # [K, 1, n]
     dropped, rest = scores.masked_fill(is_held, -math.inf), scores.masked_fill(~is_held, -math.inf)
     cos, sin = rotation
-    turned = q.clone()
-    rotate_(turned, cos, -sin)
-    turned = turned.view(following, K, H // K, D).permute(1, 0, 2, 3).flatten(1, 2)
-    means = (part.softmax(-1) @ values for part in (dropped, rest))
-    return Found(turned, dropped.logsumexp(-1), next(means), rest.logsumexp(-1), next(means))
+    rotated_back = q.clone()
+    rotate_(rotated_back, cos, -sin)
+    dropped_mean, held_mean = (part.softmax(-1) @ values for part in (dropped, rest))
+    return Attended(
+        by_head(rotated_back, K), dropped.logsumexp(-1), dropped_mean, rest.logsumexp(-1), held_mean
+    )
 
 
-def joined(found: list[Found]) -> Found:
+def by_head(q: Tensor, kv_heads: int) -> Tensor:
+    """Queries beside each other that share a key/value head.  [F, H, D] -> [K, F * G, D]"""
+    return q.view(len(q), kv_heads, -1, q.shape[2]).transpose(0, 1).flatten(1, 2)
+
+
+def joined(attended: list[Attended]) -> Attended:
     """The queries of all windows."""
-    parts = zip(*(vars(one).values() for one in found), strict=True)
-    return Found(*(torch.cat(part, 1) for part in parts))
+    parts = zip(*(vars(one).values() for one in attended), strict=True)
+    return Attended(*(torch.cat(part, 1) for part in parts))
 
 
-def fitted(found: Found) -> Tensor:
+def fit_heads(attended: Attended) -> Tensor:
     """The stand-in of every head of a layer.  [K, 2, D]"""
-    q = found.q
+    q, held_mean = attended.q, attended.held_mean
     square = q.mT @ q  # [K, D, D]
     ridge = RIDGE * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    aims = torch.stack((found.dropped_logsumexp, torch.ones_like(found.dropped_logsumexp)), -1)  # [K, Q, 2]
-    lines = torch.linalg.solve(square + ridge * torch.eye(q.shape[2], device=q.device), q.mT @ aims)
-    key, unit = lines.unbind(-1)  # two of [K, D]; the second raises every logarithm by about 1
-    weight = (found.dropped_logsumexp - found.held_logsumexp).sigmoid()[..., None]  # [K, Q, 1]
-    full = weight * found.dropped_mean + (1 - weight) * found.held_mean
+    targets = torch.stack((attended.dropped_logsumexp, torch.ones_like(attended.dropped_logsumexp)), -1)
+    solved = torch.linalg.solve(square + ridge * torch.eye(q.shape[2], device=q.device), q.mT @ targets)
+    key, raises_by_one = solved.unbind(-1)  # two of [K, D]; the second is nearest to a product of 1
+    weight = (attended.dropped_logsumexp - attended.held_logsumexp).sigmoid()[..., None]  # [K, Q, 1]
+    exact = weight * attended.dropped_mean + (1 - weight) * held_mean
     tried, errors = [], []
     for shift in SHIFTS:
-        shifted = key + shift * unit
-        part = ((q @ shifted[..., None])[..., 0] - found.held_logsumexp).sigmoid()[..., None]  # [K, Q, 1]
-        missing = full - (1 - part) * found.held_mean
-        value = (part * missing).sum(1) / part.square().sum(1)  # [K, D]
-        errors.append((missing - part * value[:, None]).square().sum((1, 2)))  # [K]
+        shifted = key + shift * raises_by_one
+        weight = ((q @ shifted[..., None])[..., 0] - attended.held_logsumexp).sigmoid()[..., None]
+        missing = exact - (1 - weight) * held_mean  # [K, Q, D]
+        # Where the stand-in weighs nothing its value is 0.
+        square_sum = weight.square().sum(1).clamp(min=torch.finfo(weight.dtype).tiny)
+        value = (weight * missing).sum(1) / square_sum  # [K, D]
+        errors.append((missing - weight * value[:, None]).square().sum((1, 2)))  # [K]
         tried.append(torch.stack((shifted, value), 1))  # [K, 2, D]
     best = torch.stack(errors).argmin(0)  # [K]
     return torch.stack(tried)[best, torch.arange(len(best), device=best.device)]

@@ -12,7 +12,7 @@ AXES = {"lines": 3, "stand_ins": 5}
 
 
 def read_fitted(path: Path) -> dict[str, Tensor]:
-    """The tensors of the file, in float32, at least one of these.
+    """The tensors of the file, in float32: one of these, or both.
 
     lines: of the score `fitted`, a weight for each feature.  [L, K, 2 * D + 4]
     stand_ins: of each level a key and a value (`stand_ins.py`).  [levels, L, K, 2, D]
@@ -23,12 +23,12 @@ def read_fitted(path: Path) -> dict[str, Tensor]:
     try:
         given = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:  # a name may be no file's name
-        raise CheckpointError(f"{path} holds no fitted lines ({error}); calibrate again") from error
+        raise CheckpointError(f"{path} holds nothing fitted ({error}); calibrate again") from error
     fitted = {name: given[name].float() for name in AXES if name in given}
     if not fitted:
-        raise CheckpointError(f"{path} holds {list(given)!r:.60} and no fitted lines; calibrate again")
+        raise CheckpointError(f"{path} has {list(given)!r:.60}, expected lines or stand_ins; calibrate again")
     for name, tensor in fitted.items():
         if tensor.dim() != AXES[name] or not given[name].is_floating_point() or not tensor.isfinite().all():
             shape = list(tensor.shape)
-            raise CheckpointError(f"{path}: {name} are {shape}, expected finite numbers by layer and head")
+            raise CheckpointError(f"{path}: {name} are {shape}, expected finite numbers on {AXES[name]} axes")
     return fitted

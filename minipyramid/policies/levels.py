@@ -58,6 +58,9 @@ class Level:
 
     def check(self) -> None:
         """Raise `ConfigError` for lists that no layers could follow, and for unknown scores."""
+        given = self.stand_ins
+        if given is not None and not (isinstance(given, Tensor) and given.dim() == 4):
+            raise ConfigError(f"stand_ins are {given!r:.60}, expected a tensor by layer and head, or None")
         if self.computed[:1] != (1.0,) or any(b > a for a, b in pairwise(self.computed)):
             raise ConfigError(f"computed is {self.computed!r:.80}, expected 1.0 first and then never a rise")
         for layer, (held, computed) in enumerate(zip(self.held, self.computed, strict=True)):

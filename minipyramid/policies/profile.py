@@ -26,7 +26,7 @@ from minipyramid.policies.fitted import read_fitted
 from minipyramid.policies.levels import Level, between
 from minipyramid.policies.repeat import say_again
 from minipyramid.policies.scores import SCORES
-from minipyramid.policies.stand_ins import stand_in
+from minipyramid.policies.stand_ins import with_stand_in
 from minipyramid.policy import Compute, Generation, Policy, Seen, top_scored
 from minipyramid.settings import STAGES, settings_of
 
@@ -173,53 +173,57 @@ class Profile(Policy):
         return top_scored(torch.arange(len(seen.q), device=seen.q.device), count, self.sinks, newest=1)
 
     def hold(self, seen: Seen, count: int) -> Tensor:
-        """By the layer's score, beside the newest and the sinks.  [K, count], or [count] for all heads."""
-        level = self.level(self.share)
+        """By the layer's score, beside the newest, the sinks, and the token whose slot the stand-in takes.
+
+        Returns [K, count], or [count] for all heads.
+        """
+        level, sinks = self.level(self.share), self.sinks
         newest = max(1, int(level.newest[seen.layer] * count))
-        stands_in = self.stand_ins(seen, count) is not None
         by, *other = level.scores[seen.layer].split("+")
         score = SCORES[by](seen, self.lines).float().clone()  # [K, T], or [T] for all heads alike
-        if stands_in:
-            score[..., self.place(seen)] = math.inf
-            newest = min(newest, count - 1)
+        has_stand_in = self.stand_ins_for(seen, count) is not None
+        if has_stand_in:
+            sinks, newest = self.replaced(seen), min(newest, count - 1)
+            score[..., sinks] = math.inf
         if not other:
-            return top_scored(score, count, self.sinks, newest)
+            return top_scored(score, count, sinks, newest)
         # Half of the room that is left is for what the first score puts first.
-        half = (count + min(newest + self.sinks + stands_in, count)) // 2
-        first = top_scored(score, half, self.sinks, newest)
+        half = (count + min(newest + sinks + has_stand_in, count)) // 2
+        first = top_scored(score, half, sinks, newest)
         second = SCORES[other[0]](seen, self.lines).float()
         both = second.expand(len(seen.keys), -1).scatter(1, first.expand(len(seen.keys), -1), math.inf)
         return top_scored(both, count)
 
-    def stand_ins(self, seen: Seen, count: int) -> Tensor | None:
-        """Those of the level, if one slot of the layer is for what stands for all that it does not hold.
+    def entries(self, seen: Seen, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen tokens' own keys and values, except in the stand-in's slot."""
+        k, v = super().entries(seen, chosen)  # two of [K, held, D]
+        stand_ins = self.stand_ins_for(seen, chosen.shape[-1])
+        if stand_ins is None:
+            return k, v
+        is_slot = (chosen == self.replaced(seen)).expand(len(k), -1)  # [K, held]
+        return with_stand_in(seen, k, v, is_slot, stand_ins)
 
-        They were fitted where a layer drops what its share says, so not where `fewest` lets it hold more.
+    def stand_ins_for(self, seen: Seen, count: int) -> Tensor | None:
+        """The level's stand-ins, where the layer has one.
+
+        It has none if it drops nothing, for there is nothing to stand for, if it holds a single token, which
+        is the newest, or no more than `fewest`, which may be far more than what the stand-in was fitted to.
         """
         is_pruned = max(1, self.fewest) < count < seen.prompt_tokens
         return self.level(self.share).stand_ins if is_pruned else None
 
-    def place(self, seen: Seen) -> int:
-        """The token, of the T, whose slot that is: the first behind the sinks, and never the newest."""
+    def replaced(self, seen: Seen) -> int:
+        """Which of the T tokens has to give its slot to the stand-in: the first behind the sinks."""
         return min(self.sinks, len(seen.q) - 2)
-
-    def entries(self, seen: Seen, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen tokens' own keys and values, but for the slot that stands for what is not held."""
-        k, v = super().entries(seen, chosen)  # two of [K, held, D]
-        stand_ins = self.stand_ins(seen, chosen.shape[-1])
-        if stand_ins is None:
-            return k, v
-        slot = (chosen == self.place(seen)).expand(len(k), -1)  # [K, held]
-        return stand_in(seen, k, v, slot, stand_ins)
 
 
 def is_name_beside(file: Any) -> bool:
-    """Whether it names lines in the settings' own directory, so that both files move together."""
+    """Whether it names a file in the settings' own directory, so that both files move together."""
     return isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
 
 
 def read_profile(given: dict[str, Any], path: Path) -> Profile:
-    """From the fields of a file; `fitted` names the file of lines that lies beside it."""
+    """From the fields of a file; `fitted` names the file of lines and stand-ins that lies beside it."""
     given = dict(given)
     levels, file = given.pop("levels", None), given.pop("fitted", None)
     if not isinstance(levels, list) or not (file is None or is_name_beside(file)):
