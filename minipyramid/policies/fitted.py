@@ -28,7 +28,9 @@ def read_fitted(path: Path) -> dict[str, Tensor]:
     if not fitted:
         raise CheckpointError(f"{path} has {list(given)!r:.60}, expected lines or stand_ins; calibrate again")
     for name, tensor in fitted.items():
-        if tensor.dim() != AXES[name] or not given[name].is_floating_point() or not tensor.isfinite().all():
+        # In float16, too, which a cache may be in, or its scales.
+        finite = given[name].is_floating_point() and tensor.half().isfinite().all()
+        if tensor.dim() != AXES[name] or not finite:
             shape = list(tensor.shape)
             raise CheckpointError(f"{path}: {name} are {shape}, expected finite numbers on {AXES[name]} axes")
     return fitted

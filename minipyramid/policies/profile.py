@@ -207,10 +207,12 @@ class Profile(Policy):
         """The level's stand-ins, where the layer has one.
 
         It has none if it drops nothing, for there is nothing to stand for, if it holds a single token, which
-        is the newest, or no more than `fewest`, which may be far more than what the stand-in was fitted to.
+        is the newest, or no more than `fewest`, which may be far more than what the stand-in was fitted to,
+        and where none was fitted.
         """
+        stand_ins = self.level(self.share).stand_ins
         is_pruned = max(1, self.fewest) < count < seen.prompt_tokens
-        return self.level(self.share).stand_ins if is_pruned else None
+        return stand_ins if is_pruned and stand_ins is not None and stand_ins[seen.layer].any() else None
 
     def replaced(self, seen: Seen) -> int:
         """Which of the T tokens has to give its slot to the stand-in: the first behind the sinks."""
