@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import STEEP, WEIGHTS, write_checkpoint
+from safetensors.torch import save_file
 
 from minipyramid import LLM, SamplingParams
 from minipyramid.cli.terminal import DEFAULT_TEXT
@@ -88,8 +90,10 @@ def split(tiny_dir: Path) -> Picture:
 def profile(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Picture:
     """Layers that hold less than they compute, and more behind those that hold less."""
     file = tmp_path_factory.mktemp("profile") / "p.json"
+    save_file({"stand_ins": torch.ones(1, 3, 2, 2, 8)}, file.with_name("p.safetensors"))
     level = {"computed": [1, 1, 0.5], "held": [0.2, 0.9, 0.3]}
-    file.write_text(json.dumps({"policy": "profile", "levels": [level], "share": 0.4, "fewest": 8}))
+    settings = {"policy": "profile", "levels": [level], "share": 0.4, "fewest": 8, "fitted": "p.safetensors"}
+    file.write_text(json.dumps(settings))
     return compared(tiny_dir, "--max-new-tokens", "12", "--prompt", INJECTION, "--policy", str(file))
 
 
@@ -249,6 +253,17 @@ def test_the_legend_tells_of_the_layer_that_keeps_least() -> None:
     turned = replace(heads, pruned=replace(heads.pruned, kept=Kept(2, [LOOSE.holders[1], [2] * 4], [4, 4])))
     assert legend(turned) == (
         "Layer 0 kept 2 of the prompt's 4 tokens in each of its 2 heads: 1 in all of them, 2 in some. "
+        "No other layer holds less."
+    )
+
+
+def test_a_token_that_gave_its_slot_to_a_stand_in_is_not_told_as_kept() -> None:
+    """The demo marked it as held, though its key and value are lost."""
+    kept = Kept.of([[0, 2, 3, 4], [[0, 3], [2, 3]]], 2, [4, 4], [2, None])
+    assert kept == Kept(2, [[2, 0, 0, 2], [1, 0, 1, 2]], [4, 4], frozenset([0]))
+    picture = made_up(replace(kept, holders=kept.holders[::-1], stand_ins=frozenset([1])))
+    assert legend(replace(picture, newest=0)) == (
+        "The last layer kept 2 of the prompt's 4 tokens; one more slot stands for the others. "
         "No other layer holds less."
     )
 
@@ -545,6 +560,8 @@ def test_a_profile_is_told_of_as_what_it_is(profile: Picture) -> None:
     assert (profile.newest, profile.sinks) == (0, 0)
     assert kept.computed[:2] == [n, n] > kept.computed[2:]
     assert kept.counts[0] < kept.counts[2] < kept.counts[1] < n
+    assert kept.stand_ins == {0, 1, 2}
+    assert kept.counts[0] == round(0.2 * 0.4 * 3 / 1.4 * n) - 1  # of the level its share of 0.4
     assert legend(profile).startswith(f"Layer 0 kept {kept.counts[0]} of the prompt's {n} tokens")
     for text in (" ".join(screen(profile, Style(100, False, False))), page(profile)):
         assert "Only layers 0 to 1 computed all tokens of the prompt." in text

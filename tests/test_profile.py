@@ -94,6 +94,13 @@ def test_a_prompt_has_what_its_generated_tokens_leave() -> None:
 # --- in the engine ---
 
 
+def test_a_layer_with_room_for_five_tokens_holds_one_sink_and_the_newest_four(tiny: LLM) -> None:
+    """Four sinks took the room of its neighbours from such a layer, and a short prompt lost by it."""
+    level = Level((1.0, 1.0, 0.5), (1.0, 0.05, 0.05), ("newest",) * 3, (0.4,) * 3)
+    (prefill,) = tiny.under(Profile((level,), level.share, fewest=0)).prefill(prompts_of([100]))
+    assert prefill.kept_positions[1:] == [[0, *range(96, 100)]] * 2
+
+
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.6, 0.8, 1.0])
 @pytest.mark.parametrize("tokens", [70, 90])
 def test_what_is_held_and_said_is_the_slow_version_s(

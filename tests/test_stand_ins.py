@@ -138,9 +138,10 @@ def test_what_is_fitted_to_is_what_the_engine_drops_and_what_a_softmax_over_all_
             continue
         held = held_of(of_level, profile_of(level))
         kept = heads_of(prefill.kept_positions[layer])
-        oldest = 4 if level.computed[layer] == 1 else 4 + tokens - round(level.computed[layer] * tokens)
-        assert [[*row.nonzero()[:, 0].tolist(), oldest] for row in held] == [
-            [*(p for p in head if p != oldest), oldest] for head in kept
+        # The first token behind the sink, of those that the layer computes.
+        replaced = 1 + tokens - round(level.computed[layer] * tokens)
+        assert [[*row.nonzero()[:, 0].tolist(), replaced] for row in held] == [
+            [*(p for p in head if p != replaced), replaced] for head in kept
         ]
         attended = looked_at(seen, held, rotation)
         for h in range(4):
@@ -211,6 +212,7 @@ def test_every_profile_holds_and_says_what_the_slow_version_does(
     expected = slow.logits_after(prompt, [5, 9])
     (prefill,) = llm.prefill([prompt])
     assert [heads_of(kept) for kept in prefill.kept_positions] == slow.held
+    assert profile.replaced_positions(tokens, 3) == slow.stands_in
     torch.testing.assert_close(llm.logits(prompt, [5, 9]), expected, rtol=2e-4, atol=2e-4)
 
 
@@ -240,9 +242,9 @@ def test_every_turn_leaves_a_stand_in_rotated_by_its_own_newest_position(
     for layer, (k, v, positions) in enumerate(conversation.held.layers):
         if layer == 1:
             continue  # it drops nothing
-        # Of turns of 40 + 2 and 30 + 2 tokens; the third layer computes the newest 24 and 18 of each, 4 sinks
-        # among them.
-        for place, newest in ((4, 39), (46, 71)) if layer == 0 else ((20, 39), (58, 71)):
+        # Of turns of 40 + 2 and 30 + 2 tokens; the third layer computes the newest 24 and 18 of each, a
+        # sink among them.
+        for place, newest in ((1, 39), (43, 71)) if layer == 0 else ((17, 39), (55, 71)):
             for head in range(2):
                 line = positions[head] if positions.dim() == 2 else positions
                 slot = line.tolist().index(place)
@@ -270,7 +272,7 @@ def test_a_layer_that_drops_nothing_or_holds_one_token_has_none(tiny: LLM) -> No
         assert torch.equal(one[0], other[0])  # the prompt itself is computed before anything is dropped
         assert torch.equal(one, other) is not differs
     (kept,) = tiny.under(Profile((level,), share=level.share, fewest=0)).prefill([prompt])
-    assert kept.kept_positions == [list(range(50)), [4, *range(26, 50)], [49]]
+    assert kept.kept_positions == [list(range(50)), [1, *range(26, 50)], [49]]
 
 
 def test_between_two_levels_the_nearer_one_s_stand_ins_are_taken() -> None:

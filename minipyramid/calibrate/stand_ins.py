@@ -76,7 +76,7 @@ def held_of(seen: Seen, profile: Profile) -> Tensor:
     placeholder = torch.ones(layers, len(seen.keys), 2, D, device=seen.q.device)
     filled = profile_of(replace(profile.levels[0], stand_ins=placeholder), profile.lines)
     chosen = filled.hold(seen, count).expand(len(seen.keys), -1)  # [K, count]
-    if filled.stand_ins_for(seen, count) is not None:
+    if filled.has_stand_in(seen.layer, count, N):
         chosen = chosen[chosen != filled.replaced(seen)].view(len(seen.keys), -1)
     # Of the T that the layer computes, as `Profile.pass_on` has chosen them.
     positions = top_scored(torch.arange(N, device=chosen.device), T, profile.sinks, newest=1)

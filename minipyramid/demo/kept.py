@@ -5,7 +5,9 @@ policies choose anew in every layer, and some of them in every key/value head. S
 each layer and token: how many of the layer's heads hold the token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from minipyramid.cache import Positions
 
@@ -19,19 +21,30 @@ class Kept:
     heads: int  # key/value heads of a layer
     holders: list[list[int]]  # [layer][position] how many heads hold the token
     computed: list[int]  # [layer] tokens of the prompt
+    stand_ins: frozenset[int] = frozenset()  # layers of which one more slot stands for what was dropped
 
     @classmethod
-    def of(cls, kept_positions: list[Positions], heads: int, computed: list[int]) -> "Kept":
-        """From a completion, of whose positions those of generated tokens are left out."""
+    def of(
+        cls,
+        kept_positions: list[Positions],
+        heads: int,
+        computed: list[int],
+        replaced: Sequence[int | None] = (),
+    ) -> "Kept":
+        """From a completion, of whose positions those of generated tokens are left out.
+
+        So are those whose slot a stand-in has taken: `replaced` is what `Profile.replaced_positions` says.
+        """
         holders = []
-        for positions in kept_positions:
+        for positions, lost in zip_longest(kept_positions, replaced):
             row = [0] * computed[0]  # layer 0 computes the whole prompt
             for head in by_head(positions, heads):
                 for position in head:
-                    if position < len(row):
+                    if position < len(row) and position != lost:
                         row[position] += 1
             holders.append(row)
-        return cls(heads, holders, computed)
+        stand_ins = frozenset(layer for layer, lost in enumerate(replaced) if lost is not None)
+        return cls(heads, holders, computed, stand_ins)
 
     @property
     def counts(self) -> list[int]:

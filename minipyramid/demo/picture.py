@@ -138,6 +138,8 @@ def legend(picture: Picture) -> str:
     elif by_all < count:
         by_some = sum(0 < held < kept.heads for held in row)
         told += f" in each of its {kept.heads} heads: {by_all} in all of them, {by_some} in some"
+    if layer in kept.stand_ins:
+        told += "; one more slot stands for the others"
     return f"{told}. No other layer holds less."
 
 

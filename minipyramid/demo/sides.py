@@ -29,6 +29,7 @@ from minipyramid.demo.picture import Picture, Prompt, Side, Text
 from minipyramid.demo.tokens import tokens_of
 from minipyramid.policies import POLICIES, SPLIT, class_of
 from minipyramid.policies.own import Own
+from minipyramid.policies.profile import Profile
 from minipyramid.tokenizer import Tokenizer
 
 KV_BUDGET = 0.5  # where neither a policy nor a budget is given
@@ -114,7 +115,10 @@ def run_side(name: str, llm: LLM, tokenizer: Tokenizer, cases: list[Case], new_t
     prompt_s = sum({completion.prefill_s for completion in completions})
     eos, first = llm.engine.eos_ids, completions[0]
     right = [case.answer is not None and done[i].text.startswith(case.answer) for i, case in enumerate(cases)]
-    computed = llm.plan([len(first.prompt_token_ids)], new_tokens).computed[0]
+    N, layers = len(first.prompt_token_ids), llm.config.num_hidden_layers
+    plan = llm.plan([N], new_tokens)
+    policy = plan.requests[0][0]
+    replaced = policy.replaced_positions(N, layers) if isinstance(policy, Profile) else ()
     return Side(
         name=name,
         prompt_s=prompt_s,
@@ -124,7 +128,7 @@ def run_side(name: str, llm: LLM, tokenizer: Tokenizer, cases: list[Case], new_t
         kv_bytes_full=sum(completion.kv_bytes_full for completion in completions),
         right=sum(right),
         texts=[text_of(tokenizer, cases[i].prompt, completions[i], eos) for i in first_of_each(cases)],
-        kept=Kept.of(first.kept_positions, llm.config.num_key_value_heads, computed),
+        kept=Kept.of(first.kept_positions, llm.config.num_key_value_heads, plan.computed[0], replaced),
     )
 
 

@@ -43,7 +43,7 @@ class Profile(Policy):
         share: of a prompt that is held, over all layers.
         generated_share: share of generated tokens that is held; None for `share`. They are voted on as
             PyramidInfer's are, and of each group a layer keeps its own share.
-        sinks: first tokens of a prompt that are always held and passed on, as far as there is room.
+        sinks: first tokens of a prompt that are passed on, and held as far as the newest leave room.
         fewest: no layer computes or holds fewer tokens of a prompt; 0 under a budget, which counts as 1.
         fewest_recent: so many of the newest tokens are protected at least, beside the newest one; a budget
             lowers it where it must.
@@ -54,7 +54,7 @@ class Profile(Policy):
     levels: tuple[Level, ...]
     share: float = number(0.25, 0, 1)
     generated_share: float | None = number(None, 0, 1, kind=float)
-    sinks: int = number(4, 0, 10**9)
+    sinks: int = number(1, 0, 10**9)
     fewest: int = number(64, 0, 10**9)
     fewest_recent: int = number(64, 0, 10**9)
     lines: Tensor | None = field(default=None, compare=False, repr=False)
@@ -177,21 +177,22 @@ class Profile(Policy):
 
         Returns [K, count], or [count] for all heads.
         """
-        level, sinks = self.level(self.share), self.sinks
+        level, first = self.level(self.share), self.sinks
         newest = max(1, int(level.newest[seen.layer] * count))
         by, *other = level.scores[seen.layer].split("+")
         score = SCORES[by](seen, self.lines).float().clone()  # [K, T], or [T] for all heads alike
-        has_stand_in = self.stand_ins_for(seen, count) is not None
+        has_stand_in = self.has_stand_in(seen.layer, count, seen.prompt_tokens)
         if has_stand_in:
-            sinks, newest = self.replaced(seen), min(newest, count - 1)
-            score[..., sinks] = math.inf
+            slot = self.replaced(seen)
+            score[..., slot] = math.inf
+            first, newest = min(first, slot), min(newest, count - 1)
         if not other:
-            return top_scored(score, count, sinks, newest)
+            return top_scored(score, count, first, newest)
         # Half of the room that is left is for what the first score puts first.
-        half = (count + min(newest + sinks + has_stand_in, count)) // 2
-        first = top_scored(score, half, sinks, newest)
+        half = (count + min(newest + first + has_stand_in, count)) // 2
+        chosen = top_scored(score, half, first, newest)
         second = SCORES[other[0]](seen, self.lines).float()
-        both = second.expand(len(seen.keys), -1).scatter(1, first.expand(len(seen.keys), -1), math.inf)
+        both = second.expand(len(seen.keys), -1).scatter(1, chosen.expand(len(seen.keys), -1), math.inf)
         return top_scored(both, count)
 
     def entries(self, seen: Seen, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,19 +205,34 @@ class Profile(Policy):
         return with_stand_in(seen, k, v, is_slot, stand_ins)
 
     def stand_ins_for(self, seen: Seen, count: int) -> Tensor | None:
-        """The level's stand-ins, where the layer has one.
+        """The level's stand-ins, where a layer has one that holds `count` tokens."""
+        stand_ins = self.level(self.share).stand_ins
+        return stand_ins if self.has_stand_in(seen.layer, count, seen.prompt_tokens) else None
 
-        It has none if it drops nothing, for there is nothing to stand for, if it holds a single token, which
-        is the newest, or no more than `fewest`, which may be far more than what the stand-in was fitted to,
-        and where none was fitted.
+    def has_stand_in(self, layer: int, count: int, prompt_tokens: int) -> bool:
+        """Whether one slot of a layer that holds `count` of a prompt's tokens stands for the others.
+
+        It does not if the layer holds the whole prompt, for there is nothing to stand for, if it holds a
+        single token, which is the newest, or no more than `fewest`, which may be far more than what the
+        stand-in was fitted to, and where none was fitted.
         """
         stand_ins = self.level(self.share).stand_ins
-        is_pruned = max(1, self.fewest) < count < seen.prompt_tokens
-        return stand_ins if is_pruned and stand_ins is not None and stand_ins[seen.layer].any() else None
+        is_pruned = max(1, self.fewest) < count < prompt_tokens
+        return is_pruned and stand_ins is not None and bool(stand_ins[layer].any())
 
     def replaced(self, seen: Seen) -> int:
         """Which of the T tokens has to give its slot to the stand-in: the first behind the sinks."""
         return min(self.sinks, len(seen.q) - 2)
+
+    def replaced_positions(self, prompt_tokens: int, layers: int) -> list[int | None]:
+        """The same as positions of a prompt, None for a layer without a stand-in.  [layer]"""
+        positions: list[int | None] = []
+        for layer, (T, count) in enumerate(zip(*self.counts(prompt_tokens, layers), strict=True)):
+            index = min(self.sinks, T - 2)
+            # A layer computes the sinks and behind them the newest, so those before its newest are missing.
+            position = index if index < min(self.sinks, T - 1) else prompt_tokens - T + index
+            positions.append(position if self.has_stand_in(layer, count, prompt_tokens) else None)
+        return positions
 
 
 def is_name_beside(file: Any) -> bool:
