@@ -214,7 +214,7 @@ def fitted_lines(llm: LLM, to_fit: list[Window], line: "CalibrationLine") -> Any
 def measurements(layers: int, budgets: int, repeats: bool) -> int:
     """About how many there will be: half of a curve's points need all choices."""
     choices = 9 if repeats else 7
-    return 7 * layers * (1 + choices) // 2 + budgets * layers * (7 + choices)
+    return 7 * layers * (1 + choices) // 2 + budgets * layers * (6 + choices)
 
 
 class CalibrationLine(ProgressLine):

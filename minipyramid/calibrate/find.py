@@ -21,7 +21,6 @@ from minipyramid.calibrate.search import (
     cut_level,
     cuts,
     exchange,
-    halve_newest,
     hull_below,
 )
 from minipyramid.calibrate.stand_ins import fit_stand_ins
@@ -100,7 +99,7 @@ class Search:
             contexts = self.computing(cut)
             level = allot(cut, found.curves, share)
             cost = partial(self.cost, contexts)
-            level = halve_newest(exchange(choose_anew(level, self.choices, cost), cost), cost)
+            level = exchange(choose_anew(level, self.choices, cost), cost)
             self.notice("fits stand-ins")
             found.levels.append(replace(level, stand_ins=fit_stand_ins(contexts, level)))
         return found

@@ -8,7 +8,7 @@
    to the layer where it saves most: the steepest piece of all curves' lower hulls comes first.
 4. *Exchange.* They do not just add up. So every layer chooses anew now that the others hold less, and room is
    moved from the layer that misses it least to the layer that gains most, as long as the measured loss of the
-   whole level falls. In the end layers set less room aside for the newest tokens, where that is better.
+   whole level falls.
 """
 
 from collections.abc import Callable, Iterable
@@ -135,22 +135,6 @@ def choose_anew(level: Level, choices: Iterable[Choice], cost: Cost) -> Level:
                 measured = cost(changed)
                 if measured < best:
                     level, best = changed, measured
-    return level
-
-
-def halve_newest(level: Level, cost: Cost) -> Level:
-    """Let each layer in turn set half as much room aside for the newest tokens, as long as the loss falls.
-
-    `CHOICES` end at a quarter, which in a layer that looks back may be a quarter too much.
-    """
-    best = cost(level)
-    for layer, score in enumerate(level.scores):
-        while score != NEWEST[0] and level.held[layer] < level.computed[layer]:
-            changed = with_layer(level, layer, level.held[layer], (score, level.newest[layer] / 2))
-            measured = cost(changed)
-            if measured >= best:
-                break
-            level, best = changed, measured
     return level
 
 
