@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pass_through import insert_layers
 
-from minipyramid import LLM, RequestError
+from minipyramid import LLM, RequestError, SamplingParams
 from minipyramid.calibrate.__main__ import computed_at, main
 from minipyramid.calibrate.contexts import Contexts, Loss, Window, cut_windows, loss
 from minipyramid.calibrate.find import Found, Search
@@ -255,7 +255,9 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
     assert all(level.stand_ins is not None for level in profile.levels)
     assert (tmp_path / "found.png").stat().st_size > 1000
     llm = LLM(tiny_dir, policy=out, kv_budget=0.5)
-    (completion,) = llm.generate("the fox said who is there and went home again " * 4)
+    # A budget is of all the tokens that may be generated, which an end of text before them is not.
+    params = SamplingParams(max_new_tokens=64, ignore_eos=True)
+    (completion,) = llm.generate("the fox said who is there and went home again " * 4, params)
     assert completion.kv_bytes <= 0.5 * completion.kv_bytes_full
     files = [out, out.with_suffix(".safetensors")]
     first = [file.read_bytes() for file in files]

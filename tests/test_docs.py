@@ -16,7 +16,7 @@ from minipyramid.bench.__main__ import build_parser as bench_parser
 from minipyramid.eval.__main__ import build_parser as eval_parser
 from minipyramid.generate import build_parser as generate_parser
 from minipyramid.generate import main as generate
-from minipyramid.policies import POLICIES
+from minipyramid.policies import POLICIES, load_policy
 
 ROOT = Path(__file__).parent.parent
 METHOD = (ROOT / "docs" / "method.md").read_text()
@@ -114,3 +114,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_version_is_the_same_everywhere() -> None:
     assert f"\nversion: {minipyramid.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## [{minipyramid.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(ROOT / "docs" / "settings").glob("*.json"),
+        *(ROOT / "weights" / "storyteller").glob("[!c]*.json"),  # all but the model's config.json
+    ],
+    ids=lambda file: file.stem,
+)
+def test_every_file_of_settings_that_comes_along_is_read(file: Path) -> None:
+    """One shared the fitted file of another, which had then got stand-ins of more levels than it has."""
+    policy = load_policy(file)
+    assert len(policy.held(1000, 12)) == 12
