@@ -561,7 +561,7 @@ def test_a_profile_is_told_of_as_what_it_is(profile: Picture) -> None:
     assert kept.computed[:2] == [n, n] > kept.computed[2:]
     assert kept.counts[0] < kept.counts[2] < kept.counts[1] < n
     assert kept.stand_ins == {0, 1, 2}
-    assert kept.counts[0] == round(0.2 * 0.4 * 3 / 1.4 * n) - 1  # of the level its share of 0.4
+    assert kept.counts[0] == round(0.2 * 0.4 * 3 / 1.4 * n) - 1  # the level holds 1.4 / 3
     assert legend(profile).startswith(f"Layer 0 kept {kept.counts[0]} of the prompt's {n} tokens")
     for text in (" ".join(screen(profile, Style(100, False, False))), page(profile)):
         assert "Only layers 0 to 1 computed all tokens of the prompt." in text

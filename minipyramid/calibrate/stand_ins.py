@@ -22,7 +22,7 @@ from minipyramid.calibrate.contexts import Contexts, profile_of, recorded
 from minipyramid.calibrate.search import cut_level
 from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile
-from minipyramid.policy import Seen, top_scored
+from minipyramid.policy import Seen
 from minipyramid.rope import rotate_, rotations
 
 RIDGE = 0.01  # of the mean square of a query's component
@@ -76,10 +76,9 @@ def held_of(seen: Seen, profile: Profile) -> Tensor:
     placeholder = torch.ones(layers, len(seen.keys), 2, D, device=seen.q.device)
     filled = profile_of(replace(profile.levels[0], stand_ins=placeholder), profile.lines)
     chosen = filled.hold(seen, count).expand(len(seen.keys), -1)  # [K, count]
-    if filled.has_stand_in(seen.layer, count, N):
-        chosen = chosen[chosen != filled.replaced(seen)].view(len(seen.keys), -1)
-    # Of the T that the layer computes, as `Profile.pass_on` has chosen them.
-    positions = top_scored(torch.arange(N, device=chosen.device), T, profile.sinks, newest=1)
+    if filled.stand_ins_for(seen.layer, count, N) is not None:
+        chosen = chosen[chosen != filled.replaced(T)].view(len(seen.keys), -1)
+    positions = profile.going_on(N, T, chosen.device)
     is_held = torch.zeros(len(seen.keys), N, dtype=torch.bool, device=chosen.device)
     return is_held.scatter(1, positions[chosen], True)
 

@@ -170,7 +170,11 @@ class Profile(Policy):
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """The newest and the sinks: tokens chosen by votes or keys cost perplexity (docs/settings.md)."""
-        return top_scored(torch.arange(len(seen.q), device=seen.q.device), count, self.sinks, newest=1)
+        return self.going_on(len(seen.q), count, seen.q.device)
+
+    def going_on(self, tokens: int, count: int, device: torch.device | None = None) -> Tensor:
+        """Which of so many tokens go on to a layer that computes `count`.  [count] ascending"""
+        return top_scored(torch.arange(tokens, device=device), count, self.sinks, newest=1)
 
     def hold(self, seen: Seen, count: int) -> Tensor:
         """By the layer's score, beside the newest, the sinks, and the token whose slot the stand-in takes.
@@ -181,9 +185,9 @@ class Profile(Policy):
         newest = max(1, int(level.newest[seen.layer] * count))
         by, *other = level.scores[seen.layer].split("+")
         score = SCORES[by](seen, self.lines).float().clone()  # [K, T], or [T] for all heads alike
-        has_stand_in = self.has_stand_in(seen.layer, count, seen.prompt_tokens)
+        has_stand_in = self.stand_ins_for(seen.layer, count, seen.prompt_tokens) is not None
         if has_stand_in:
-            slot = self.replaced(seen)
+            slot = self.replaced(len(seen.q))
             score[..., slot] = math.inf
             first, newest = min(first, slot), min(newest, count - 1)
         if not other:
@@ -198,40 +202,35 @@ class Profile(Policy):
     def entries(self, seen: Seen, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen tokens' own keys and values, except in the stand-in's slot."""
         k, v = super().entries(seen, chosen)  # two of [K, held, D]
-        stand_ins = self.stand_ins_for(seen, chosen.shape[-1])
+        stand_ins = self.stand_ins_for(seen.layer, chosen.shape[-1], seen.prompt_tokens)
         if stand_ins is None:
             return k, v
-        is_slot = (chosen == self.replaced(seen)).expand(len(k), -1)  # [K, held]
+        is_slot = (chosen == self.replaced(len(seen.q))).expand(len(k), -1)  # [K, held]
         return with_stand_in(seen, k, v, is_slot, stand_ins)
 
-    def stand_ins_for(self, seen: Seen, count: int) -> Tensor | None:
-        """The level's stand-ins, where a layer has one that holds `count` tokens."""
-        stand_ins = self.level(self.share).stand_ins
-        return stand_ins if self.has_stand_in(seen.layer, count, seen.prompt_tokens) else None
+    def stand_ins_for(self, layer: int, count: int, prompt_tokens: int) -> Tensor | None:
+        """The level's stand-ins, where one slot of a layer that holds `count` tokens stands for the others.
 
-    def has_stand_in(self, layer: int, count: int, prompt_tokens: int) -> bool:
-        """Whether one slot of a layer that holds `count` of a prompt's tokens stands for the others.
-
-        It does not if the layer holds the whole prompt, for there is nothing to stand for, if it holds a
-        single token, which is the newest, or no more than `fewest`, which may be far more than what the
-        stand-in was fitted to, and where none was fitted.
+        None does if the layer holds the whole prompt, for there is nothing to stand for, if it holds a single
+        token, which is the newest, or no more than `fewest`, which may be far more than what the stand-in was
+        fitted to, and where none was fitted.
         """
         stand_ins = self.level(self.share).stand_ins
         is_pruned = max(1, self.fewest) < count < prompt_tokens
-        return is_pruned and stand_ins is not None and bool(stand_ins[layer].any())
+        return stand_ins if is_pruned and stand_ins is not None and stand_ins[layer].any() else None
 
-    def replaced(self, seen: Seen) -> int:
-        """Which of the T tokens has to give its slot to the stand-in: the first behind the sinks."""
-        return min(self.sinks, len(seen.q) - 2)
+    def replaced(self, computed: int) -> int:
+        """Which of the tokens that a layer computes gives its slot to the stand-in: the first behind the
+        sinks.
+        """
+        return min(self.sinks, computed - 2)
 
     def replaced_positions(self, prompt_tokens: int, layers: int) -> list[int | None]:
         """The same as positions of a prompt, None for a layer without a stand-in.  [layer]"""
-        positions: list[int | None] = []
-        for layer, (T, count) in enumerate(zip(*self.counts(prompt_tokens, layers), strict=True)):
-            index = min(self.sinks, T - 2)
-            # A layer computes the sinks and behind them the newest, so those before its newest are missing.
-            position = index if index < min(self.sinks, T - 1) else prompt_tokens - T + index
-            positions.append(position if self.has_stand_in(layer, count, prompt_tokens) else None)
+        positions: list[int | None] = [None] * layers
+        for layer, (computed, held) in enumerate(zip(*self.counts(prompt_tokens, layers), strict=True)):
+            if self.stand_ins_for(layer, held, prompt_tokens) is not None:
+                positions[layer] = int(self.going_on(prompt_tokens, computed)[self.replaced(computed)])
         return positions
 
 
