@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipyramid.attention import attend_each
+from minipyramid.attention import BY_ROWS, attend_each
 from minipyramid.config import ModelConfig
 from minipyramid.need import Need
 from minipyramid.policy import FULL, PendingTokens, Policy, VotesToCast, top_scored, votes_to_cast
@@ -204,17 +204,18 @@ def empty_slabs(
 ) -> list[list[Slab]]:
     """Memory for keys, and for values; shapes are each layer's rows and slots.  two of [L] of [rows, K, S, D]
 
-    In float32 on a CPU the slots of a component lie side by side instead of the components of a slot: a
-    step's attention over 768 slots of 32 sequences with 12 heads took 6.6 ms in place of 9.4.
+    Of keys on a CPU the slots of a component lie side by side instead of the components of a slot, as
+    `attention.sums_of_rows` reads them.
     """
     K, D = config.num_key_value_heads, config.head_dim
     if config.kv_dtype == "int8":
         from minipyramid.eight_bits import EightBits  # most do without
 
-        return EightBits.slabs([(rows, K, S, D) for rows, S in shapes], dtype, device)
-    if device.type == "cpu" and dtype == torch.float32:
-        return [[torch.empty(rows, K, D, S).mT for rows, S in shapes] for _ in range(2)]
-    return [[torch.empty(rows, K, S, D, dtype=dtype, device=device) for rows, S in shapes] for _ in range(2)]
+        return EightBits.slabs([(rows, K, S, D) for rows, S in shapes], device)
+    values = [torch.empty(rows, K, S, D, dtype=dtype, device=device) for rows, S in shapes]
+    if device.type in BY_ROWS:
+        return [[torch.empty(rows, K, D, S, dtype=dtype).mT for rows, S in shapes], values]
+    return [[torch.empty_like(slab) for slab in values], values]
 
 
 @dataclass(frozen=True)
@@ -248,32 +249,29 @@ class LayerCache:
 
         q [B, H, D] as `attend_each` takes it, k and v [B, K, D]  ->  [B, H * D]
         """
-        out, probs = attend_each(q, *self.append(k, v))
+        out, probs = attend_each(q, self.keys, self.values, *self.append(k, v))
         if self.to_cast is not None:
             weights, slots = self.to_cast
             # The heads' sum stands for their mean, for it gives the same order.
             self.votes.addcmul_(weights, probs.sum(1).gather(1, slots))
         return out
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Slab, Slab, Tensor | None]:
+    def append(self, k: Tensor, v: Tensor) -> tuple[int, Tensor | None]:
         """Write one token of every row, k and v [B, K, D], after what the row holds.
 
-        Returns the slabs [B, K, S, D] and which slots are held [B, S]. Where slots lie side by side the
-        slabs end behind the longest row, and there is no mask if all rows hold equally many. (In the other
-        memory order the products would copy such a slice; what is no tensor is copied anyway.) The rows' own
+        Returns how many slots to look at, and which of them are held [B, n], None if all are. The rows' own
         counts follow in `end_step`.
         """
-        keys, values = self.keys, self.values
+        n = self.keys.shape[2]
         # A compiled graph must not depend on how many are held, or each token would need another.
-        if not torch.compiler.is_compiling() and (not isinstance(keys, Tensor) or keys.stride(2) == 1):
-            longest = max(self.lengths)
-            keys, values = keys[:, :, : longest + 1], values[:, :, : longest + 1]
-            if longest == min(self.lengths):
-                keys[:, :, longest], values[:, :, longest] = k, v
-                return keys, values, None
+        if self.ends.device.type in BY_ROWS and not torch.compiler.is_compiling():
+            n = max(self.lengths) + 1
+            if n == min(self.lengths) + 1:
+                self.keys[:, :, n - 1], self.values[:, :, n - 1] = k, v
+                return n, None
         rows = torch.arange(len(k), device=k.device)
-        keys[rows, :, self.ends], values[rows, :, self.ends] = k, v
-        return keys, values, torch.arange(keys.shape[2], device=k.device) <= self.ends[:, None]
+        self.keys[rows, :, self.ends], self.values[rows, :, self.ends] = k, v
+        return n, torch.arange(n, device=k.device) <= self.ends[:, None]
 
 
 @dataclass(frozen=True)

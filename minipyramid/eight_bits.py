@@ -15,25 +15,22 @@ cores). Compiled, it took 1.05, 0.70 and 0.55 times as long as compiled with flo
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minipyramid.attention import mixed, scores_of
+from minipyramid.attention import mixed
 from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError, expect_type
 
 LARGEST = 127
 SMALLEST = 2**-24  # above 0 in float16
-# Numbers that a CPU turns into the model's dtype at a time, so that they are still near the processor when
-# they are multiplied: 24 heads of 576 slots. Of 32 rows of 12 heads attention took 5.6 ms so, 6.6 ms with 8
-# heads at a time, and 7.8 ms in float32. Of one row it took 0.2 ms, and 0.5 to 1.8 where each product took
-# new memory, which the system clears (two cores).
-AT_ONCE = 24 * 576 * 64
-Product = Callable[[Tensor, Tensor], Tensor]  # `scores_of` or `mixed`
+# Numbers that a CPU turns into float32 at a time, so that they are still near the processor when they are
+# multiplied: 48 heads of 576 slots. A step of 8 rows of 12 heads in bf16 took 18.2 ms so, 20.1 with 24 heads
+# at a time, 19.5 with all, and 21.7 turned into bf16 (two cores with AVX512-BF16).
+AT_ONCE = 48 * 576 * 64
 
 
 def with_kv_dtype(config: ModelConfig, kv_dtype: str) -> ModelConfig:
@@ -50,22 +47,24 @@ class EightBits:
 
     numbers: Tensor  # [..., D] int8
     scales: Tensor  # [...] float16
-    # Where some numbers at a time are turned into the model's dtype: one buffer for all layers of a cache.
-    # Where it is empty all are turned at once, in new memory.
+    # Where some numbers at a time are turned into float32: one buffer for all layers of a cache. Where it is
+    # empty all are turned at once, into the model's dtype, in new memory.
     place: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
-    def slabs(
-        cls, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device
-    ) -> "list[list[EightBits]]":
-        """Memory for keys, and for values, of these shapes, which are read in `dtype`."""
+    def slabs(cls, shapes: list[tuple[int, ...]], device: torch.device) -> "list[list[EightBits]]":
+        """Memory for keys, and for values, of these shapes."""
         # A head at least, and no more than there is.
         most = max(min(math.prod(shape), max(AT_ONCE, math.prod(shape[2:]))) for shape in shapes)
-        place, slabs = torch.empty(most if device.type == "cpu" else 0, dtype=dtype, device=device), []
-        for shape in 2 * shapes:
-            numbers = torch.empty(shape, dtype=torch.int8, device=device)
-            scales = torch.empty(shape[:-1], dtype=torch.float16, device=device)
-            slabs.append(cls(numbers, scales, place))
+        on_cpu = device.type == "cpu"
+        place, slabs = torch.empty(most if on_cpu else 0, device=device), []
+        for i, (*others, S, D) in enumerate(2 * shapes):
+            # In memory in the order in which `empty_slabs` has them.
+            by_component = on_cpu and i < len(shapes)
+            order = (D, S) if by_component else (S, D)
+            numbers = torch.empty(*others, *order, dtype=torch.int8, device=device)
+            scales = torch.empty(*others, S, dtype=torch.float16, device=device)
+            slabs.append(cls(numbers.mT if by_component else numbers, scales, place))
         return [slabs[: len(shapes)], slabs[len(shapes) :]]
 
     @property
@@ -103,23 +102,23 @@ class EightBits:
         """The numbers times their scales.  [..., D]"""
         return self.numbers.to(dtype) * self.scales.to(dtype)[..., None]
 
-    def scores_of(self, q: Tensor) -> Tensor:
+    def scores_of(self, q: Tensor, n: int) -> Tensor:
         """`attention.scores_of` of these keys; a key's scale multiplies its score, after the product."""
-        scores = _product(scores_of, q, self)
-        scores.view(*self.shape[:2], -1, self.shape[2]).mul_(self.scales[:, :, None])  # [B, K, G, S]
+        scores = _product(q, self.numbers[:, :, :n].mT, self.place)
+        scores.view(*self.shape[:2], -1, n).mul_(self.scales[:, :, None, :n])  # [B, K, G, n]
         return scores
 
     def mixed_by(self, weights: Tensor) -> Tensor:
         """`attention.mixed` of these values; a value's scale is multiplied with its weights."""
-        grouped = weights.view(*self.shape[:2], -1, self.shape[2])  # [B, K, G, S]
+        (B, K, _, D), n = self.shape, weights.shape[2]
+        numbers, scales = self.numbers[:, :, :n], self.scales[:, :, None, :n]  # [B, K, n, D], [B, K, 1, n]
+        grouped = weights.view(B, K, -1, n)  # [B, K, G, n]
         if weights.dtype != torch.float16:
-            scaled = (grouped * self.scales[:, :, None]).to(weights.dtype)
-            return _product(mixed, scaled.flatten(1, 2), self)
+            return _product((grouped * scales).to(weights.dtype).flatten(1, 2), numbers, self.place)
         # There a weight times a small scale would vanish, so the largest scale waits until after the product.
-        largest = self.scales.amax(-1)[:, :, None, None].clamp_min(SMALLEST)  # [B, K, 1, 1]
-        scaled = grouped * (self.scales[:, :, None] / largest)
-        found = _product(mixed, scaled.flatten(1, 2), self)
-        found.view(*self.shape[:2], -1, self.shape[3]).mul_(largest)
+        largest = scales.amax(-1, keepdim=True).clamp_min(SMALLEST)  # [B, K, 1, 1]
+        found = _product((grouped * (scales / largest)).flatten(1, 2), numbers, self.place)
+        found.view(B, K, -1, D).mul_(largest)
         return found
 
 
@@ -132,28 +131,21 @@ def rounded(x: Tensor) -> EightBits:
     return EightBits(steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scales)
 
 
-def _product(product: Product, left: Tensor, held: EightBits) -> Tensor:
-    """`scores_of` or `mixed` with the numbers alone.  [B, H, n] -> [B, H, m]"""
-    numbers, place = held.numbers, held.place
+def _product(left: Tensor, numbers: Tensor, place: Tensor) -> Tensor:
+    """`mixed` with the numbers alone.  [B, H, n], [B, K, n, m] -> [B, H, m]"""
     if torch.compiler.is_compiling():
-        return _fused(left, numbers.mT if product is scores_of else numbers)
+        return _fused(left, numbers)
     if not len(place):
-        return product(left, numbers.to(left.dtype))
-    if numbers.numel() <= len(place):
-        return product(left, _turned(numbers, place))
+        return mixed(left, numbers.to(left.dtype))
     # Some heads at a time, which are taken for rows.
-    heads = numbers.flatten(0, 1)[:, None]  # [B * K, 1, S, D]
+    heads = numbers.flatten(0, 1)[:, None]  # [B * K, 1, n, m]
     at_once = len(place) // heads[0].numel()
-    lefts = left.reshape(len(heads), -1, left.shape[2])  # [B * K, G, n]
+    lefts = left.float().reshape(len(heads), -1, left.shape[2])  # [B * K, G, n]
     found = []
     for some, part in zip(torch.split(lefts, at_once), torch.split(heads, at_once), strict=True):
-        found.append(product(some, _turned(part, place)))
-    return torch.cat(found).view(*left.shape[:2], -1)
-
-
-def _turned(numbers: Tensor, place: Tensor) -> Tensor:
-    """The same numbers in the place's dtype, there."""
-    return place[: numbers.numel()].view(numbers.shape).copy_(numbers)
+        turned = place[: part.numel()].view(part.shape).copy_(part)
+        found.append(mixed(some, turned))
+    return torch.cat(found).view(*left.shape[:2], -1).to(left.dtype)
 
 
 def _fused(left: Tensor, numbers: Tensor) -> Tensor:

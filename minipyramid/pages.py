@@ -250,7 +250,7 @@ class PagedLayer(LayerCache):
         (B, H, D), size = q.shape, self.keys.shape[2]
         offset, newest = self.ends % size, self.last[:, -1]  # [B]
         self.keys[newest, :, offset], self.values[newest, :, offset] = k, v
-        scores = scores_of(q[self.owners], self.keys).float()  # [pages, H, P]
+        scores = scores_of(q[self.owners], self.keys, size).float()  # [pages, H, P]
         unused = torch.arange(size, device=q.device) > offset[:, None]  # [B, P]
         scores[newest] = scores[newest].masked_fill(unused[:, None], float("-inf"))
         owners = self.owners[:, None].expand(-1, H)  # [pages, H]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minipyramid import attention
 from minipyramid.attention import attend_each, mixed, scores_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -27,7 +28,7 @@ def test_a_step_is_the_softmax_over_what_each_row_holds(
     q = torch.randn(B, K * G, 8, generator=generator).to(dtype)
     keys, values = (torch.randn(B, K, S, 8, generator=generator).to(dtype) for _ in range(2))
     ends = torch.randint(0, S, (B,), generator=generator)
-    out, probs = attend_each(q, keys, values, torch.arange(S) <= ends[:, None])
+    out, probs = attend_each(q, keys, values, S, torch.arange(S) <= ends[:, None])
     for b in range(B):
         n = int(ends[b]) + 1
         for h in range(K * G):
@@ -41,18 +42,26 @@ def test_a_step_is_the_softmax_over_what_each_row_holds(
     assert not probs.masked_select(beyond).any()
 
 
+@pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("by_component", [True, False])
-def test_any_order_in_memory_gives_the_same(by_component: bool) -> None:
-    """Keys lie by component in float32 and by slot else, and a query may be a part of a wider matrix."""
+def test_any_order_in_memory_gives_the_same(
+    by_component: bool, by_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU adds up rows, with keys by component and values by slot, other devices multiply matrices.
+
+    A query may be a part of a wider matrix.
+    """
+    if not by_rows:
+        monkeypatch.setattr(attention, "BY_ROWS", ())
     for dtype in TOLERANCE:
         q = torch.randn(3, 12, 16).to(dtype)[:, 2:8]
         keys = torch.randn(3, 2, 11, 16).to(dtype)
         stored = keys.mT.contiguous().mT if by_component else keys
-        scores = scores_of(q.contiguous(), stored[:, :, :9])
+        scores = scores_of(q.contiguous(), stored, 9)
         assert scores.shape == (3, 6, 9)
         expected = torch.einsum("bkgd,bksd->bkgs", q.float().reshape(3, 2, 3, 16), keys[:, :, :9].float())
         torch.testing.assert_close(scores.float(), expected.flatten(1, 2), atol=0.05, rtol=0.02)
         weights = scores.softmax(-1)
         back = torch.einsum("bkgs,bksd->bkgd", weights.float().view(3, 2, 3, 9), keys[:, :, :9].float())
-        found = mixed(weights, stored[:, :, :9]).float()
+        found = mixed(weights, stored).float()
         torch.testing.assert_close(found, back.flatten(1, 2), atol=0.05, rtol=0.02)

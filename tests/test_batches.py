@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 
-from minipyramid import LLM, SamplingParams
+from minipyramid import LLM, SamplingParams, attention, cache
 from minipyramid.cache import KVCache
 from minipyramid.formats.huggingface import config_of
 from minipyramid.model import Model
@@ -23,8 +23,14 @@ def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
 
 
+@pytest.mark.parametrize("by_rows", [True, False], ids=["a CPU's products", "those of other devices"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_greedy_text_equals_that_of_a_path_without_a_cache(kv_heads: int, tmp_path: Path) -> None:
+def test_greedy_text_equals_that_of_a_path_without_a_cache(
+    kv_heads: int, by_rows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not by_rows:
+        for module in (attention, cache):
+            monkeypatch.setattr(module, "BY_ROWS", ())
     write_checkpoint(tmp_path, num_key_value_heads=kv_heads)
     llm, oracle = LLM(tmp_path, policy="full"), Oracle(tmp_path)
     prompts = prompts_of([1, 40, 7, 2, 100])

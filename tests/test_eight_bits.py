@@ -42,7 +42,7 @@ def test_no_component_is_off_by_more_than_half_a_scale(size: float) -> None:
 
 def test_what_is_copied_is_not_rounded_again() -> None:
     """A row that moves, and a token that survives a compaction, would lose a little each time."""
-    ((held,), _) = EightBits.slabs([(4, 2, 10, 8)], torch.float32, torch.device("cpu"))
+    ((held,), _) = EightBits.slabs([(4, 2, 10, 8)], torch.device("cpu"))
     held[1] = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(1))
     held[3] = held[1]
     held[3, :, 2:5] = held[1, :, torch.tensor([4, 7, 9])]
@@ -63,19 +63,19 @@ def test_attention_is_that_over_what_the_numbers_stand_for(
     monkeypatch.setattr(eight_bits, "AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(B)
     q = torch.randn(B, H, 8, generator=generator).to(dtype)
-    (keys,), (values,) = EightBits.slabs([(B, K, 21, 8)], dtype, torch.device("cpu"))
+    (keys,), (values,) = EightBits.slabs([(B, K, 21, 8)], torch.device("cpu"))
     for slab in (keys, values):
         slab[:] = torch.randn(B, K, 21, 8, generator=generator)
     ends = torch.randint(1, 21, (B,), generator=generator)
     exact = 1e-5 if dtype == torch.float32 else 0.03
     for is_held in (None, torch.arange(21) <= ends[:, None]):
-        out, probs = attend_each(q, keys, values, is_held)
+        out, probs = attend_each(q, keys, values, 21, is_held)
         plain = [slab.to(torch.float32) for slab in (keys, values)]
-        expected = attend_each(q.float(), plain[0], plain[1], is_held)
+        expected = attend_each(q.float(), plain[0], plain[1], 21, is_held)
         torch.testing.assert_close(out.float(), expected[0], atol=exact, rtol=exact)
         torch.testing.assert_close(probs, expected[1], atol=exact, rtol=exact)
         # Without a place, as on other devices, all are turned at once.
-        out, _ = attend_each(q, keys.clone(), values.clone(), is_held)
+        out, _ = attend_each(q, keys.clone(), values.clone(), 21, is_held)
         torch.testing.assert_close(out.float(), expected[0], atol=exact, rtol=exact)
 
 
@@ -84,17 +84,17 @@ def test_small_values_do_not_vanish_in_float16(size: float) -> None:
     """A weight of 1/1,000 times a scale of 8e-5 is as good as 0 there, and attention was 4 to 20 % off."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 16, generator=generator)
-    (keys,), (values,) = EightBits.slabs([(2, 2, 800, 16)], torch.float16, torch.device("cpu"))
+    (keys,), (values,) = EightBits.slabs([(2, 2, 800, 16)], torch.device("cpu"))
     keys[:] = torch.randn(2, 2, 800, 16, generator=generator)
     values[:] = size * torch.randn(2, 2, 800, 16, generator=generator)
-    out, _ = attend_each(q.half(), keys, values, None)
-    expected, _ = attend_each(q, keys.to(torch.float32), values.to(torch.float32), None)
+    out, _ = attend_each(q.half(), keys, values, 800, None)
+    expected, _ = attend_each(q, keys.to(torch.float32), values.to(torch.float32), 800, None)
     assert (out.float() - expected).norm() < 0.003 * expected.norm()
 
 
 def test_what_leaves_a_cache_keeps_nothing_of_its_place() -> None:
     """A conversation between two turns held the room in which a step turns numbers, too."""
-    ((held,), _) = EightBits.slabs([(4, 2, 10, 8)], torch.float32, torch.device("cpu"))
+    ((held,), _) = EightBits.slabs([(4, 2, 10, 8)], torch.device("cpu"))
     assert len(held.place) == 4 * 2 * 10 * 8
     assert held[1].place is held.place
     assert len(held[1].clone().place) == 0
