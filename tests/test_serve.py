@@ -26,7 +26,7 @@ from minipyramid import LLM, Engine, Request, SamplingParams
 from minipyramid.serve.__main__ import main
 from minipyramid.serve.loopback import is_loopback
 from minipyramid.serve.metrics import Metrics
-from minipyramid.serve.worker import Event, Ticket, Worker
+from minipyramid.serve.worker import Event, Ticket, Worker, picture
 
 openai = pytest.importorskip("openai", reason="the server is tested with OpenAI's client")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
@@ -512,9 +512,16 @@ def test_a_request_that_comes_too_late_is_told_so(tiny_dir: Path) -> None:
         assert server.process.wait(timeout=30) == 143
 
 
+def test_the_picture_leaves_out_the_token_that_a_stand_in_replaces() -> None:
+    """Its slot stands for all that the layer has dropped, and the page drew it as that token."""
+    layers: list[Any] = [[0, 1, 5, 6], [[0, 2], [2, 3]], [4]]
+    assert picture(layers, [5, None, None]) == [[[0, 1], [6, 6]], [[0, 0], [2, 3]], [[4, 4]]]
+    assert picture(layers, [None, 2, None]) == [[[0, 1], [5, 6]], [[0, 0], [3, 3]], [[4, 4]]]
+
+
 def test_a_failure_between_two_steps_leaves_nobody_waiting(tiny_dir: Path) -> None:
     """The engine's thread ended, and every client waited for ever."""
-    broken = "import minipyramid.serve.worker as w; w.picture = lambda layers: 1 / 0"
+    broken = "import minipyramid.serve.worker as w; w.picture = lambda *_: 1 / 0"
     with serving(tiny_dir, first=broken) as server:
         body = {"model": server.model, "prompt": "the fox", "max_tokens": 20}
         with pytest.raises(openai.APIError, match="the server failed between two steps"):

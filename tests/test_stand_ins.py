@@ -26,7 +26,8 @@ from minipyramid.calibrate.settings import write_profile
 from minipyramid.calibrate.stand_ins import Attended, fit_heads, fit_stand_ins, held_of, looked_at
 from minipyramid.policies import load_policy
 from minipyramid.policies.levels import Level
-from minipyramid.policies.profile import Profile
+from minipyramid.policies.profile import Profile, replaced_positions
+from minipyramid.policy import FULL
 from minipyramid.rope import rotate_, rotations
 
 needs_weights = pytest.mark.skipif(
@@ -212,7 +213,8 @@ def test_every_profile_holds_and_says_what_the_slow_version_does(
     expected = slow.logits_after(prompt, [5, 9])
     (prefill,) = llm.prefill([prompt])
     assert [heads_of(kept) for kept in prefill.kept_positions] == slow.held
-    assert profile.replaced_positions(tokens, 3) == slow.stands_in
+    assert replaced_positions(profile, tokens, 3) == slow.stands_in
+    assert replaced_positions(FULL, tokens, 3) == [None] * 3
     torch.testing.assert_close(llm.logits(prompt, [5, 9]), expected, rtol=2e-4, atol=2e-4)
 
 

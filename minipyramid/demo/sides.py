@@ -29,7 +29,7 @@ from minipyramid.demo.picture import Picture, Prompt, Side, Text
 from minipyramid.demo.tokens import tokens_of
 from minipyramid.policies import POLICIES, SPLIT, class_of
 from minipyramid.policies.own import Own
-from minipyramid.policies.profile import Profile
+from minipyramid.policies.profile import replaced_positions
 from minipyramid.tokenizer import Tokenizer
 
 KV_BUDGET = 0.5  # where neither a policy nor a budget is given
@@ -117,8 +117,7 @@ def run_side(name: str, llm: LLM, tokenizer: Tokenizer, cases: list[Case], new_t
     right = [case.answer is not None and done[i].text.startswith(case.answer) for i, case in enumerate(cases)]
     N, layers = len(first.prompt_token_ids), llm.config.num_hidden_layers
     plan = llm.plan([N], new_tokens)
-    policy = plan.requests[0][0]
-    replaced = policy.replaced_positions(N, layers) if isinstance(policy, Profile) else ()
+    replaced = replaced_positions(plan.requests[0][0], N, layers)
     return Side(
         name=name,
         prompt_s=prompt_s,

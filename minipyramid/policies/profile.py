@@ -234,6 +234,13 @@ class Profile(Policy):
         return positions
 
 
+def replaced_positions(policy: Policy, prompt_tokens: int, layers: int) -> list[int | None]:
+    """Of any policy's layers the positions of a prompt whose slot a stand-in has, or None.  [layer]"""
+    if isinstance(policy, Profile):
+        return policy.replaced_positions(prompt_tokens, layers)
+    return [None] * layers
+
+
 def is_name_beside(file: Any) -> bool:
     """Whether it names a file in the settings' own directory, so that both files move together."""
     return isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")

@@ -16,6 +16,7 @@ from minipyramid.cache import Positions
 from minipyramid.cli.terminal import tell
 from minipyramid.engine import Engine, News
 from minipyramid.errors import RequestError
+from minipyramid.policies.profile import replaced_positions
 from minipyramid.request import Sequence
 from minipyramid.serve.metrics import Metrics
 
@@ -179,12 +180,17 @@ class Worker(threading.Thread):
     def _event(self, ticket: Ticket, piece: str | None, now: float) -> Event:
         done, ended = ticket.sequence.completion, piece is None
         self._count_tokens(ticket)
-        kept = None
+        positions = None
         row = ticket.sequence.row
         if ticket.wants_picture and ended:
-            kept = picture(done.kept_positions)
+            positions = done.kept_positions
         elif ticket.wants_picture and row and now - ticket.pictured > PICTURE_S:
-            ticket.pictured, kept = now, picture(row.kept_positions())
+            ticket.pictured, positions = now, row.kept_positions()
+        kept = None
+        if positions is not None:
+            sequence = ticket.sequence
+            lost = replaced_positions(sequence.policy, len(sequence.prompt), len(positions))
+            kept = picture(positions, lost)
         return Event(ticket, piece or "", ticket.told, ended, kept)
 
 
@@ -194,16 +200,16 @@ def deliver(events: list[Event]) -> None:
         event.ticket.events.put_nowait(event)
 
 
-def picture(layers: list[Positions]) -> list[Ranges]:
-    """Which positions a layer holds, in any of its heads, as runs."""
+def picture(layers: list[Positions], replaced: list[int | None]) -> list[Ranges]:
+    """Which positions a layer holds, in any of its heads, as runs; not the one that a stand-in replaces."""
     shown = []
-    for layer in layers:
+    for layer, lost in zip(layers, replaced, strict=True):
         heads = [head for head in layer if isinstance(head, list)]
         alike = [position for position in layer if isinstance(position, int)]
-        positions = sorted({position for head in heads for position in head}) if heads else alike
+        held = {position for head in heads or [alike] for position in head}
         ranges = []
         # Positions that follow each other differ from their index by the same number.
-        for _, run in groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0]):
+        for _, run in groupby(enumerate(sorted(held - {lost})), key=lambda pair: pair[1] - pair[0]):
             each = [position for _, position in run]
             ranges.append([each[0], each[-1]])
         shown.append(ranges)
