@@ -80,7 +80,9 @@ def scores_of(q: Tensor, keys: Any, n: int) -> Tensor:
     """
     if not isinstance(keys, Tensor):
         return cast(Tensor, keys.scores_of(q, n))
-    return sums_of_rows(q, keys.mT)[..., :n]
+    # A sum reads rows whole: with 552 of 4,600 slots used it took 3.3 ms, and the product of those 0.6.
+    used = keys[:, :, :n] if 2 * n < keys.shape[2] else keys
+    return sums_of_rows(q, used.mT)[..., :n]
 
 
 def mixed(weights: Tensor, values: Any) -> Tensor:
@@ -102,11 +104,10 @@ def sums_of_rows(weights: Tensor, matrices: Tensor) -> Tensor:
     sequences took 12.4 ms in place of 18.5 so in bf16, and 18.6 in place of 22.6 in float32.
     """
     (B, H, n), (_, K, S, _) = weights.shape, matrices.shape
-    if weights.device.type not in BY_ROWS:
+    if weights.device.type not in BY_ROWS or matrices.stride(2) > matrices.shape[3]:  # a part of each row
         return torch.bmm(weights.view(B * K, -1, n), matrices[:, :, :n].flatten(0, 1)).view(B, H, -1)
-    numbers = torch.arange(B * K * S, dtype=torch.int32).view(-1, 1, S)[..., :n]  # [B * K, 1, n]
-    rows = numbers.expand(-1, H // K, -1).flatten(0, 1)  # [B * H, n]
-    by_weight = weights.flatten(0, 1)
+    rows = torch.arange(B * K * S, dtype=torch.int32).view(-1, 1, S)[..., :n].expand(-1, H // K, -1)
+    rows, by_weight = rows.flatten(0, 1), weights.flatten(0, 1)  # two of [B * H, n]
     summed = F.embedding_bag(rows, matrices.flatten(0, 2), mode="sum", per_sample_weights=by_weight)
     return summed.view(B, H, -1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,9 +55,9 @@ def test_any_order_in_memory_gives_the_same(
     """
     if not by_rows:
         monkeypatch.setattr(attention, "BY_ROWS", ())
-    for dtype in TOLERANCE:
+    for dtype, slots in product(TOLERANCE, (9, 11, 30)):  # of which 9 are used
         q = torch.randn(3, 12, 16).to(dtype)[:, 2:8]
-        keys = torch.randn(3, 2, 11, 16).to(dtype)
+        keys = torch.randn(3, 2, slots, 16).to(dtype)
         stored = keys.mT.contiguous().mT if by_component else keys
         scores = scores_of(q.contiguous(), stored, 9)
         assert scores.shape == (3, 6, 9)
@@ -65,3 +67,18 @@ def test_any_order_in_memory_gives_the_same(
         back = torch.einsum("bkgs,bksd->bkgd", weights.float().view(3, 2, 3, 9), keys[:, :, :9].float())
         found = mixed(weights, stored).float()
         torch.testing.assert_close(found, back.flatten(1, 2), atol=0.05, rtol=0.02)
+
+
+def test_a_long_slab_that_is_mostly_unused_is_not_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's first product took 14 times as long with room for 4,000 more tokens, none of them held."""
+    widths = []
+
+    def told(_: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        widths.append(matrices.shape[3])
+        return matrices
+
+    monkeypatch.setattr(attention, "sums_of_rows", told)
+    keys = torch.randn(1, 2, 16, 100).mT
+    for n in (40, 49, 50, 90):
+        scores_of(torch.randn(1, 4, 16), keys, n)
+    assert widths == [40, 49, 100, 100]
