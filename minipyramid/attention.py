@@ -106,8 +106,8 @@ def sums_of_rows(weights: Tensor, matrices: Tensor) -> Tensor:
     (B, H, n), (_, K, S, _) = weights.shape, matrices.shape
     if weights.device.type not in BY_ROWS or matrices.stride(2) > matrices.shape[3]:  # a part of each row
         return torch.bmm(weights.view(B * K, -1, n), matrices[:, :, :n].flatten(0, 1)).view(B, H, -1)
-    rows = torch.arange(B * K * S, dtype=torch.int32).view(-1, 1, S)[..., :n].expand(-1, H // K, -1)
-    rows, by_weight = rows.flatten(0, 1), weights.flatten(0, 1)  # two of [B * H, n]
+    first = torch.arange(0, B * K * S, S, dtype=torch.int32).view(-1, 1, 1).expand(-1, H // K, -1)
+    rows, by_weight = (first + torch.arange(n, dtype=torch.int32)).flatten(0, 1), weights.flatten(0, 1)
     summed = F.embedding_bag(rows, matrices.flatten(0, 2), mode="sum", per_sample_weights=by_weight)
     return summed.view(B, H, -1)
 
