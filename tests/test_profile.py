@@ -235,6 +235,25 @@ def test_levels_of_a_program_are_checked_as_those_of_a_file() -> None:
         Profile((Level((1.0,), (0.5,), ("best",), (0.5,)),))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"held": (-0.5, 0.5)}, "held is -0.5, expected 0.0 to 1.0"),
+        ({"held": (0.5,)}, r"held is \(0.5,\), and computed has 2 layers"),
+        ({"held": (float("nan"), 0.5)}, "held is nan, expected 0.0 to 1.0"),
+        ({"newest": (5.0, 0.5)}, "newest is 5.0, expected 0.0 to 1.0"),
+        ({"scores": ("keydiff",)}, "give a tuple with something for each"),
+        ({"scores": "keydiff"}, "give a tuple with something for each"),
+        ({"computed": (1.0, "x")}, "computed is 'x', expected float"),
+    ],
+)
+def test_shares_of_a_program_are_checked_as_those_of_a_file(changes: dict[str, Any], words: str) -> None:
+    """Half a layer less than nothing was held, and a NaN was a ValueError in mid-prompt."""
+    level = Level((1.0, 0.5), (0.5, 0.5), ("keydiff", "keydiff"), (0.5, 0.5))
+    with pytest.raises(ConfigError, match=words):
+        Profile((replace(level, **changes),))
+
+
 def test_a_profile_is_nothing_to_split(tiny_dir: Path) -> None:
     """The answer was Python's own, about an argument that is missing."""
     with pytest.raises(ConfigError, match="no policy 'profile' for 'profile-split'"):

@@ -48,9 +48,6 @@ class Level:
             lists[name] = value if isinstance(value, list) else [value] * layers
             if len(lists[name]) != layers:
                 raise ConfigError(f"a level has {len(lists[name])} {name}, but {layers} held; give as many")
-        for name in ("computed", "held", "newest"):
-            limits = (float, 0.0, 1.0)
-            lists[name] = [check_number(name, x, limits, ConfigError, ConfigError) for x in lists[name]]
         computed, held, scores, newest = (tuple(lists[name]) for name in LISTS)
         level = cls(computed, held, scores, newest)
         level.check()
@@ -61,6 +58,13 @@ class Level:
         given = self.stand_ins
         if given is not None and not (isinstance(given, Tensor) and given.dim() == 4):
             raise ConfigError(f"stand_ins are {given!r:.60}, expected a tensor by layer and head, or None")
+        for name in LISTS:
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) != len(self.computed):
+                told = f"{name} is {values!r:.60}, and computed has {len(self.computed)} layers"
+                raise ConfigError(f"{told}; give a tuple with something for each")
+            for value in values if name != "scores" else ():
+                check_number(name, value, (float, 0.0, 1.0), ConfigError, ConfigError)
         if self.computed[:1] != (1.0,) or any(b > a for a, b in pairwise(self.computed)):
             raise ConfigError(f"computed is {self.computed!r:.80}, expected 1.0 first and then never a rise")
         for layer, (held, computed) in enumerate(zip(self.held, self.computed, strict=True)):
