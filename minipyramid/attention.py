@@ -24,8 +24,8 @@ from torch import Tensor
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 # Queries at a time of tokens that follow held ones, so that their mask [BLOCK, n] stays small.
 BLOCK = 256
-# Where a step's two products are weighted sums of rows, and keys lie by component for it; elsewhere they are
-# products of matrices.
+# Where a step's two products are weighted sums of rows, and keys lie by component for it. Elsewhere they are
+# products of matrices, as they are here of keys whose slab is mostly unused.
 BY_ROWS = ("cpu",)
 # Voters whose probabilities are held at a time.  [K, G, VOTERS_AT_ONCE, n] float32
 VOTERS_AT_ONCE = 64
@@ -80,7 +80,8 @@ def scores_of(q: Tensor, keys: Any, n: int) -> Tensor:
     """
     if not isinstance(keys, Tensor):
         return cast(Tensor, keys.scores_of(q, n))
-    # A sum reads rows whole: with 552 of 4,600 slots used it took 3.3 ms, and the product of those 0.6.
+    # A sum reads rows whole: with 552 of 4,600 slots used it took 3.3 ms, and the product of those 0.6 (8
+    # sequences, 12 heads, float32, one thread).
     used = keys[:, :, :n] if 2 * n < keys.shape[2] else keys
     return sums_of_rows(q, used.mT)[..., :n]
 

@@ -93,7 +93,7 @@ class KVCache:
     """Shapes: `B` rows in use, the first of `capacity`, `K` key/value heads, `S` slots of a layer, `D` head
     size.
 
-    A layer's keys stand as [B, K, S, D], so a decode step reads them in one batched product, without a copy.
+    A layer's keys are [B, K, S, D], in the order in memory in which a step reads them (`empty_slabs`).
     What lies beyond a row's length is masked, and holds zeros when the row begins.
     """
 

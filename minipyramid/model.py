@@ -181,9 +181,9 @@ class Model(nn.Module):
 
         Where the time goes, of 8 sequences with 540 tokens each (12 layers, hidden size 768, two cores with
         AVX512-BF16), in float32 and in bf16: linear layers 55 and 49 %, attention's two products 32 and 28 %,
-        copies of q, k and v and into the cache 4 and 6 %, norms 2 and 4 %, everything else about 1 % each.
-        The products read memory at its rate, and so do linear layers of 1 row. 8 rows are too many for that:
-        their weight takes 1.6 times as long to read.
+        copies of q, k and v and into the cache 4 and 6 %, norms 2 and 4 %, the rest in small pieces.
+        Attention's products read memory at its rate, and so do linear layers of 1 row. With 8 rows a linear
+        layer takes 1.6 times as long as reading its weight.
 
         ids [B], the caches' rows one after the other  ->  the last layer's hidden states [B, hidden_size]
         """
