@@ -263,7 +263,8 @@ class LayerCache:
         counts follow in `end_step`.
         """
         n = self.keys.shape[2]
-        # A compiled graph must not depend on how many are held, or each token would need another.
+        # A compiled graph must not depend on how many are held, or each token would need another. Devices
+        # that multiply matrices read the slab whole, too.
         if self.ends.device.type in BY_ROWS and not torch.compiler.is_compiling():
             n = max(self.lengths) + 1
             if n == min(self.lengths) + 1:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipyramid.attention import mixed
+from minipyramid.attention import BY_ROWS, mixed
 from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError, expect_type
 
@@ -57,11 +57,10 @@ class EightBits:
         """Memory for keys, and for values, of these shapes."""
         # A head at least, and no more than there is.
         most = max(min(math.prod(shape), max(AT_ONCE, math.prod(shape[2:]))) for shape in shapes)
-        on_cpu = device.type == "cpu"
-        place, slabs = torch.empty(most if on_cpu else 0, device=device), []
+        place, slabs = torch.empty(most if device.type == "cpu" else 0, device=device), []
         for i, (*others, S, D) in enumerate(2 * shapes):
             # In memory in the order in which `empty_slabs` has them.
-            by_component = on_cpu and i < len(shapes)
+            by_component = device.type in BY_ROWS and i < len(shapes)
             order = (D, S) if by_component else (S, D)
             numbers = torch.empty(*others, *order, dtype=torch.int8, device=device)
             scales = torch.empty(*others, S, dtype=torch.float16, device=device)
