@@ -24,8 +24,8 @@ from torch import Tensor
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 # Queries at a time of tokens that follow held ones, so that their mask [BLOCK, n] stays small.
 BLOCK = 256
-# Where a step's two products are weighted sums of rows, and keys lie by component for it. Elsewhere they are
-# products of matrices, as they are here of keys whose slab is mostly unused.
+# Devices where a step's two products are sums of rows, for which keys lie by component. Elsewhere, and for
+# keys whose slab is mostly unused, they are products of matrices.
 BY_ROWS = ("cpu",)
 # Voters whose probabilities are held at a time.  [K, G, VOTERS_AT_ONCE, n] float32
 VOTERS_AT_ONCE = 64
@@ -94,21 +94,23 @@ def mixed(weights: Tensor, values: Any) -> Tensor:
 
 
 def sums_of_rows(weights: Tensor, matrices: Tensor) -> Tensor:
-    """The first n rows of each head's matrix, added up by weight.  [B, H, n], [B, K, S, w] -> [B, H, w]
+    """The first r rows of each head's matrix, added up by weight.  [B, H, r], [B, K, R, w] -> [B, H, w]
 
     Both products of a step are such sums: of values by their probabilities, and of keys' components by those
     of the query, where the slots of a component lie side by side. To torch they are bags of an embedding,
     which a CPU adds up at the rate at which it reads memory. For keys and values of 8 sequences of 552 slots
     with 12 heads they took 0.12 and 0.15 ms in bf16, 0.19 and 0.22 in float32, 0.16 and 0.18 in float16. The
     best products of matrices took 0.33 and 0.34, 0.25 and 0.22, 0.69 and 0.46, in an order in memory that
-    differs by number format, and the fused kernel 2.4 in bf16 (two cores with AVX512-BF16). A step of 8
-    sequences took 12.4 ms in place of 18.5 so in bf16, and 18.6 in place of 22.6 in float32.
+    differs by number format, and the fused kernel 2.4 in bf16 (two cores with AVX512-BF16, one layer's again
+    and again; in a step they are not near the processor yet). A step of 8 sequences took 12.4 ms in place of
+    18.5 so in bf16, and 18.6 in place of 22.6 in float32.
     """
-    (B, H, n), (_, K, S, _) = weights.shape, matrices.shape
-    if weights.device.type not in BY_ROWS or matrices.stride(2) > matrices.shape[3]:  # a part of each row
-        return torch.bmm(weights.view(B * K, -1, n), matrices[:, :, :n].flatten(0, 1)).view(B, H, -1)
-    first = torch.arange(0, B * K * S, S, dtype=torch.int32).view(-1, 1, 1).expand(-1, H // K, -1)
-    rows, by_weight = (first + torch.arange(n, dtype=torch.int32)).flatten(0, 1), weights.flatten(0, 1)
+    (B, H, r), (_, K, R, _) = weights.shape, matrices.shape
+    # Rows that are cut out of longer ones are no table of an embedding.
+    if weights.device.type not in BY_ROWS or matrices.stride(2) > matrices.shape[3]:
+        return torch.bmm(weights.view(B * K, -1, r), matrices[:, :, :r].flatten(0, 1)).view(B, H, -1)
+    first = torch.arange(0, B * K * R, R, dtype=torch.int32).view(-1, 1, 1).expand(-1, H // K, -1)
+    rows, by_weight = (first + torch.arange(r, dtype=torch.int32)).flatten(0, 1), weights.flatten(0, 1)
     summed = F.embedding_bag(rows, matrices.flatten(0, 2), mode="sum", per_sample_weights=by_weight)
     return summed.view(B, H, -1)
 

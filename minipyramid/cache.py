@@ -31,7 +31,7 @@ class Row:
     index: int  # its number among the cache's rows
     need: Need  # what it may come to hold
     lengths: list[int]  # [layer] tokens held
-    # [layer] positions of all but the pending tokens, ascending. One line for all heads, or a line per head
+    # [layer] positions of all but the pending tokens, ascending: one list for all heads, or one per head
     # where heads hold different tokens.
     kept: list[Tensor]  # [1 or K, n] int32
     pending: PendingTokens | None = None  # None where generated tokens are never dropped
@@ -67,9 +67,9 @@ class Row:
         self.cache.keys[layer][self.index, :, start:end] = k
         self.cache.values[layer][self.index, :, start:end] = v
         self.lengths[layer] = end
-        heads = [self.kept[layer], positions.int() if positions.dim() == 2 else positions.int()[None]]
-        lines = max(len(head) for head in heads)
-        self.kept[layer] = torch.cat([head.expand(lines, -1) for head in heads], dim=1)
+        both = [self.kept[layer], positions.int() if positions.dim() == 2 else positions.int()[None]]
+        heads = max(map(len, both))
+        self.kept[layer] = torch.cat([part.expand(heads, -1) for part in both], dim=1)
 
     def copy_out(self) -> "HeldTokens":
         """A copy of all that is held, outside the slabs."""
@@ -263,8 +263,8 @@ class LayerCache:
         counts follow in `end_step`.
         """
         n = self.keys.shape[2]
-        # A compiled graph must not depend on how many are held, or each token would need another. Devices
-        # that multiply matrices read the slab whole, too.
+        # A compiled graph must not depend on how many are held, or each token would need another. Other
+        # devices read the slab whole too, since a product of matrices would first copy a part of it.
         if self.ends.device.type in BY_ROWS and not torch.compiler.is_compiling():
             n = max(self.lengths) + 1
             if n == min(self.lengths) + 1:

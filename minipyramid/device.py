@@ -15,7 +15,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise ConfigError(f"device {name} cannot be used here; expected auto, cpu or cuda") from error
+        raise ConfigError(f"device {name} cannot be used here; auto takes what can be") from error
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise ConfigError(f"device {name} cannot run a model; expected auto, cpu, cuda or mps")
     return chosen

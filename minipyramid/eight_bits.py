@@ -44,27 +44,27 @@ def with_kv_dtype(config: ModelConfig, kv_dtype: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class EightBits:
-    """What `KVCache` holds in place of a tensor [capacity, K, S, D]: it is read and written like one."""
+    """What `KVCache` holds in buffer of a tensor [capacity, K, S, D]: it is read and written like one."""
 
     numbers: Tensor  # [..., D] int8
     scales: Tensor  # [...] float16
     # Where some numbers at a time are turned into float32: one buffer for all layers of a cache. Where it is
     # empty all are turned at once, into the model's dtype, in new memory. A compiled step does without it.
-    place: Tensor = field(default_factory=lambda: torch.empty(0))
+    buffer: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
     def slabs(cls, shapes: list[tuple[int, ...]], device: torch.device) -> "list[list[EightBits]]":
         """Memory for keys, and for values, of these shapes."""
         # A head at least, and no more than there is.
         most = max(min(math.prod(shape), max(AT_ONCE, math.prod(shape[2:]))) for shape in shapes)
-        place, slabs = torch.empty(most if device.type == "cpu" else 0, device=device), []
+        buffer, slabs = torch.empty(most if device.type == "cpu" else 0, device=device), []
         for i, (*others, S, D) in enumerate(2 * shapes):
             # In memory in the order in which `empty_slabs` has them.
             by_component = device.type in BY_ROWS and i < len(shapes)
             order = (D, S) if by_component else (S, D)
             numbers = torch.empty(*others, *order, dtype=torch.int8, device=device)
             scales = torch.empty(*others, S, dtype=torch.float16, device=device)
-            slabs.append(cls(numbers.mT if by_component else numbers, scales, place))
+            slabs.append(cls(numbers.mT if by_component else numbers, scales, buffer))
         return [slabs[: len(shapes)], slabs[len(shapes) :]]
 
     @property
@@ -79,7 +79,7 @@ class EightBits:
 
     def __getitem__(self, where: Any) -> "EightBits":
         """A part of it; any index that leaves the last axis alone."""
-        return EightBits(self.numbers[where], self.scales[where], self.place)
+        return EightBits(self.numbers[where], self.scales[where], self.buffer)
 
     def __setitem__(self, where: Any, x: "Tensor | EightBits | int") -> None:
         """Write a part: a tensor is rounded, what is in 8 bits already is copied as it stands; or a 0."""
@@ -104,7 +104,7 @@ class EightBits:
 
     def scores_of(self, q: Tensor, n: int) -> Tensor:
         """`attention.scores_of` of these keys; a key's scale multiplies its score, after the product."""
-        scores = _product(q, self.numbers[:, :, :n].mT, self.place)
+        scores = _product(q, self.numbers[:, :, :n].mT, self.buffer)
         scores.view(*self.shape[:2], -1, n).mul_(self.scales[:, :, None, :n])  # [B, K, G, n]
         return scores
 
@@ -114,10 +114,10 @@ class EightBits:
         numbers, scales = self.numbers[:, :, :n], self.scales[:, :, None, :n]  # [B, K, n, D], [B, K, 1, n]
         grouped = weights.view(B, K, -1, n)  # [B, K, G, n]
         if weights.dtype != torch.float16:
-            return _product((grouped * scales).to(weights.dtype).flatten(1, 2), numbers, self.place)
+            return _product((grouped * scales).to(weights.dtype).flatten(1, 2), numbers, self.buffer)
         # There a weight times a small scale would vanish, so the largest scale waits until after the product.
         largest = scales.amax(-1, keepdim=True).clamp_min(SMALLEST)  # [B, K, 1, 1]
-        found = _product((grouped * (scales / largest)).flatten(1, 2), numbers, self.place)
+        found = _product((grouped * (scales / largest)).flatten(1, 2), numbers, self.buffer)
         found.view(B, K, -1, D).mul_(largest)
         return found
 
@@ -131,19 +131,19 @@ def rounded(x: Tensor) -> EightBits:
     return EightBits(steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scales)
 
 
-def _product(left: Tensor, numbers: Tensor, place: Tensor) -> Tensor:
+def _product(left: Tensor, numbers: Tensor, buffer: Tensor) -> Tensor:
     """`mixed` with the numbers alone.  [B, H, n], [B, K, n, m] -> [B, H, m]"""
     if torch.compiler.is_compiling():
         return _fused(left, numbers)
-    if not len(place):
+    if not len(buffer):
         return mixed(left, numbers.to(left.dtype))
     # Some heads at a time, which are taken for rows.
     heads = numbers.flatten(0, 1)[:, None]  # [B * K, 1, n, m]
-    at_once = len(place) // heads[0].numel()
+    at_once = len(buffer) // heads[0].numel()
     lefts = left.float().reshape(len(heads), -1, left.shape[2])  # [B * K, G, n]
     found = []
     for some, part in zip(torch.split(lefts, at_once), torch.split(heads, at_once), strict=True):
-        turned = place[: part.numel()].view(part.shape).copy_(part)
+        turned = buffer[: part.numel()].view(part.shape).copy_(part)
         found.append(mixed(some, turned))
     return torch.cat(found).view(*left.shape[:2], -1).to(left.dtype)
 

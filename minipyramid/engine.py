@@ -60,7 +60,7 @@ class Engine:
         self.device, self.dtype = model.embed_tokens.device, model.embed_tokens.dtype
         self.scheduler = Scheduler(self.config, self.dtype, self.device, kv_memory)
         self.planner = Planner(self.config, policy, kv_budget, self.scheduler.bytes_per_token)
-        # Guards `_stepping`, and what is taken from the two below it; free during a step.
+        # Guards `_stepping`, and taking from `_cancelled` and `_news`; not held during a step.
         self._step_over = threading.Condition()
         self._stepping = 0  # the thread that is in a step
         self._cancelled: deque[Sequence] = deque()

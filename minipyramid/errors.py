@@ -33,7 +33,7 @@ class RequestError(MiniPyramidError):
 
 
 class BudgetError(MiniPyramidError):
-    """No schedule comes down to this share of the full cache; `smallest` is a share that can be reached."""
+    """No settings come down to this share of the full cache; `smallest` is a share that can be reached."""
 
     def __init__(self, message: str, smallest: float = 1.0) -> None:
         super().__init__(message)

@@ -74,7 +74,10 @@ def build_parser() -> Parser:
         f"in depth), {', '.join(POLICIES)}, a preset, a JSON file, or package.module:Name",
     )
     parser.add_argument(
-        "--kv-budget", type=float, metavar="SHARE", help="hold at most this share of the full cache, as 0.454"
+        "--kv-budget",
+        type=float,
+        metavar="SHARE",
+        help="hold at most this share of the full cache at the end of --max-new-tokens, as 0.454",
     )
     parser.add_argument(
         "--kv-memory",

@@ -38,7 +38,7 @@ def need_of(policy: Policy, prompt_tokens: int, new_tokens: int, layers: int) ->
         return Need(tuple(slots))
     group, done = generation.group, generation.compactions(new_tokens)
     pending = new_tokens - done * group
-    if done:  # just before the last compaction, a token after `last - 1`, more may be held
+    if done:  # just before its last compaction a layer may hold more: what it held a token ago, and one more
         last = generation.compacts_at(done - 1, new_tokens)
         before = policy.kv_lengths(prompt_tokens, last - 1, layers)
         slots = [max(at_end, n + 1) for at_end, n in zip(slots, before, strict=True)]

@@ -7,11 +7,11 @@ multiplies every page with the query of the row that owns it, and the pages of a
 softmax. A row takes a page when a token needs it. It starts only if the pages that it and the rows in use may
 fill at their longest are there.
 
-400 prompts of 20 to 1,500 tokens under a memory for 12 of the longest: 442 tokens a second, and 309 in fixed
-batches of 12, in pages as well. With 80 of them: 265 in pages, and 184 with a slab for each size (the
-embedded checkpoint, up to 256 new tokens, float32, two cores; on one core a step takes as long either way),
-by `python -m minipyramid.bench --ragged --batch-size 400 --prompt-tokens 1500 --max-new-tokens 256 --policy
-full --kv-memory 129466368 --fixed 12 --runs 1 --dtype float32`.
+400 prompts of 20 to 1,500 tokens under a memory for 12 of the longest: 957 tokens a second, and 681 in fixed
+batches of 12, in pages as well. With 80 of them, on a slower processor: 265 in pages, and 184 with a slab for
+each size (the embedded checkpoint, up to 256 new tokens, float32, two cores; on one core a step takes as long
+either way), by `python -m minipyramid.bench --ragged --batch-size 400 --prompt-tokens 1500 --max-new-tokens
+256 --policy full --kv-memory 129466368 --fixed 12 --runs 1 --dtype float32`.
 """
 
 import math

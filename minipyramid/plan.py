@@ -65,7 +65,7 @@ class Plan:
 
     def max_batch(self, memory: int) -> int:
         """How many sequences like the largest of these fit into `memory` bytes."""
-        return max(0, memory) // max(need.bytes(self.bytes_per_token) for need in self.needs)
+        return max(0, index(memory)) // max(need.bytes(self.bytes_per_token) for need in self.needs)
 
     @classmethod
     def of(cls, planner: Planner, prompt_lengths: Iterable[int], max_new_tokens: int) -> "Plan":

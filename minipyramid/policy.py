@@ -105,7 +105,8 @@ class Policy:
         """Score a prompt before it is computed, for a policy that needs a pass of its own for it.
 
         `compute(ids, policy)` runs tokens through the layers; what the policy holds of them is let go.
-        Returns [layer] of [K, N], which `hold` then finds in `Seen.looked_over`, as far as layers need it.
+        Returns [layer] of [K, N], which `hold` then finds in `Seen.looked_over`; it may end with the last
+        layer that needs it.
         """
         return None
 

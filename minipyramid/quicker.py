@@ -13,8 +13,8 @@ def bf16_is_quicker() -> bool:
     """Whether the CPU multiplies bfloat16 faster than float32, which is timed in some milliseconds.
 
     To have the instructions is not enough: with AVX512-BF16 alone a product ran at 173 GFLOP/s, and at 354 in
-    float32, on one kind of processor, and at 1,000 and 490 on another; with AMX at 2,100. Asked only
-    where `device.has_bf16`: without the instructions (AVX2) float32 is 400 times faster.
+    float32, on one kind of processor, and at 1,000 and 490 on another. With AMX single products ran at 2,100.
+    Asked only where `device.has_bf16`: without the instructions (AVX2) float32 is 400 times faster.
     """
     return product_seconds(torch.bfloat16) < product_seconds(torch.float32)
 

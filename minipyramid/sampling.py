@@ -1,7 +1,8 @@
 """What a caller may ask of a continuation, and the way from logits to the next token.
 
 Sequences of equal parameters are treated together, but each has its own random generator, and nothing is
-computed across rows. So a text depends on its seed and never on what else is in the batch.
+computed across rows. So a text depends on its seed and not on what else is in the batch, up to the rounding
+of the model's products, which in bf16 can show in a draw.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Nothing is guessed: what a request will need at its longest is known before it starts, so none that runs is
 ever swapped out or started over, and a `kv_memory` that was given is never exceeded. Requests that start
-together share caches where they can, and attend in one product for each (`minipyramid/sharing.py`).
+together share caches where they can, and each cache attends in one product (`minipyramid/sharing.py`).
 The next starts when a cache has room for it, or when a cache whose rows have all ended has given back its
 bytes.
 """
@@ -89,7 +89,7 @@ class Scheduler:
                 room -= earlier
                 self._begin(sequence, min(free, key=lambda cache: cache.need.bytes(self.bytes_per_token)))
                 begun.append(sequence)
-            # Or if nothing else is in flight, for then it would wait for ever: what is free may have become
+            # It starts also if nothing is in flight, or it would wait for ever: what is free may have become
             # less since `check`.
             elif needed <= room or not (self.caches or fresh):
                 room -= needed

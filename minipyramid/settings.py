@@ -25,6 +25,8 @@ def settings_of(kind: type[Settings], given: dict[str, Any], source: str) -> Set
         part = given.get(stage, {})
         if not isinstance(part, dict):
             raise ConfigError(f"{source}: {stage} is {part!r:.60}, expected an object")
+        for name in flat.keys() & part.keys():
+            raise ConfigError(f"{source}: {name!r:.60} is given twice; give it once")
         flat |= part
     known = [field.name for field in fields(kind)]
     for name in flat:

@@ -2,7 +2,8 @@
 
 If all are of one size, they are rows of one slab. Else they share a cache in pages (`minipyramid/pages.py`),
 as far as there is room for their last, partly used pages. The last ones, for whom there is none,
-start in slabs: all of them if nobody else waits, else as many as there is room for.
+start in slabs of their own. Where others wait as well only as many of them start as there is room for, and
+the rest wait, too, for pages of the rows that end first.
 """
 
 from collections.abc import Callable, Hashable

@@ -201,7 +201,21 @@ def test_what_cannot_be_the_output_is_one_sentence(small: LLM, tmp_path: Path) -
         batch.run(small, file, tmp_path / "story.txt", SHORT)
     with pytest.raises(RequestError, match="cannot be read"):
         batch.run(small, tmp_path / "nothing", tmp_path / "out", SHORT)
+    for source, target in (("a\0", tmp_path / "out"), (file, "a\0")):  # it was a ValueError
+        with pytest.raises(RequestError, match="null byte"):
+            batch.run(small, source, target, SHORT)
     assert small.engine.scheduler.bytes_in_flight == 0
+
+
+def test_parameters_of_another_type_are_refused_before_anything_is_written(
+    small: LLM, tmp_path: Path
+) -> None:
+    """They became an error record for each line, which a later run took for done."""
+    file, out = write(tmp_path / "in", prompts(1)), tmp_path / "out"
+    given: Any = {"temperature": 0.5}
+    with pytest.raises(TypeError, match="params"):
+        batch.run(small, file, out, given)
+    assert not out.exists()
 
 
 def test_two_runs_do_not_write_one_file(small: LLM, tmp_path: Path) -> None:

@@ -228,6 +228,8 @@ def test_a_plan_counts_what_is_allotted(tiny: LLM) -> None:
     assert need.bytes(plan.bytes_per_token) == slabs + votes
     assert plan.max_batch(10 * (slabs + votes)) == 10
     assert plan.max_batch(slabs) == 0
+    with pytest.raises(TypeError):
+        plan.max_batch(2e9)  # type: ignore[arg-type]
     assert torch.tensor(plan.at(50)).sum() * plan.bytes_per_token == plan.kv_bytes
 
 

@@ -28,10 +28,10 @@ from pass_through import insert_layers
 
 from minipyramid import LLM, RequestError, SamplingParams
 from minipyramid.calibrate.__main__ import computed_at, main
-from minipyramid.calibrate.contexts import Contexts, Loss, Window, cut_windows, loss
+from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, loss
 from minipyramid.calibrate.find import Found, Search
 from minipyramid.calibrate.fit import LineFit
-from minipyramid.calibrate.search import NEWEST, Point, allot, cut_level, cuts, hull_below, lower_hull
+from minipyramid.calibrate.search import ONLY_NEWEST, Point, allot, cut_level, cuts, hull_below, lower_hull
 from minipyramid.calibrate.settings import check_replaced, write_profile
 from minipyramid.policies import load_policy
 from minipyramid.policies.levels import Level
@@ -130,7 +130,7 @@ def test_a_line_is_fitted_to_scores_only() -> None:
 
 @given(costs=st.lists(st.floats(0, 10), min_size=2, max_size=8))
 def test_a_lower_hull_is_convex_and_below_every_point(costs: list[float]) -> None:
-    points = [Point(i / 10, cost, NEWEST) for i, cost in enumerate(costs)]
+    points = [Point(i / 10, cost, ONLY_NEWEST) for i, cost in enumerate(costs)]
     hull = lower_hull(points)
     slopes = [(b.cost - a.cost) / (b.share - a.share) for a, b in itertools.pairwise(hull)]
     assert slopes == sorted(slopes)
@@ -149,7 +149,7 @@ def test_an_allotment_is_the_cheapest_of_all(steps: list[list[int]], tokens: int
     curves = []
     for falls in steps:
         costs = [sum(sorted(falls)[: 3 - i]) for i in range(4)]  # the steepest piece first
-        curves.append([Point((i + 1) / 4, float(cost), NEWEST) for i, cost in enumerate(costs)])
+        curves.append([Point((i + 1) / 4, float(cost), ONLY_NEWEST) for i, cost in enumerate(costs)])
     whole = cut_level(3, 3, 1.0)
     level = allot(whole, curves, tokens / 12)
 
@@ -163,7 +163,9 @@ def test_an_allotment_is_the_cheapest_of_all(steps: list[list[int]], tokens: int
 
 
 def test_an_allotment_below_the_smallest_sizes_scales_them_down() -> None:
-    curves = [[Point(0.1, 3.0, NEWEST), Point(1.0, 0.0, NEWEST)]] * 2 + [[Point(0.2, 1.0, NEWEST)]]
+    curves = [[Point(0.1, 3.0, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]] * 2 + [
+        [Point(0.2, 1.0, ONLY_NEWEST)]
+    ]
     level = allot(cut_level(3, 3, 1.0), curves, 0.05)
     assert level.held == pytest.approx((0.0375, 0.0375, 0.075))
 
@@ -177,8 +179,8 @@ def test_a_cut_computes_the_share_that_is_asked_for() -> None:
 
 
 def test_nothing_is_left_to_hold_where_a_layer_computes_little() -> None:
-    curve = [Point(0.1, 5.0, NEWEST), Point(0.5, 2.0, NEWEST), Point(1.0, 0.0, NEWEST)]
-    assert hull_below(curve, 0.3) == [Point(0.1, 5.0, NEWEST), Point(0.3, 0.0, NEWEST)]
+    curve = [Point(0.1, 5.0, ONLY_NEWEST), Point(0.5, 2.0, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
+    assert hull_below(curve, 0.3) == [Point(0.1, 5.0, ONLY_NEWEST), Point(0.3, 0.0, ONLY_NEWEST)]
 
 
 @needs_weights
@@ -253,6 +255,7 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
     kept = [row for row in told["levels"] if row["better"]]
     assert [level.share for level in profile.levels] == pytest.approx([row["held"] for row in kept], abs=1e-3)
     assert all(level.stand_ins is not None for level in profile.levels)
+    assert (profile.measured["model"], profile.measured["dtype"]) == (tiny_dir.name, "float32")
     assert (tmp_path / "found.png").stat().st_size > 1000
     llm = LLM(tiny_dir, policy=out, kv_budget=0.5)
     # A budget is of all the tokens that may be generated, which an end of text before them is not.
@@ -348,11 +351,11 @@ def test_more_is_computed_where_a_cut_costs_more_than_holding_less(
     search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
     costs = {0.4: 0.04, 0.45: 0.02}  # of a cut, by the share of token-layers that is computed
 
-    def told(contexts: Contexts, level: Level) -> Loss:
-        return Loss(costs[round(sum(level.computed) / 3, 4)], 0.0)
+    def told(contexts: Contexts, level: Level) -> float:
+        return costs[round(sum(level.computed) / 3, 4)]
 
-    monkeypatch.setattr(search, "loss", told)
-    curve = [Point(0.1, holding / 3, NEWEST), Point(1.0, 0.0, NEWEST)]
+    monkeypatch.setattr(search, "cost", told)
+    curve = [Point(0.1, holding / 3, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
     level = search.cut(Found([curve] * 3), 0.1, 0.4)
     assert sum(level.computed) / 3 == pytest.approx(computed)
 

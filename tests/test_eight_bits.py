@@ -95,9 +95,9 @@ def test_small_values_do_not_vanish_in_float16(size: float) -> None:
 def test_what_leaves_a_cache_keeps_nothing_of_its_place() -> None:
     """A conversation between two turns held the room in which a step turns numbers, too."""
     ((held,), _) = EightBits.slabs([(4, 2, 10, 8)], torch.device("cpu"))
-    assert len(held.place) == 4 * 2 * 10 * 8
-    assert held[1].place is held.place
-    assert len(held[1].clone().place) == 0
+    assert len(held.buffer) == 4 * 2 * 10 * 8
+    assert held[1].buffer is held.buffer
+    assert len(held[1].clone().buffer) == 0
 
 
 # --- in the engine ---

@@ -349,6 +349,15 @@ def test_no_layer_computes_a_token_more_than_the_prompt_has() -> None:
             assert max(profile.computed(prompt, 3)) == prompt
 
 
+@pytest.mark.parametrize("fewest", [0, 5, 64, 90])
+def test_a_budget_protects_no_more_of_the_newest_than_the_settings_do(fewest: int) -> None:
+    """A `fewest_recent` of 0 became 64 under a budget, and one of 90 fell to 64 where there was room."""
+    within = replace(PROFILE, fewest_recent=fewest).within(0.9, 400, 100, 3)
+    assert within.fewest_recent == fewest
+    tight = replace(PROFILE, fewest_recent=fewest).within(0.1, 20, 200, 3)
+    assert tight.fewest_recent <= fewest
+
+
 def test_a_larger_budget_is_not_refused_where_a_smaller_one_is_met() -> None:
     """A prompt of one token was refused 0.98 with 30 new tokens, and 1 called the smallest; 0.5 was met."""
     met = []

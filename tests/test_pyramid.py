@@ -354,6 +354,7 @@ def test_auto_is_the_file_beside_the_checkpoint_or_the_preset_for_its_layers(tmp
     [
         ({"recent_ration": 0.2}, ["'recent_ration' is no setting", "'recent_ratio'"]),
         ({"prefill_stage": {"gen_decay": 1.0}}, ["'gen_decay' is no setting"]),
+        ({"recent_ratio": 0.1, "prefill_stage": {"recent_ratio": 0.3}}, ["'recent_ratio' is given twice"]),
         ({"prefill_stage": 3}, ["prefill_stage is 3"]),
         ({"gen_decay_strategy": "Linear"}, ["gen_decay_strategy", "'linear'"]),
         ({"prefill_decay_ratio": 1.5}, ["prefill_decay_ratio is 1.5", "0 to 1"]),

@@ -116,7 +116,7 @@ def test_sizes_are_read_and_nonsense_is_refused(tiny_dir: Path) -> None:
     assert [parse_bytes(size) for size in sizes] == list(sizes.values())
     assert parse_bytes(77) == 77
     for nonsense in ("", "GiB", "-1", "2 gigs", "1e9", "0", 0, "0.2"):
-        with pytest.raises(RequestError, match="2GiB"):
+        with pytest.raises(RequestError, match=r"kv_memory is .*2GiB"):
             parse_bytes(nonsense)
     others: list[Any] = [1.5, True, None, [1]]
     for other in others:

@@ -16,6 +16,7 @@ from minipyramid.batch.ids import Ids
 from minipyramid.batch.lines import Line, read_lines
 from minipyramid.batch.output import Output
 from minipyramid.engine import News, OnStep
+from minipyramid.errors import expect_type
 from minipyramid.request import Sequence
 
 AHEAD = 64  # lines that wait for the engine's room
@@ -59,6 +60,7 @@ def run(
     """
     source, target = Path(source), Path(target)
     params = SamplingParams() if params is None else params
+    expect_type("params", params, SamplingParams, "SamplingParams")
     if target.exists() and source.exists() and target.samefile(source):
         raise RequestError(f"{target} is the input as well; name another file for the output")
     if strict:

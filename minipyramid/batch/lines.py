@@ -76,7 +76,7 @@ def read_lines(source: Path) -> Iterator[Line]:
         with source.open("rb") as file:
             for number, data in numbered(file):
                 yield read_line(number, data)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name may be no file's name
         raise RequestError(f"{source} cannot be read: {error}") from error
 
 

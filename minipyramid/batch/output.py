@@ -39,6 +39,8 @@ class Output:
                 raise
         except BlockingIOError as error:
             raise RequestError(f"{path} is being written by another run; wait for it, or end it") from error
+        except ValueError as error:
+            raise RequestError(f"{str(path)!r} is no file's name ({error}); give another") from error
         except OSError as error:
             raise self._unwritable(error) from error
 

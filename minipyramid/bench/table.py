@@ -37,7 +37,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     if not each_turn:
         seen.append(measure_rates(dtype, device))
         torch.cuda.empty_cache()  # for the models, which other processes load
-    # Workers would each time which format is quicker, and might find otherwise.
+    # Each worker would find out for itself which format is quicker, and two might differ.
     argv = [*argv, "--dtype", str(dtype).removeprefix("torch.")]
 
     def before_turn() -> None:

@@ -18,9 +18,9 @@ from minipyramid import LLM, RequestError
 from minipyramid.calibrate.check import check_levels
 from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, profile_of
 from minipyramid.calibrate.find import Search
-from minipyramid.calibrate.fit import FIRST, NEWEST, LineFit
+from minipyramid.calibrate.fit import FIRST, LAST, LineFit
 from minipyramid.calibrate.picture import plot
-from minipyramid.calibrate.search import cut_level
+from minipyramid.calibrate.search import CHOICES, REPEAT, SIZES, whole_level
 from minipyramid.calibrate.settings import check_replaced, write_profile
 from minipyramid.cli.loading import load_full
 from minipyramid.cli.plotting import check_plot
@@ -42,7 +42,7 @@ from minipyramid.policies import SETTINGS
 COMPUTED = ((0.0, 0.4), (0.08, 0.4), (0.15, 0.45), (0.25, 0.5), (0.5, 0.75), (1.0, 1.0))
 FITTED_TO = 0.75  # of the text
 LEAST_APART = 0.0002  # of budgets; those that are closer may become one as they are written
-SHORTEST = 4 * (FIRST + NEWEST)  # tokens of a context
+SHORTEST = 4 * (FIRST + LAST)  # tokens of a context
 
 
 def build_parser() -> Parser:
@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> None:
         search = Search(llm, to_fit, fitted_lines(llm, to_fit, line), args.repeat, line.update)
         found = search.find(budgets)
         rows = check_levels(Search(llm, to_check, search.lines, args.repeat, line.update), found.levels)
-    measured = {"text": Path(args.text).name, "context": args.context, "following": args.following}
+    measured = {"model": Path(args.model).name or args.model, "dtype": str(llm.dtype).removeprefix("torch.")}
+    measured |= {"text": Path(args.text).name, "context": args.context, "following": args.following}
     measured |= {"samples": args.samples, "seed": args.seed, "levels": rows}
     levels = [level for level, row in zip(found.levels, rows, strict=True) if row["better"]]
     if not levels:
@@ -201,7 +202,7 @@ def windows(llm: LLM, tokens: list[int], args: argparse.Namespace, which: int) -
 def fitted_lines(llm: LLM, to_fit: list[Window], line: "CalibrationLine") -> Any:
     """The lines of the score `fitted`, from all windows, said again as far as the model's positions reach."""
     layers, fit = llm.config.num_hidden_layers, LineFit()
-    whole = profile_of(cut_level(layers, layers, 1.0))
+    whole = profile_of(whole_level(layers))
     longest = llm.config.max_position_embeddings // 2
     for window in to_fit:
         part = Window(window.context[:longest], window.following, window.again)
@@ -213,8 +214,8 @@ def fitted_lines(llm: LLM, to_fit: list[Window], line: "CalibrationLine") -> Any
 
 def measurements(layers: int, budgets: int, repeats: bool) -> int:
     """About how many there will be: half of a curve's points need all choices."""
-    choices = 9 if repeats else 7
-    return 7 * layers * (1 + choices) // 2 + budgets * layers * (6 + choices)
+    choices = 1 + len(CHOICES + (REPEAT if repeats else ()))
+    return len(SIZES) * layers * (1 + choices) // 2 + budgets * layers * (6 + choices)
 
 
 class CalibrationLine(ProgressLine):

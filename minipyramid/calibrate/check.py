@@ -16,8 +16,8 @@ EVEN_CHOICE = ("keydiff", 0.25)  # of the even split, whatever the calibration h
 def check_levels(search: Search, levels: list[Level]) -> list[dict[str, Any]]:
     """What each level costs: KL divergence, perplexity over the full cache's, and that of an even split.
 
-    `search` is over the windows to check on. A level is `better` where its KL divergence is below that of the
-    even split, which computes everything.
+    `search` is over the windows to check on. A level is `better` where its loss (`Loss.total`) is below
+    that of the even split, which computes everything.
     """
     layers, windows, expected = search.layers, search.windows, search.expected
     rows = []

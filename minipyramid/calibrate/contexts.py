@@ -163,7 +163,7 @@ def chosen_of(seen: Seen, policy: Policy, count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Loss:
-    """KL divergence from the full cache, nats per token."""
+    """KL divergence of the full cache's distribution from the pruned one's, nats per token."""
 
     following: float
     again: float

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from minipyramid import LLM
-from minipyramid.calibrate.contexts import Contexts, Loss, Window, loss, profile_of
+from minipyramid.calibrate.contexts import Contexts, Window, loss, profile_of
 from minipyramid.calibrate.search import (
     CHOICES,
     REPEAT,
@@ -18,10 +18,10 @@ from minipyramid.calibrate.search import (
     allot,
     choose_anew,
     curve,
-    cut_level,
     cuts,
     exchange,
     hull_below,
+    whole_level,
 )
 from minipyramid.calibrate.stand_ins import fit_stand_ins
 from minipyramid.policies.levels import Level
@@ -71,22 +71,18 @@ class Search:
         self.llm, self.windows, self.lines, self.repeats, self.notice = llm, windows, lines, repeats, notice
         self.choices: tuple[Choice, ...] = CHOICES + (REPEAT if repeats else ())
         self.layers = llm.config.num_hidden_layers
-        self.full = self.computing(cut_level(self.layers, self.layers, 1.0))
+        self.full = self.computing(whole_level(self.layers))
         self.expected = self.full.logprobs(self.full.profile.levels[0])
 
     def computing(self, level: Level) -> Contexts:
         """The windows' contexts as a level computes them."""
         return Contexts(self.llm, self.windows, profile_of(level, self.lines), self.repeats)
 
-    def loss(self, contexts: Contexts, level: Level) -> Loss:
-        """Of a level on contexts that are computed as it computes them."""
+    def cost(self, contexts: Contexts, level: Level) -> float:
+        """What the search makes small: a level's loss on contexts that are computed as it computes them."""
         measured = loss(self.expected, contexts.logprobs(level), self.windows)
         self.notice(f"computes {sum(level.computed) / self.layers:.0%}, holds {level.share:.0%}")
-        return measured
-
-    def cost(self, contexts: Contexts, level: Level) -> float:
-        """What the search makes small."""
-        return self.loss(contexts, level).total
+        return measured.total
 
     def find(self, budgets: list[tuple[float, float]]) -> Found:
         """Levels that hold these shares and compute these, or more where that would cost too much."""
@@ -122,7 +118,7 @@ class Search:
             if computed not in found.depths:
                 found.depths[computed] = []
                 for level in cuts(self.layers, computed):
-                    cost = self.loss(self.computing(level), level).total
+                    cost = self.cost(self.computing(level), level)
                     found.depths[computed].append((level.computed.count(1.0), cost))
             depth, cost = min(found.depths[computed], key=lambda measured: measured[1])
             if cost < max(cost_of_holding, CHEAP):

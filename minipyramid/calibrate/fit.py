@@ -14,7 +14,7 @@ from minipyramid.policy import Seen
 
 RIDGE = 1e-4  # of the mean square of a feature; keeps features that are nearly the same from fighting
 LEAST = 1e-8  # a score below it is as good as nothing
-FIRST, NEWEST = 4, 32  # tokens at either end that are not fitted to
+FIRST, LAST = 4, 32  # tokens at either end that are not fitted to
 
 
 class LineFit:
@@ -30,8 +30,8 @@ class LineFit:
             if seen.looked_over is None:
                 raise ValueError("the window was recorded without its repeated scores")
             # Of the T' tokens between the two ends.
-            x = features(seen.keys, seen.values)[:, FIRST:-NEWEST].double()  # [K, T', F]
-            y = seen.looked_over[:, FIRST:-NEWEST].double().clamp(min=LEAST).log()[..., None]
+            x = features(seen.keys, seen.values)[:, FIRST:-LAST].double()  # [K, T', F]
+            y = seen.looked_over[:, FIRST:-LAST].double().clamp(min=LEAST).log()[..., None]
             if seen.layer == len(self.square):
                 self.square.append(x.mT @ x)
                 self.product.append(x.mT @ y)

@@ -7,8 +7,8 @@
 3. *Allotment.* If costs just add up, the cheapest way to hold some tokens over all layers gives the next one
    to the layer where it saves most: the steepest piece of all curves' lower hulls comes first.
 4. *Exchange.* They do not just add up. So every layer chooses anew now that the others hold less, and room is
-   moved from the layer that misses it least to the layer that gains most, as long as the measured loss of the
-   whole level falls.
+   moved from the layer that misses it least to the layer that gains most, where the measured loss of the
+   whole level falls by it: at most `ROUNDS` times for each size in `MOVES`.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ TRIED = 3  # pairs of layers whose exchange is measured, of a round's best
 ROUNDS = 3  # of exchanges of one size, at most
 LEAST_COST = 1e-4  # nats; where the newest tokens cost no more, no other choice is tried
 Choice = tuple[str, float]  # a score, and the newest tokens' share of the room
-NEWEST: Choice = ("newest", 1.0)
+ONLY_NEWEST: Choice = ("newest", 1.0)
 CHOICES: tuple[Choice, ...] = (
     ("votes", 0.5), ("votes", 0.25), ("keydiff", 0.5), ("keydiff", 0.25), ("fitted", 0.5), ("fitted", 0.25),
 )  # fmt: skip
@@ -44,6 +44,11 @@ def cut_level(layers: int, depth: int, share: float) -> Level:
     """So many layers compute all, the others a share; all hold what they compute."""
     computed = (1.0,) * depth + (share,) * (layers - depth)
     return Level(computed, computed, ("newest",) * layers, (1.0,) * layers)
+
+
+def whole_level(layers: int) -> Level:
+    """All layers compute and hold everything."""
+    return cut_level(layers, layers, 1.0)
 
 
 def cuts(layers: int, computed: float) -> list[Level]:
@@ -68,9 +73,9 @@ def with_layer(level: Level, layer: int, share: float, choice: Choice | None = N
 def curve(level: Level, layer: int, choices: Iterable[Choice], cost: Cost) -> list[Point]:
     """What a layer costs by its size, where the others hold all; each size by the choice that is best."""
     most = level.computed[layer]
-    points = [Point(most, 0.0, NEWEST)]
+    points = [Point(most, 0.0, ONLY_NEWEST)]
     for share in sorted((size for size in SIZES if size < most), reverse=True):
-        tried = [(cost(with_layer(level, layer, share, NEWEST)), NEWEST)]
+        tried = [(cost(with_layer(level, layer, share, ONLY_NEWEST)), ONLY_NEWEST)]
         if tried[0][0] > LEAST_COST:
             tried += [(cost(with_layer(level, layer, share, choice)), choice) for choice in choices]
         points.append(Point(share, *min(tried)))
@@ -94,7 +99,7 @@ def slope(a: Point, b: Point) -> float:
 
 def hull_below(points: list[Point], most: float) -> list[Point]:
     """The lower hull of a curve, for a layer that computes `most`; to hold all of that costs nothing."""
-    return lower_hull([p for p in points if p.share < most] + [Point(most, 0.0, NEWEST)])
+    return lower_hull([p for p in points if p.share < most] + [Point(most, 0.0, ONLY_NEWEST)])
 
 
 def allot(level: Level, curves: list[list[Point]], share: float) -> Level:
@@ -125,7 +130,7 @@ def allot(level: Level, curves: list[list[Point]], share: float) -> Level:
 
 def choose_anew(level: Level, choices: Iterable[Choice], cost: Cost) -> Level:
     """Let each layer in turn choose by what makes the loss of the whole level smallest."""
-    best, listed = cost(level), [NEWEST, *choices]
+    best, listed = cost(level), [ONLY_NEWEST, *choices]
     for layer, held in enumerate(level.held):
         if held == level.computed[layer]:
             continue
@@ -139,7 +144,7 @@ def choose_anew(level: Level, choices: Iterable[Choice], cost: Cost) -> Level:
 
 
 def exchange(level: Level, cost: Cost) -> Level:
-    """Move room between layers as long as the loss falls."""
+    """Move room between layers where the loss falls by it, `ROUNDS` times for each size at most."""
     best, mean = cost(level), level.share
     for move in (part * mean for part in MOVES):
         for _ in range(ROUNDS):
@@ -151,7 +156,7 @@ def exchange(level: Level, cost: Cost) -> Level:
 
 
 def improved(level: Level, best: float, move: float, cost: Cost) -> tuple[Level, float] | None:
-    """The first of the most promising pairs of layers whose exchange lowers the loss, and that loss."""
+    """The level after the first exchange that lowers the loss, of the `TRIED` best, and its loss."""
     larger, smaller = [], []  # (loss of the level, layer) with more room in one layer, and with less
     for layer, (held, most) in enumerate(zip(level.held, level.computed, strict=True)):
         if held + move <= most:

@@ -1,15 +1,15 @@
 """The stand-ins of a level: one key and value for what a layer does not hold, fitted in closed form.
 
-All of some windows of plain text is computed and held, and the text behind each context looks back. Of each
-of its queries it is known what it finds among the tokens that the level would drop, and the logarithm of the
+Windows of plain text are computed and held whole, and the text behind each context looks back. Of each of
+its queries it is known what it finds among the tokens that the level would drop, and the logarithm of the
 sum that these have under the softmax. A stand-in (`minipyramid/policies/stand_ins.py`) has to reproduce both:
 
 - its key is the linear function of the queries, without a constant, that is nearest to these logarithms in
   the mean square,
 - its value is what makes the smallest squared error in what attention gives then.
 
-One value is not what every query would have found, so a stand-in does better with a little less weight:
-`SHIFTS` are added to the logarithms, and for each head the best one is taken.
+One value is not what every query would have found, so a stand-in may do better with less weight, or with
+more: each of `SHIFTS` is added to the logarithms, and for each head the best one is taken.
 """
 
 import math
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minipyramid.calibrate.contexts import Contexts, profile_of, recorded
-from minipyramid.calibrate.search import cut_level
+from minipyramid.calibrate.search import whole_level
 from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile
 from minipyramid.policy import Seen
@@ -30,7 +30,7 @@ SHIFTS = (0.5, 0.25, 0.0, -0.25, -0.5, -0.75, -1.0, -1.5, -2.0)
 # A layer that holds so much of a prompt has no stand-in: it looks for single tokens, and finds them less
 # exactly beside a slot that stands for many. With one in layer 3 of the embedded checkpoint, which holds 94 %
 # at 15 %, two of 128 answers among prose were lost (512 tokens), and none without.
-HALF = 0.5
+LEAST_WITHOUT = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def fit_stand_ins(contexts: Contexts, level: Level) -> Tensor:
     They are 0 in layers that get no stand-in.
     """
     llm, layers = contexts.llm, contexts.llm.config.num_hidden_layers
-    whole, profile = profile_of(cut_level(layers, layers, 1.0)), profile_of(level, contexts.profile.lines)
+    whole, profile = profile_of(whole_level(layers)), profile_of(level, contexts.profile.lines)
     attended: list[list[Attended]] = [[] for _ in range(layers)]  # [layer][window]
     for window, computed in zip(contexts.windows, contexts.seen, strict=True):
         end = torch.tensor([len(window.context) - 1], device=llm.device)
         rotation = rotations(end, llm.model.inv_freq, torch.float32)
         exact = recorded(llm, whole, window.context + window.following)
         for of_layer, of_level in zip(exact, computed, strict=True):
-            if level.held[of_layer.layer] < HALF:
+            if level.held[of_layer.layer] < LEAST_WITHOUT:
                 held = held_of(of_level, profile)
                 attended[of_layer.layer].append(looked_at(of_layer, held, rotation))
     K, D = llm.config.num_key_value_heads, llm.config.head_dim
@@ -72,13 +72,13 @@ def held_of(seen: Seen, profile: Profile) -> Tensor:
     """Which tokens of a context a layer holds under a profile, beside its stand-in.  [K, N] bool"""
     (T, _, D), N, layers = seen.q.shape, seen.prompt_tokens, len(profile.levels[0].held)
     count = profile.held(N, layers)[seen.layer]
-    # Whatever it has or has not yet, the layer leaves a slot for it.
+    # Ones in place of stand-ins that are yet to be fitted, so that `hold` leaves their slot.
     placeholder = torch.ones(layers, len(seen.keys), 2, D, device=seen.q.device)
     filled = profile_of(replace(profile.levels[0], stand_ins=placeholder), profile.lines)
     chosen = filled.hold(seen, count).expand(len(seen.keys), -1)  # [K, count]
     if filled.stand_ins_for(seen.layer, count, N) is not None:
         chosen = chosen[chosen != filled.replaced(T)].view(len(seen.keys), -1)
-    positions = profile.going_on(N, T, chosen.device)
+    positions = profile.passed_on(N, T, chosen.device)
     is_held = torch.zeros(len(seen.keys), N, dtype=torch.bool, device=chosen.device)
     return is_held.scatter(1, positions[chosen], True)
 

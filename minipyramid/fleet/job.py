@@ -22,6 +22,7 @@ from minipyramid import LLM, MiniPyramidError, RequestError, SamplingParams
 from minipyramid.batch.job import describe
 from minipyramid.batch.lines import Line
 from minipyramid.engine import News
+from minipyramid.errors import expect_type
 from minipyramid.fleet.lines import Lines, files_of, line_of
 from minipyramid.formats.huggingface import read_config
 from minipyramid.hub import locate
@@ -62,6 +63,8 @@ def run(
         RequestError: a file cannot be read, or `target` holds records and is not to be resumed.
         CheckpointError, ConfigError: the model cannot be run, told before Ray starts anything.
     """
+    params = SamplingParams() if params is None else params
+    expect_type("params", params, SamplingParams, "SamplingParams")
     target = Path(target).absolute()
     if not resume and target.is_dir() and any(path.is_file() for path in target.rglob("*")):
         raise RequestError(f"{target} holds something already; resume it, or name another directory")
@@ -80,7 +83,7 @@ def run(
     try:
         records = ray.data.read_datasource(Lines(files, lines_at_once)).map_batches(
             Worker,
-            fn_constructor_args=(str(model), params or SamplingParams(), options),
+            fn_constructor_args=(str(model), params, options),
             batch_size=lines_at_once,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=cpus,

@@ -28,7 +28,7 @@ def read_fitted(path: Path) -> dict[str, Tensor]:
     if not fitted:
         raise CheckpointError(f"{path} has {list(given)!r:.60}, expected lines or stand_ins; calibrate again")
     for name, tensor in fitted.items():
-        # In float16, too, which a cache may be in, or its scales.
+        # Finite in float16, too, for a cache or its scales may be in that.
         finite = given[name].is_floating_point() and tensor.half().isfinite().all()
         if tensor.dim() != AXES[name] or not finite:
             shape = list(tensor.shape)

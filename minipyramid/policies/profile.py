@@ -31,7 +31,7 @@ from minipyramid.policy import Compute, Generation, Policy, Seen, top_scored
 from minipyramid.settings import STAGES, settings_of
 
 GROUP = 16  # generated tokens of one compaction, as PyramidInfer publishes it
-FEWEST_RECENT = (64, 32, 16, 8, 0)  # recent tokens at least; tried in this order under a budget
+FEWEST_RECENT = (64, 32, 16, 8, 0)  # recent tokens at least; a budget goes down these from the settings'
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Profile(Policy):
     Attributes:
         levels: what the layers compute and hold, by ascending share.
         share: of a prompt that is held, over all layers.
-        generated_share: share of generated tokens that is held; None for `share`. They are voted on as
-            PyramidInfer's are, and of each group a layer keeps its own share.
+        generated_share: share of generated tokens that is held; None for `share`, and a budget's own share
+            takes its place. They are voted on as PyramidInfer's are, and of each group a layer keeps its own
+            share.
         sinks: first tokens of a prompt that are passed on, and held as far as the newest leave room.
         fewest: no layer computes or holds fewer tokens of a prompt; 0 under a budget, which counts as 1.
         fewest_recent: so many of the newest tokens are protected at least, beside the newest one; a budget
@@ -132,7 +133,8 @@ class Profile(Policy):
         most = int(most_tokens(share, prompt_tokens, new_tokens, layers))
         enough = max(layers, share * prompt_tokens * layers / 2)  # a token of each layer, or half the share
         tried: list[tuple[int, Profile]] = []  # tokens that are left for the prompt, and by which settings
-        for recent, part in [(n, share) for n in FEWEST_RECENT] + [(0, share / 2), (0, 0.0)]:
+        fewer = [self.fewest_recent, *(n for n in FEWEST_RECENT if n < self.fewest_recent)]
+        for recent, part in [(n, share) for n in fewer] + [(0, share / 2), (0, 0.0)]:
             settings = replace(self, generated_share=part, fewest=0, fewest_recent=recent)
             generated = sum(settings.kv_lengths(prompt_tokens, new_tokens, layers))
             left = most - (generated - sum(settings.held(prompt_tokens, layers)))
@@ -170,9 +172,9 @@ class Profile(Policy):
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """The newest and the sinks: tokens chosen by votes or keys cost perplexity (docs/settings.md)."""
-        return self.going_on(len(seen.q), count, seen.q.device)
+        return self.passed_on(len(seen.q), count, seen.q.device)
 
-    def going_on(self, tokens: int, count: int, device: torch.device | None = None) -> Tensor:
+    def passed_on(self, tokens: int, count: int, device: torch.device | None = None) -> Tensor:
         """Which of so many tokens go on to a layer that computes `count`.  [count] ascending"""
         return top_scored(torch.arange(tokens, device=device), count, self.sinks, newest=1)
 
@@ -193,7 +195,8 @@ class Profile(Policy):
         if not other:
             return top_scored(score, count, first, newest)
         # Half of the room that is left is for what the first score puts first.
-        half = (count + min(newest + first + has_stand_in, count)) // 2
+        protected = min(newest + first + has_stand_in, count)
+        half = protected + (count - protected) // 2
         chosen = top_scored(score, half, first, newest)
         second = SCORES[other[0]](seen, self.lines).float()
         both = second.expand(len(seen.keys), -1).scatter(1, chosen.expand(len(seen.keys), -1), math.inf)
@@ -230,7 +233,7 @@ class Profile(Policy):
         positions: list[int | None] = [None] * layers
         for layer, (computed, held) in enumerate(zip(*self.counts(prompt_tokens, layers), strict=True)):
             if self.stand_ins_for(layer, held, prompt_tokens) is not None:
-                positions[layer] = int(self.going_on(prompt_tokens, computed)[self.replaced(computed)])
+                positions[layer] = int(self.passed_on(prompt_tokens, computed)[self.replaced(computed)])
         return positions
 
 

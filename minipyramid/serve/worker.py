@@ -120,8 +120,9 @@ class Worker(threading.Thread):
                 self._orders.popleft()()
             if self._tickets:
                 self._step()
-                self._tell()
+            # Before anybody is told, so that who has been finds in the metrics what is held then.
             self.metrics.look(self.engine.scheduler)
+            self._tell()
         except Exception as error:  # what was to be told is lost, and nobody may wait for it for ever
             tell(f"minipyramid: what was new could not be told: {error!r}")
             self._end_all(RequestError("the server failed between two steps; ask again"))
