@@ -12,7 +12,7 @@ from minipyramid.errors import RequestError, expect_type
 def parse_bytes(size: int | str) -> int:
     """The bytes of a `kv_memory`, a number or a text as 500MiB or 2GB (units are powers of 1,024)."""
     expect_type("kv_memory", size, (int, str), "bytes or a text such as 2GiB")
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) *([KMGT]?)(?:i?B)?", str(size).strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) *([KMGT]?)(?:i?B)?", str(size).strip(), re.I | re.ASCII)
     if not match or not (count := int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))):
         raise RequestError(f"kv_memory is {size!r:.60}, expected a byte or more, or a text such as 2GiB")
     return count

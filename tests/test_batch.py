@@ -186,12 +186,17 @@ def test_what_cannot_be_the_output_is_one_sentence(small: LLM, tmp_path: Path) -
     file = write(tmp_path / "in", prompts(2))
     (tmp_path / "story.txt").write_text("Once upon a time\n")
     (tmp_path / "list.json").write_text('{"other": 1}\n')
+    for i, line in enumerate(
+        ('{"id": 1, "prompt": "x"}', '{"id": [1], "text": ""}', '{"id": null, "text": ""}')
+    ):
+        (tmp_path / f"{i}.json").write_text(line + "\n")  # prompts were taken for finished records
     for out, problem in {
         file: "the input as well",
         tmp_path: "cannot be written",
         tmp_path / "no" / "where": "cannot be written",
         tmp_path / "story.txt": "no JSON",
         tmp_path / "list.json": "no record",
+        **{tmp_path / f"{i}.json": "no record" for i in range(3)},
     }.items():
         before = out.read_bytes() if out.is_file() else None
         with pytest.raises(RequestError, match=problem):

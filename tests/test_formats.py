@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from helpers import random_tensors, train_pieces, write_checkpoint
 from meta_files import CONFIG, write_meta
 
 from minipyramid import LLM, CheckpointError, ConfigError, MiniPyramidError
+from minipyramid.formats import safetensors
 from minipyramid.formats.meta import config_fields
+from minipyramid.formats.torch_files import load_tensors
 
 IDS = list(range(3, 60))
 
@@ -86,6 +89,33 @@ def test_a_bin_file_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(CheckpointError):
         LLM(tmp_path)
     assert "it ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        ({7: torch.ones(2)}, "no tensors by name .see 7"),
+        ({"other": 7}, "no tensors by name .see 'other'"),
+        ({"other": torch.eye(3).to_sparse()}, "other is no plain tensor"),
+        ({"other": torch.ones(2, device="meta")}, "other is no plain tensor"),
+    ],
+)
+def test_what_a_bin_file_holds_beside_plain_tensors_is_named(
+    tmp_path: Path, odd: dict[Any, Any], told: str
+) -> None:
+    """It was an AttributeError, or what torch says of such a tensor."""
+    torch.save(odd, tmp_path / "weights.bin")
+    with pytest.raises(CheckpointError, match=told):
+        load_tensors(tmp_path / "weights.bin")
+
+
+def test_numbers_that_torch_has_no_name_for_are_told(tmp_path: Path) -> None:
+    """A well-formed file of 6-bit floats was a SafetensorError."""
+    header = json.dumps({"x": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with ExitStack() as stack, pytest.raises(CheckpointError, match="x cannot be read"):
+        safetensors.open_file(path, stack)["x"].read()
 
 
 def test_damaged_bin_files_are_named(tmp_path: Path) -> None:

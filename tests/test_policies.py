@@ -170,6 +170,9 @@ def test_full_chooses_nothing_and_cannot_be_split() -> None:
     for choice in (Policy(), PyramidConfig()):
         with pytest.raises(ConfigError, match="does not choose what is held"):
             Split(STEEP, choice)
+    no_policy: Any = 5
+    with pytest.raises(TypeError, match="like is 5"):
+        Split(no_policy, Random())
 
 
 # --- how many ---

@@ -115,7 +115,7 @@ def test_sizes_are_read_and_nonsense_is_refused(tiny_dir: Path) -> None:
     sizes = {"1": 1, "2KiB": 2048, "1.5 MB": 3 << 19, "3g": 3 << 30, "1TiB": 1 << 40}
     assert [parse_bytes(size) for size in sizes] == list(sizes.values())
     assert parse_bytes(77) == 77
-    for nonsense in ("", "GiB", "-1", "2 gigs", "1e9", "0", 0, "0.2"):
+    for nonsense in ("", "GiB", "-1", "2 gigs", "1e9", "0", 0, "0.2", "2\u212aiB"):
         with pytest.raises(RequestError, match=r"kv_memory is .*2GiB"):
             parse_bytes(nonsense)
     others: list[Any] = [1.5, True, None, [1]]

@@ -24,6 +24,7 @@ from helpers import prompts_of
 
 from minipyramid import LLM, Engine, Request, SamplingParams
 from minipyramid.serve.__main__ import main
+from minipyramid.serve.fields import characters_of
 from minipyramid.serve.loopback import is_loopback
 from minipyramid.serve.metrics import Metrics
 from minipyramid.serve.worker import Event, Ticket, Worker, picture
@@ -255,6 +256,14 @@ def test_what_is_wrong_is_named_in_the_clients_form(
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert problem in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_messages_that_lie_deep_in_each_other_are_counted() -> None:
+    """A function that called itself raised RecursionError, which was told as a failure of the server."""
+    deep: Any = "four"
+    for _ in range(5000):
+        deep = [{"content": deep}, {"text": "a"}]
+    assert characters_of(deep) == 5004
 
 
 def test_the_client_s_own_exceptions_come(server: Server) -> None:

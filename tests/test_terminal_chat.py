@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -51,6 +52,14 @@ def talk(directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         return status, *capsys.readouterr()
 
     return run
+
+
+def test_a_home_that_is_not_there_leaves_the_conversation(talk: Any) -> None:
+    """It was a RuntimeError, and the conversation was lost."""
+    status, out, err = talk("Who is there?", "/save ~nosuch/x", "And then?")
+    assert status == 0
+    assert out.count("\n") == 2
+    assert "(~nosuch/x cannot be written" in err
 
 
 def test_answers_go_to_stdout_and_are_those_of_the_library(talk: Any, directory: Path) -> None:
@@ -113,6 +122,31 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
     assert "(Ctrl-D leaves)" in err
     contents = [message["content"] for message in json.loads(file.read_text()) if message["role"] == "user"]
     assert contents == ["Hello", "stop", "go on"]
+
+
+def test_ctrl_c_ends_a_conversation_that_nobody_types(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer was stopped, and the next line of the file was answered."""
+
+    def interrupted(self: LLM, *args: Any, **how: Any) -> Iterator[str]:
+        yield "So"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "stream_chat", interrupted)
+    status, out, err = talk("Hello", "And then?")
+    assert (status, out) == (130, "So\n")
+    assert err.count("(stopped)") == 1
+
+
+def test_a_closed_stdin_and_bytes_that_are_no_text_are_one_line(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stdin, told in (
+        (None, "one of them is closed"),
+        (io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"), "utf-8"),
+    ):
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["--chat", "--model", str(directory)]) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,20 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, size)
 
 
+def test_a_text_that_the_library_cannot_take_in_is_told(tmp_path: Path) -> None:
+    """It was the library's own Exception: a batch died of it, and could not be resumed."""
+    spec = json.loads(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "[UNK]")).to_str())
+    spec |= {
+        "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path, 1)
+    assert tokenizer is not None
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(TokenizerError, match=r"cannot take in 'hello' .*UNK"):
+        tokenizer.encode("hello")
+
+
 @pytest.mark.parametrize("write", [write_json, write_ranks])
 def test_a_package_that_is_missing_is_named_with_the_way_to_get_it(
     tmp_path: Path, write: Callable[[Path], int], monkeypatch: pytest.MonkeyPatch

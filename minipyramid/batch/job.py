@@ -61,6 +61,7 @@ def run(
     source, target = Path(source), Path(target)
     params = SamplingParams() if params is None else params
     expect_type("params", params, SamplingParams, "SamplingParams")
+    expect_type("llm", llm, LLM, "an LLM")
     if target.exists() and source.exists() and target.samefile(source):
         raise RequestError(f"{target} is the input as well; name another file for the output")
     if strict:

@@ -27,6 +27,12 @@ def label_of(record: dict[str, Any]) -> Label:
     return {name: record[name] for name in ("id", "line") if name in record}
 
 
+def is_record(given: dict[str, Any]) -> bool:
+    """Whether it names its line as a record does, and says what became of it."""
+    names = list(label_of(given).values())
+    return len(names) == 1 and type(names[0]) in (str, int) and ("text" in given or "error" in given)
+
+
 @dataclass(frozen=True)
 class Line:
     """A line that is not blank; `problem` says why its record names it by its number."""

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from minipyramid.batch.ids import Ids
-from minipyramid.batch.lines import label_of
+from minipyramid.batch.lines import is_record, label_of
 from minipyramid.cli.json_input import json_object
 from minipyramid.errors import RequestError
 
@@ -52,10 +52,9 @@ class Output:
         if not resume and self.path.stat().st_size:
             raise RequestError(f"{self.path} holds something already; resume it, or name another file")
         for record in self._whole_records():
-            label = label_of(record)
-            if len(label) != 1:
+            if not is_record(record):
                 raise RequestError(f"{self.path} holds {record!r:.60}, which is no record; name another file")
-            self.ids.add("written", label)
+            self.ids.add("written", label_of(record))
         self._file.truncate(self._whole)
 
     def _whole_records(self) -> Iterator[dict[str, Any]]:

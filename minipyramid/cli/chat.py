@@ -37,6 +37,8 @@ class TerminalChat:
 
         Raises `RequestError` at the end if turns were read from a file or pipe and one was not answered.
         """
+        if sys.stdin is None or sys.stdout is None:  # as by `<&-`
+            raise RequestError("a chat reads stdin and writes stdout, and one of them is closed; open both")
         typed = sys.stdin.isatty()
         if typed:
             with contextlib.suppress(ImportError):  # not every system has it
@@ -77,7 +79,7 @@ class TerminalChat:
         elif command == "/stats":
             self.tell_stats()
         elif command == "/save" and rest.strip():
-            self.save(Path(rest.strip()).expanduser())
+            self.save(rest.strip())
         else:
             tell(HELP)
 
@@ -104,6 +106,8 @@ class TerminalChat:
             except KeyboardInterrupt:
                 print(flush=True)
                 self.keep_stopped(prompt, "".join(pieces))
+                if not sys.stdin.isatty():  # there is nobody to go on with
+                    raise
                 if not pieces:
                     return
             else:
@@ -138,22 +142,27 @@ class TerminalChat:
             share = sum(held.lengths) / (said * len(held.lengths))
             tell(f"{readable(held.bytes)} held, {100 * share:.1f} % of the full cache")
 
-    def save(self, file: Path) -> None:
+    def save(self, file: str) -> None:
         """Write the messages as JSON."""
+        written = json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n"
         try:
-            file.write_text(json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except (OSError, ValueError) as error:
+            Path(file).expanduser().write_text(written, encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:  # there may be no such home
             tell(f"({file} cannot be written: {error})")
         else:
             tell(f"({len(self.messages)} messages in {file})")
 
 
 def read_line(typed: bool) -> str:
-    """A line of stdin; with a prompt where a person types it."""
+    """A line of stdin; with a prompt where a person types it. Raises `RequestError` where it is no text."""
+    shown = "> " if typed else ""
     if typed and not sys.stdout.isatty():
-        tell("> ", end="")  # stdout is for answers
-        return input()
-    return input("> " if typed else "")
+        tell(shown, end="")  # stdout is for answers
+        shown = ""
+    try:
+        return input(shown)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"what stdin has is no {error.encoding}; give a text") from error
 
 
 def print_pieces(stream: Generator[str, None, Completion], pieces: list[str]) -> Completion:

@@ -136,7 +136,9 @@ def exit_status(command: Callable[[], None]) -> int:
         discard_output()
     except OSError as error:  # a full disk behind a redirection, say
         discard_output()
-        print_error(f"the output cannot be written ({error})")
+        of_a_file = error.filename is not None  # a name that is too long, say
+        told = "a file cannot be read or written" if of_a_file else "the output cannot be written"
+        print_error(f"{told} ({error})")
         return 2
     except Terminated:
         tell("minipyramid: terminated")

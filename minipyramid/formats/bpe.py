@@ -39,14 +39,14 @@ class BpeTokenizer:
             added = library.get_added_tokens_decoder()
             check_size(file, size, vocab_size)
             self._bytes = self._table(library, size)
-            first = library.encode("a", add_special_tokens=False).ids[:1]
+            first = self._ids(library, "a")[:1]
         except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:
             raise TokenizerError(f"{file} is damaged ({type(error).__name__}); fetch it again") from error
         for token, entry in added.items():
             self._bytes[token] = b"" if entry.special else entry.content.encode(errors="replace")
         self.special_tokens: dict[str, int] = {entry.content: token for token, entry in added.items()}
         settings = read_json(file.parent / "tokenizer_config.json", optional=True)
-        begin = library.encode("").ids
+        begin = self._ids(library, "", specials=True)
         self.bos_id: int = self._named(settings, "bos_token", begin[0] if begin else -1)
         wanted = settings.get("add_bos_token")
         self.add_bos = self.bos_id >= 0 and (begin[:1] == [self.bos_id] if wanted is None else wanted is True)
@@ -99,8 +99,17 @@ class BpeTokenizer:
         """Token ids of a text; arguments and errors as those of `Tokenizer.encode`."""
         check_unicode(text, name)
         library = self._library(prefixed=not (continues and self.adds_space), literal=literal)
-        ids: list[int] = library.encode(text, add_special_tokens=False).ids
+        ids = self._ids(library, text)
         return [self.bos_id, *ids] if self.add_bos and not continues else ids
+
+    def _ids(self, library: Library, text: str, *, specials: bool = False) -> list[int]:
+        try:
+            ids: list[int] = library.encode(text, add_special_tokens=specials).ids
+        except Exception as error:  # the library raises no class of its own
+            raise TokenizerError(
+                f"{self._file} cannot take in {text!r:.60} ({error}); fetch it again"
+            ) from error
+        return ids
 
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
         """The text of ids without special tokens; begins without a space unless it `continues` another."""

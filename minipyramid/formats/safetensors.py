@@ -3,8 +3,10 @@
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from minipyramid.errors import CheckpointError
 from minipyramid.formats.weights import Stored
@@ -22,6 +24,16 @@ def open_file(path: Path, stack: ExitStack) -> dict[str, Stored]:
         message = f"{path} is truncated or no safetensors file ({why}); fetch it again"
         raise CheckpointError(message) from error
     return {
-        name: Stored(path, file.get_slice(name).get_shape(), partial(file.get_tensor, name))
+        name: Stored(path, file.get_slice(name).get_shape(), partial(_tensor, file, path, name))
         for name in file.keys()  # noqa: SIM118 it is no dictionary
     }
+
+
+def _tensor(file: Any, path: Path, name: str) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except SafetensorError as error:  # torch has no such numbers
+        raise CheckpointError(
+            f"{path}: {name} cannot be read ({error}); expected float32 or the like"
+        ) from error
+    return tensor

@@ -26,8 +26,13 @@ def open_file(path: Path, _: ExitStack) -> dict[str, Stored]:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors by name. Raises `CheckpointError` if the file is damaged, or holds anything but tensors."""
     loaded = _load(path)
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+    if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds no tensors by name; expected a model's weights")
+    for name, tensor in loaded.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path} holds no tensors by name (see {name!r:.60}); expected weights")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
+            raise CheckpointError(f"{path}: {name} is no plain tensor; save a dense one")
     return loaded
 
 

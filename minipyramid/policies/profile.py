@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from operator import itemgetter
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class Profile(Policy):
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
+        expect_type("lines", self.lines, (Tensor, NoneType), "a tensor or None")
         for level in self.levels:
             expect_type("a level", level, Level, "a Level")
             level.check()

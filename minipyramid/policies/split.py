@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from minipyramid.errors import ConfigError
+from minipyramid.errors import ConfigError, expect_type
 from minipyramid.policy import Generation, Policy, Seen
 
 
@@ -19,6 +19,8 @@ class Split(Policy):
     choice: Policy
 
     def __post_init__(self) -> None:
+        for name, policy in (("like", self.like), ("choice", self.choice)):
+            expect_type(name, policy, Policy, "a policy")
         if type(self.choice).hold is Policy.hold:
             raise ConfigError(
                 f"{type(self.choice).__name__} does not choose what is held, so it cannot be told how many; "

@@ -122,7 +122,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the last two: it is no name that a host can have
         listening.close()
         raise RequestError(f"--host {host} --port {port} cannot be served ({error}); name another") from error
     return listening

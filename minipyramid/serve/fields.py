@@ -132,11 +132,19 @@ def check_characters(values: dict[str, Any], context: int) -> None:
 
 def characters_of(given: Any) -> int:
     """Characters of messages, in all their contents and the parts of these."""
-    if isinstance(given, list):
-        return sum(map(characters_of, given))
-    if isinstance(given, dict):
-        return characters_of(given.get("content")) + characters_of(given.get("text"))
-    return len(given) if isinstance(given, str) else 0
+    waiting, count = (
+        [given],
+        0,
+    )  # a loop, for they may lie deeper in each other than a function may call itself
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        elif isinstance(one, dict):
+            waiting += [one.get("content"), one.get("text")]
+        elif isinstance(one, str):
+            count += len(one)
+    return count
 
 
 def wants_logprobs(values: dict[str, Any], chat: bool) -> bool:
