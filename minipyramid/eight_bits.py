@@ -44,7 +44,7 @@ def with_kv_dtype(config: ModelConfig, kv_dtype: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class EightBits:
-    """What `KVCache` holds in buffer of a tensor [capacity, K, S, D]: it is read and written like one."""
+    """What `KVCache` holds in place of a tensor [capacity, K, S, D]: it is read and written like one."""
 
     numbers: Tensor  # [..., D] int8
     scales: Tensor  # [...] float16
