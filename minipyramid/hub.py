@@ -48,6 +48,10 @@ def locate(
     if exists:
         gguf = " (GGUF files are not read)" if path.suffix.lower() == ".gguf" else ""
         raise CheckpointError(f"{name} is a file{gguf}; {EXPECTED}")
+    if name.startswith("shape:"):
+        raise CheckpointError(
+            f"{name} has no weights; plan it (--plan), or measure it with minipyramid.bench"
+        )
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name} does not exist; {EXPECTED}")
     from minipyramid.fetch import download, has_gguf  # a directory does without

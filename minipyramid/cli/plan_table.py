@@ -82,7 +82,7 @@ def table(plan: Plan, kv_memory: str | None) -> str:
     of them.
     """
     full = plan.kv_bytes_full // plan.bytes_per_token // plan.layers
-    lines = [f"{'layer':>5} {'prompt':>8} {'held':>8} {'of full':>8} {'bytes':>10} {'computed':>9}"]
+    lines = [f"{'layer':>5} {'prompt':>8} {'held':>8} {'of full':>8} {'bytes':>10} {'computed':>9}  held"]
     by_layer = (zip(*lengths, strict=True) for lengths in (plan.at(0), plan.kv_lengths, plan.computed))
     layers = zip(*by_layer, strict=True)
     for i, (prompt, held, computed) in enumerate(layers):

@@ -33,7 +33,6 @@ from minipyramid.policies.profile import replaced_positions
 from minipyramid.tokenizer import Tokenizer
 
 KV_BUDGET = 0.5  # where neither a policy nor a budget is given
-WARM_UP = 128  # tokens; first calls are slower, and neither side should pay for that
 
 
 def compare(args: argparse.Namespace, given: list[str]) -> Picture:
@@ -67,9 +66,10 @@ def compare(args: argparse.Namespace, given: list[str]) -> Picture:
         default = "" if budget == args.kv_budget else f" (the demo's default is {budget})"
         raise RequestError(f"{error}; give that as --kv-budget{default}, or longer prompts") from error
     policy = plan.requests[0][0]
-    # The policy itself and not the budget, which so few tokens may not come down to.
-    for llm in (full, pruned.under(policy)):
-        llm.generate([ids[0][:WARM_UP]], SamplingParams(max_new_tokens=1))
+    for llm in (full, pruned):
+        # All of it once, for what runs first is slower: with a shorter warm-up a prompt of 494 tokens took
+        # 0.07 s under a profile, and 0.03 when it came again.
+        llm.generate(ids, SamplingParams(max_new_tokens=args.max_new_tokens, ignore_eos=True))
     newest, sinks = 0, 0
     if isinstance(policy, PyramidConfig):
         newest, sinks = policy.recent_tokens(len(ids[0])), policy.streamingllm_sink_len
