@@ -504,6 +504,20 @@ def test_what_runs_longer_than_the_grace_is_cut(tiny_dir: Path) -> None:
         assert "Traceback" not in server.process.stderr.read()
 
 
+def test_a_body_that_never_comes_holds_up_no_end(tiny_dir: Path) -> None:
+    """Each left a traceback of 70 lines."""
+    with (
+        serving(tiny_dir, "--grace", "0") as server,
+        socket.create_connection((server.host, server.port), timeout=10) as raw,
+    ):
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw.sendall(head.encode() + b"Content-Length: 100\r\n\r\n{")
+        assert server.ask("GET", "/health")[0] == 200
+        assert server.stop() == 143
+        assert server.process.stderr
+        assert "Traceback" not in server.process.stderr.read()
+
+
 def test_a_request_that_comes_too_late_is_told_so(tiny_dir: Path) -> None:
     """One whose body was still coming at the end of the grace was taken, and cut off without an answer."""
     with serving(tiny_dir, "--grace", "0.3") as server:

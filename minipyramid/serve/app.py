@@ -25,7 +25,7 @@ from minipyramid.serve.fields import Asked, ModelNotFoundError, asked_of
 from minipyramid.serve.loopback import is_loopback
 from minipyramid.serve.metrics import Metrics
 from minipyramid.serve.page import PAGE
-from minipyramid.serve.worker import EndingError, Event, Ticket, Worker
+from minipyramid.serve.worker import STOPPED, EndingError, Event, Ticket, Worker
 
 MOST_BYTES = 8 << 20  # of a body
 BODY_S = 30.0  # in which a body must have come
@@ -60,6 +60,7 @@ class Service:
         self.live: dict[Ticket, None] = {}  # in the order in which they came
         self.preparing = asyncio.Lock()  # one at a time, for it takes a processor from the engine
         self.worker: Worker
+        self.reading: set[asyncio.Future[bytes]] = set()  # bodies that are still coming
         self.ending = False
 
     @contextlib.asynccontextmanager
@@ -112,10 +113,22 @@ class Service:
 
     # --- a request ---
 
+    async def read(self, request: HttpRequest) -> bytes:
+        """The body, unless the server ends before it is there."""
+        reading = asyncio.ensure_future(read_body(request))
+        self.reading.add(reading)
+        try:
+            return await reading
+        except asyncio.CancelledError as error:
+            raise RefusedError(503, STOPPED) from error
+        finally:
+            reading.cancel()
+            self.reading.discard(reading)
+
     async def answer(self, request: HttpRequest, chat: bool) -> Response:
         """From a body to a response, whatever is in it."""
         try:
-            body = json_object(await read_body(request), "the body")
+            body = json_object(await self.read(request), "the body")
             self.worker.coming += 1
             try:
                 async with self.preparing:
@@ -156,7 +169,7 @@ class Service:
     def admit(self, tickets: list[Ticket]) -> None:
         """Submit them, unless they would have to wait and too many do already."""
         if self.ending:
-            raise RefusedError(503, "the server is being stopped; ask again later")
+            raise RefusedError(503, STOPPED)
         most = self.limits.max_waiting
         if self._waiting(tickets) > most:
             told = f"the request is of {len(tickets)} sequences, of which more than {most} would have to wait"
@@ -179,6 +192,8 @@ class Service:
     def end_all(self) -> None:
         """End what runs and waits, and take nothing more; each client is told so."""
         self.ending = True
+        for reading in self.reading:
+            reading.cancel()
         self.worker.end_all()
 
     def leave(self, tickets: list[Ticket]) -> None:

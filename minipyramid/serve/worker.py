@@ -27,6 +27,9 @@ AFTER_ERROR_S = 0.1  # until a step is tried again
 Ranges = list[list[int]]  # first and last position of each run
 
 
+STOPPED = "the server is being stopped; ask again later"
+
+
 class EndingError(RequestError):
     """The server is being stopped."""
 
@@ -82,7 +85,7 @@ class Worker(threading.Thread):
 
     def end_all(self) -> None:
         """End what runs and waits."""
-        self._order(lambda: self._end_all(EndingError("the server is being stopped; ask again later")))
+        self._order(lambda: self._end_all(EndingError(STOPPED)))
 
     def close(self) -> None:
         """End after the step that is being computed."""
