@@ -52,9 +52,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | No
         return torch.cat(parts), None
     # `is_causal` aligns the triangle with the first key; tokens that follow held ones need it at the last
     # key.
-    mask = None
-    if T not in (1, n):
-        mask = torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
+    mask = None if T in (1, n) else torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
     out = F.scaled_dot_product_attention(*heads, mask, is_causal=n == T > 1, enable_gqa=K < H)
     return out[0].transpose(0, 1).flatten(1), None  # [T, H * D]
 

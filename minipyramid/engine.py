@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minipyramid.cache import HeldTokens, Row, Span
-from minipyramid.errors import RequestError, TokenizerError, expect_type
+from minipyramid.errors import CheckpointError, RequestError, TokenizerError, expect_type
 from minipyramid.model import Model
 from minipyramid.need import Planner, need_of
 from minipyramid.policy import FULL, Policy
@@ -285,6 +285,8 @@ class Engine:
             for (s, row), tokens in zip(together, to_compute, strict=True)
         ]
         logits = self.model.logits(self.model.extend(ids, spans))  # [B, vocab_size]
+        if not logits.isfinite().all():
+            raise CheckpointError(f"logits are not finite in {self.dtype}; load float32, or fetch it again")
         writes = [i for i, (sequence, _) in enumerate(together) if sequence.request.continuation is None]
         if writes:
             self._choose(logits[writes], [together[i][0] for i in writes])

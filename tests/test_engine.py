@@ -15,8 +15,19 @@ from typing import Any
 import pytest
 import torch
 from helpers import PROFILE, STEEP, prompts_of, say, write_checkpoint
+from safetensors.torch import load_file, save_file
 
-from minipyramid import LLM, ConfigError, Conversation, Engine, Policy, Request, RequestError, SamplingParams
+from minipyramid import (
+    LLM,
+    CheckpointError,
+    ConfigError,
+    Conversation,
+    Engine,
+    Policy,
+    Request,
+    RequestError,
+    SamplingParams,
+)
 from minipyramid.cache import KVCache
 from minipyramid.policies.held_share import HeldShare
 from minipyramid.policy import Generation, Seen
@@ -362,6 +373,20 @@ def test_lists_that_cannot_be_are_refused(tiny: LLM, lists: tuple[list[int], lis
 
     with pytest.raises(ConfigError, match="Wrong computes"):
         tiny.under(Wrong()).generate([list(range(3, 53))], FEW)
+
+
+def test_logits_that_are_not_finite_are_told(tmp_path: Path) -> None:
+    """Finite weights that overflow chose tokens by NaN, and wrote NaN where JSON has none."""
+    write_checkpoint(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"].fill_(3e38)
+    save_file(tensors, tmp_path / "model.safetensors")
+    llm = LLM(tmp_path, dtype="float32", policy="full")
+    with pytest.raises(CheckpointError, match="not finite"):
+        llm.generate([[5, 6, 7]])
+    with pytest.raises(CheckpointError, match="not finite"):
+        llm.prefill([5, 6, 7])
+    assert llm.engine.scheduler.bytes_in_flight == 0
 
 
 def test_a_layer_may_hold_nothing_of_a_prompt(tiny: LLM) -> None:
