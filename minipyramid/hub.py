@@ -18,6 +18,7 @@ SETTINGS = (
 # other names and in other layouts.
 WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "consolidated.*.pth")
 CONFIGURATIONS = ("config.json", "params.json")
+SHAPE = "shape:"  # before the name of a shape that is known without weights (`cli/shapes.py`)
 EXPECTED = "expected a checkpoint's directory or a hub repository id"
 
 
@@ -48,7 +49,7 @@ def locate(
     if exists:
         gguf = " (GGUF files are not read)" if path.suffix.lower() == ".gguf" else ""
         raise CheckpointError(f"{name} is a file{gguf}; {EXPECTED}")
-    if name.startswith("shape:"):
+    if name.startswith(SHAPE):
         raise CheckpointError(
             f"{name} has no weights; plan it (--plan), or measure it with minipyramid.bench"
         )

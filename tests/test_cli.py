@@ -209,6 +209,19 @@ def test_an_error_is_one_line_whatever_it_names(run: Any, tmp_path: Path) -> Non
     assert (status, err.count("\n")) == (2, 1)
 
 
+def test_a_name_that_is_too_long_is_no_output_that_cannot_be_written(run: Any, tmp_path: Path) -> None:
+    status, _, err = run("--batch", "x" * 300, "--output", str(tmp_path / "out"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "a file cannot be read or written" in err
+
+
+def test_a_shape_has_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was told to be no repository id, where the README has just planned it."""
+    assert main(["the fox", "--model", "shape:llama2-13b"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "shape:llama2-13b has no weights" in line
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("flags", [["the fox"], ["--version"], ["--help"]], ids=str)
 def test_a_full_disk_is_one_line(tiny_dir: Path, flags: list[str], unbuffered: str) -> None:

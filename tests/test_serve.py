@@ -578,6 +578,7 @@ def test_what_cannot_be_served_is_one_line(
 ) -> None:
     free = ["--port", "0"]
     for flags in (["--port", str(server.port)], ["--port", "70000"], ["--grace", "-1"], ["--host", "::1::"],
+                  ["--host", "\u00fc" * 70, "--api-key", "x"],
                   ["--kv-memory", "2", *free], ["--chat-format", "vicunia", *free]):  # fmt: skip
         assert main([*flags, "--model", str(tiny_dir)]) == 2
         assert capsys.readouterr().err.count("\n") == 1

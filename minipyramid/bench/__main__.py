@@ -13,9 +13,8 @@ from minipyramid.bench.growth import growth, growth_table
 from minipyramid.bench.served import served, served_table
 from minipyramid.bench.table import measure, table
 from minipyramid.bench.workers import serve
-from minipyramid.cli.shapes import PREFIX
 from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, exit_status, set_threads
-from minipyramid.hub import locate
+from minipyramid.hub import SHAPE, locate
 from minipyramid.policies import POLICIES
 from minipyramid.sizes import parse_bytes
 
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure and print, or be one of the processes that are measured."""
     check(args)
     set_threads(args.threads)
-    if not args.model.startswith(PREFIX):
+    if not args.model.startswith(SHAPE):
         args.model = str(locate(args.model))  # a repository's files, for all that reads them
     if args.serve:
         serve(args.serve, args)

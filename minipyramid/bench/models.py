@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from minipyramid import LLM, Engine
-from minipyramid.cli.shapes import PREFIX, shape_config
+from minipyramid.cli.shapes import shape_config
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.eight_bits import with_kv_dtype
 from minipyramid.formats.huggingface import read_config
 from minipyramid.formats.names import parameter_sources
 from minipyramid.formats.weights import parameter_of
+from minipyramid.hub import SHAPE
 from minipyramid.linear import reorder
 from minipyramid.model import Model
 from minipyramid.policies import pick_policy
@@ -25,8 +26,8 @@ SPREAD = 0.02  # standard deviation of random weights
 
 def config_of(args: argparse.Namespace) -> ModelConfig:
     """The model's configuration; no weights are read."""
-    if args.model.startswith(PREFIX):
-        config = shape_config(args.model.removeprefix(PREFIX), args.quantize)
+    if args.model.startswith(SHAPE):
+        config = shape_config(args.model.removeprefix(SHAPE), args.quantize)
     else:
         config = read_config(Path(args.model), args.quantize)
     return with_kv_dtype(config, args.kv_dtype)
@@ -45,7 +46,7 @@ def device_and_dtype(args: argparse.Namespace, config: ModelConfig) -> tuple[tor
 
 def load_llm(args: argparse.Namespace, policy: str, kv_budget: float | None) -> LLM:
     """This engine with the model's weights, under a policy."""
-    if not args.model.startswith(PREFIX):
+    if not args.model.startswith(SHAPE):
         return LLM(
             args.model,
             policy=policy,

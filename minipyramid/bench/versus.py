@@ -12,8 +12,9 @@ from minipyramid import RequestError
 from minipyramid.bench.methods import Run
 from minipyramid.bench.models import config_of, device_and_dtype, plain_kv_bytes, random_tensor
 from minipyramid.bench.work import make_work
-from minipyramid.cli.shapes import PREFIX, shape_dict
+from minipyramid.cli.shapes import shape_dict
 from minipyramid.formats.names import parameter_sources
+from minipyramid.hub import SHAPE
 
 
 def transformers_method(args: argparse.Namespace) -> Run:
@@ -65,8 +66,8 @@ def load_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         llama, config_class = library.LlamaForCausalLM, library.LlamaConfig
     except ImportError as error:
         raise RequestError(f"--versus needs transformers ({error}); pip install transformers") from error
-    if args.model.startswith(PREFIX):
-        raw = shape_dict(args.model.removeprefix(PREFIX))
+    if args.model.startswith(SHAPE):
+        raw = shape_dict(args.model.removeprefix(SHAPE))
         del raw["torch_dtype"]  # the weights are made in `dtype`
         with torch.device("meta"):
             model = llama(config_class(**raw, attn_implementation="sdpa", eos_token_id=None))

@@ -11,11 +11,9 @@ from torch import Tensor
 from minipyramid import LLM
 from minipyramid.calibrate.contexts import Contexts, Window, loss, profile_of
 from minipyramid.calibrate.search import (
-    CHOICES,
-    REPEAT,
-    Choice,
     Point,
     allot,
+    choices_of,
     choose_anew,
     curve,
     cuts,
@@ -69,7 +67,7 @@ class Search:
 
     def __init__(self, llm: LLM, windows: list[Window], lines: Tensor, repeats: bool, notice: Notice) -> None:
         self.llm, self.windows, self.lines, self.repeats, self.notice = llm, windows, lines, repeats, notice
-        self.choices: tuple[Choice, ...] = CHOICES + (REPEAT if repeats else ())
+        self.choices = choices_of(repeats)
         self.layers = llm.config.num_hidden_layers
         self.full = self.computing(whole_level(self.layers))
         self.expected = self.full.logprobs(self.full.profile.levels[0])

@@ -31,6 +31,11 @@ REPEAT: tuple[Choice, ...] = (("repeat", 0.5), ("repeat", 0.25))  # these take a
 Cost = Callable[[Level], float]  # a level's loss
 
 
+def choices_of(repeats: bool) -> tuple[Choice, ...]:
+    """What a layer may choose by, beside the newest alone."""
+    return CHOICES + (REPEAT if repeats else ())
+
+
 @dataclass(frozen=True)
 class Point:
     """A size that a layer may have, what it costs, and by which choice."""

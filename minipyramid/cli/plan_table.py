@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from minipyramid.cli.shapes import PREFIX, shape_config
+from minipyramid.cli.shapes import shape_config
 from minipyramid.cli.terminal import readable
 from minipyramid.config import ModelConfig
 from minipyramid.device import pick_device, pick_dtype
 from minipyramid.eight_bits import with_kv_dtype
 from minipyramid.errors import RequestError
 from minipyramid.formats.huggingface import read_config
-from minipyramid.hub import locate
+from minipyramid.hub import SHAPE, locate
 from minipyramid.need import Planner
 from minipyramid.plan import Plan
 from minipyramid.policies import pick_policy
@@ -27,8 +27,8 @@ def plan_of(args: argparse.Namespace, prompts: list[str], max_new_tokens: int) -
 
     Raises what loading would, and `RequestError` where neither texts nor `--prompt-tokens` are given.
     """
-    if args.model.startswith(PREFIX):
-        directory, config = Path(args.model), shape_config(args.model.removeprefix(PREFIX), args.quantize)
+    if args.model.startswith(SHAPE):
+        directory, config = Path(args.model), shape_config(args.model.removeprefix(SHAPE), args.quantize)
     else:
         directory = locate(args.model, args.revision)
         config = read_config(directory, args.quantize)
@@ -48,7 +48,7 @@ def count_tokens(
     args: argparse.Namespace, directory: Path, config: ModelConfig, prompts: list[str]
 ) -> list[int]:
     """How many tokens each prompt has; `RequestError` where there is nothing to count them with."""
-    if args.model.startswith(PREFIX):
+    if args.model.startswith(SHAPE):
         raise RequestError("a shape has no tokenizer to count a prompt with; give --prompt-tokens instead")
     tokenizer = load_tokenizer(directory, config.vocab_size)
     if tokenizer is None:

@@ -5,8 +5,8 @@ from typing import Any
 from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError, nearest
 from minipyramid.formats.huggingface import config_of
+from minipyramid.hub import SHAPE
 
-PREFIX = "shape:"
 # name: layers, hidden_size, heads, key/value heads, intermediate_size, vocabulary, context
 SHAPES = {
     "llama-125m": (12, 768, 12, 12, 2048, 32000, 16384),
@@ -38,4 +38,4 @@ def shape_dict(name: str) -> dict[str, Any]:
 
 def shape_config(name: str, quantize: str | None = None) -> ModelConfig:
     """The same, checked."""
-    return config_of(shape_dict(name), f"{PREFIX}{name}", quantize=quantize)
+    return config_of(shape_dict(name), f"{SHAPE}{name}", quantize=quantize)

@@ -134,11 +134,12 @@ def exit_status(command: Callable[[], None]) -> int:
         return 2
     except BrokenPipeError:  # the reader has seen enough, as in `minipyramid ... | head`
         discard_output()
-    except OSError as error:  # a full disk behind a redirection, say
-        discard_output()
-        of_a_file = error.filename is not None  # a name that is too long, say
-        told = "a file cannot be read or written" if of_a_file else "the output cannot be written"
-        print_error(f"{told} ({error})")
+    except OSError as error:
+        if error.filename is None:  # a full disk behind a redirection, say
+            discard_output()
+            print_error(f"the output cannot be written ({error})")
+        else:  # a name that is too long, say
+            print_error(f"a file cannot be read or written ({error})")
         return 2
     except Terminated:
         tell("minipyramid: terminated")

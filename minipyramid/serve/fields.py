@@ -132,10 +132,8 @@ def check_characters(values: dict[str, Any], context: int) -> None:
 
 def characters_of(given: Any) -> int:
     """Characters of messages, in all their contents and the parts of these."""
-    waiting, count = (
-        [given],
-        0,
-    )  # a loop, for they may lie deeper in each other than a function may call itself
+    # A loop, for they may lie deeper in each other than a function may call itself.
+    waiting, count = [given], 0
     while waiting:
         one = waiting.pop()
         if isinstance(one, list):

@@ -23,11 +23,9 @@ from minipyramid.serve.metrics import Metrics
 PICTURE_S = 0.2  # between two pictures of what a sequence holds
 NEXT_S, GATHER_S = 0.01, 0.1  # that an idle engine waits for a next request, and at most for all
 AFTER_ERROR_S = 0.1  # until a step is tried again
+STOPPED = "the server is being stopped; ask again later"
 
 Ranges = list[list[int]]  # first and last position of each run
-
-
-STOPPED = "the server is being stopped; ask again later"
 
 
 class EndingError(RequestError):
