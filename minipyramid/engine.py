@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minipyramid.cache import HeldTokens, Row, Span
-from minipyramid.errors import CheckpointError, RequestError, TokenizerError, expect_type
+from minipyramid.errors import RequestError, TokenizerError, expect_type, not_finite
 from minipyramid.model import Model
 from minipyramid.need import Planner, need_of
 from minipyramid.policy import FULL, Policy
@@ -285,8 +285,6 @@ class Engine:
             for (s, row), tokens in zip(together, to_compute, strict=True)
         ]
         logits = self.model.logits(self.model.extend(ids, spans))  # [B, vocab_size]
-        if not logits.isfinite().all():
-            raise CheckpointError(f"logits are not finite in {self.dtype}; load float32, or fetch it again")
         writes = [i for i, (sequence, _) in enumerate(together) if sequence.request.continuation is None]
         if writes:
             self._choose(logits[writes], [together[i][0] for i in writes])
@@ -298,15 +296,11 @@ class Engine:
 
     def _look_over(self, sequence: Sequence, row: Row) -> list[Tensor] | None:
         """The scores that the policy gives a prompt in an extra pass, which uses the sequence's row."""
-        start = row.position
 
         def compute(ids: list[int], policy: Policy) -> None:
-            told, context = sequence.request.name, self.config.max_position_embeddings
-            if start + len(ids) > context:
-                told += f" is looked over, which takes {start + len(ids)} tokens of a context of {context}"
-                raise RequestError(f"{told}; shorten it or take a policy that reads it once")
-            self.model.extend(self._tensor(ids), [Span(row, len(ids), policy)])
-            row.adopt(sequence.earlier)  # what the policy has held of the pass is let go
+            from minipyramid.extra_pass import run_extra  # most policies read a prompt once
+
+            run_extra(self.model, sequence, row, self._tensor(ids), policy)
 
         return sequence.policy.look_over(sequence.prompt, compute)
 
@@ -315,6 +309,8 @@ class Engine:
         if ids:
             x = self.model.extend(self._tensor(ids), [Span(row, len(ids))], all_positions=True)
             logits = torch.cat((logits, self.model.logits(x)))
+        if not logits.isfinite().all():
+            raise not_finite(self.dtype)
         sequence.logits = logits  # [1 + len(ids), vocab_size]
         self._end(sequence)
 
@@ -324,7 +320,12 @@ class Engine:
         logprobs: list[float | None] = [None] * len(sequences)
         if any(sequence.request.params.logprobs for sequence in sequences):
             logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
-        for sequence, token, logprob in zip(sequences, chosen.tolist(), logprobs, strict=True):
+        told = torch.stack((chosen, logits.isfinite().all(-1)), 1).tolist()
+        for sequence, (token, is_finite), logprob in zip(sequences, told, logprobs, strict=True):
+            if not is_finite:  # its neighbours go on
+                sequence.error = not_finite(self.dtype)
+                self._let_go(sequence)
+                continue
             piece = sequence.accept(token, logprob)
             if piece:
                 sequence.news.append((sequence, piece))

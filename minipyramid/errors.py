@@ -95,3 +95,8 @@ def nearest(name: str, valid: Collection[str]) -> str:
     """What was probably meant, and otherwise all that could be."""
     close = difflib.get_close_matches(str(name), valid, n=1)
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(valid)}"
+
+
+def not_finite(dtype: object) -> CheckpointError:
+    """For logits that overflowed, or come from weights that are broken: no token may be chosen by them."""
+    return CheckpointError(f"logits are not finite in {dtype}; load float32, or fetch it again")

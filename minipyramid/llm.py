@@ -273,7 +273,7 @@ class LLM:
         self._run(sequence)
         if sequence.logits is None:
             raise RequestError(f"{sequence.request.name} was cancelled before it was computed; ask again")
-        return sequence.logits
+        return sequence.logits.clone()  # which may be changed, for it is made outside inference mode
 
     def _run(self, sequence: Sequence) -> None:
         for _ in self.engine.run([sequence]):

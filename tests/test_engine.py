@@ -389,6 +389,46 @@ def test_logits_that_are_not_finite_are_told(tmp_path: Path) -> None:
     assert llm.engine.scheduler.bytes_in_flight == 0
 
 
+def test_logits_that_overflow_later_end_their_own_sequence(tiny_dir: Path) -> None:
+    """They chose token 0 again and again, with log-probabilities that are no numbers."""
+    llm = LLM(tiny_dir, dtype="float32", policy="full")
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=True)
+    prompts = [[5, 6, 7], [9, 8]]
+    expected = llm.generate(prompts, params)
+    logits, steps = llm.model.logits, []
+
+    def overflow(x: torch.Tensor) -> torch.Tensor:
+        steps.append(len(x))
+        found = logits(x)
+        if len(steps) > 3:
+            found[0, 7] = torch.nan
+        return found
+
+    llm.model.logits = overflow  # type: ignore[method-assign]
+    broken, whole = (llm.engine.add(Request(prompt, params)) for prompt in prompts)
+    while not (broken.ended and whole.ended):
+        llm.engine.step()
+        if broken.error:
+            llm.model.logits = logits  # type: ignore[method-assign]
+    assert isinstance(broken.error, CheckpointError)
+    assert broken.completion.token_ids == expected[0].token_ids[: len(broken.completion.token_ids)]
+    assert whole.error is None
+    assert whole.completion.token_ids == expected[1].token_ids
+    llm.model.logits = lambda x: logits(x).fill_(torch.inf)  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="not finite"):
+        llm.score([5, 6], [7, 8])
+    assert llm.engine.scheduler.bytes_in_flight == 0
+
+
+def test_logits_are_tensors_like_any_other(tiny: LLM) -> None:
+    """Made in inference mode, they could not be changed, nor used in training."""
+    (prefill,) = tiny.prefill([[5, 6, 7]])
+    prefill.logits[3] = -1e9
+    logits = tiny.logits([5, 6], [7])
+    logits /= 0.7
+    assert torch.nn.Linear(320, 1)(logits).requires_grad
+
+
 def test_a_layer_may_hold_nothing_of_a_prompt(tiny: LLM) -> None:
     @dataclass(frozen=True)
     class OneLayer(Policy):
