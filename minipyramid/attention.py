@@ -1,4 +1,4 @@
-"""Causal attention with grouped key/value heads, and how much the newest tokens look at the others.
+"""Causal attention with grouped key/value heads.
 
 Prompts and single steps are fastest with different code. A prompt's queries go through torch's fused kernel,
 which on a CPU never holds the matrix of probabilities, and which handles query heads that share a key/value
@@ -11,8 +11,6 @@ keys of one sequence, `N` tokens of a prompt, `P` slots of a page, `L` layers, `
 pending tokens.
 """
 
-import math
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -27,15 +25,15 @@ BLOCK = 256
 # Devices where a step's two products are sums of rows, for which keys lie by component. Elsewhere, and for
 # keys whose slab is mostly unused, they are products of matrices.
 BY_ROWS = ("cpu",)
-# Voters whose probabilities are held at a time.  [K, G, VOTERS_AT_ONCE, n] float32
-VOTERS_AT_ONCE = 64
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The newest T tokens of one sequence look at all keys before them, and at their own causally.
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, of_keys: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """T tokens of one sequence look at all keys up to their own positions.
 
-    q [T, H, D], keys and values [K, n, D] with the T tokens last  ->  [T, H * D], and where the kernel tells
-    it log(sum(exp(scores))) of every query, in float32 [H, T]
+    q [T, H, D], keys and values [K, n, D] with the T tokens last, their positions [T] and those of all keys
+    [n]  ->  [T, H * D], and where the kernel tells it log(sum(exp(scores))) of every query, in float32 [H, T]
     """
     (T, H, _), (K, n, _) = q.shape, keys.shape
     heads = q.transpose(0, 1)[None], keys[None], values[None]  # [1, H, T, D], [1, K, n, D]
@@ -47,12 +45,12 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | No
         # end.
         parts = []
         for start in range(0, T, BLOCK):
-            end = n - T + min(start + BLOCK, T)
-            parts.append(attend(q[start : start + BLOCK], keys[:, :end], values[:, :end])[0])
+            some, seen = slice(start, start + BLOCK), slice(n - T + min(start + BLOCK, T))
+            parts.append(attend(q[some], keys[:, seen], values[:, seen], positions[some], of_keys[seen])[0])
         return torch.cat(parts), None
     # `is_causal` aligns the triangle with the first key; tokens that follow held ones need it at the last
-    # key.
-    mask = None if T in (1, n) else torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
+    # key, and the first of them see nothing that was guessed of later ones.
+    mask = None if T in (1, n) else of_keys <= positions[:, None]  # [T, n]
     out = F.scaled_dot_product_attention(*heads, mask, is_causal=n == T > 1, enable_gqa=K < H)
     return out[0].transpose(0, 1).flatten(1), None  # [T, H * D]
 
@@ -111,45 +109,3 @@ def sums_of_rows(weights: Tensor, matrices: Tensor) -> Tensor:
     rows, by_weight = (first + torch.arange(r, dtype=torch.int32)).flatten(0, 1), weights.flatten(0, 1)
     summed = F.embedding_bag(rows, matrices.flatten(0, 2), mode="sum", per_sample_weights=by_weight)
     return summed.view(B, H, -1)
-
-
-def looks(q: Tensor, keys: Tensor, logsumexp: Tensor | None, context: int) -> Iterator[tuple[slice, Tensor]]:
-    """How much each of the newest V tokens looks at each of the first `context` keys, a block at a time.
-
-    q [V, H, D] are their queries, keys [K, n, D] all that the layer attended to, theirs last, logsumexp [H,
-    V] the log of what a softmax divides by, where attention returned it  ->  which of the V tokens a block is
-    of, and their probabilities [K, G, block, context] float32
-
-    So no n x n matrix is ever held. With the published settings it takes 3 % of the time of a prompt of 512
-    tokens, 6 % of 2,048 (12 layers, hidden size 768, float32, two cores).
-    """
-    (V, H, D), (K, n, _) = q.shape, keys.shape
-    # Without the log of the sum a softmax needs all keys.
-    visible = n if logsumexp is None else context
-    for start in range(0, V, VOTERS_AT_ONCE):
-        block = slice(start, start + VOTERS_AT_ONCE)
-        # Divided here, where they are few, and not after the product.
-        queries = (q[block] / math.sqrt(D)).view(-1, K, H // K, D)
-        grouped = queries.permute(1, 2, 0, 3).flatten(1, 2)  # [K, G * block, D]
-        scores = (grouped @ keys[:, :visible].transpose(1, 2)).float().view(K, H // K, -1, visible)
-        first = n - V + start  # the place of the block's first token among the keys
-        if visible > first + 1:
-            unseen = torch.ones(*scores.shape[2:], dtype=torch.bool, device=q.device).triu(first + 1)
-            scores.masked_fill_(unseen, -math.inf)
-        if logsumexp is None:
-            probs = scores.softmax(-1)[..., :context]
-        else:
-            probs = scores.sub_(logsumexp[:, block].view(K, H // K, -1, 1)).exp_()
-        yield block, probs
-
-
-def votes(
-    q: Tensor, keys: Tensor, logsumexp: Tensor | None, context: int, weights: Tensor | None = None
-) -> Tensor:
-    """The probabilities of `looks`, weighted with weights [V] and added up.  [K, G, context] float32"""
-    (V, H, _), K = q.shape, len(keys)
-    weights = torch.ones(V, device=q.device) if weights is None else weights
-    total = torch.zeros(K, H // K, context, device=q.device)
-    for block, probs in looks(q, keys, logsumexp, context):
-        total += weights[block] @ probs
-    return total

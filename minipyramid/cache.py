@@ -46,7 +46,8 @@ class Row:
         for length, kept in zip(self.lengths, self.kept, strict=True):
             # Behind these come the pending tokens.
             pending = list(range(self.position - (length - kept.shape[1]), self.position))
-            heads: list[list[int]] = [head + pending for head in kept.tolist()]
+            # What was guessed stands before the first tokens, which were computed after it.
+            heads: list[list[int]] = [sorted(head) + pending for head in kept.tolist()]
             layers.append(heads if len(heads) > 1 else heads[0])
         return layers
 
@@ -171,15 +172,13 @@ class KVCache:
         count = group + pending.count  # `take_due_group` has already taken the group off
         oldest = row.position - count
         for layer, stay in enumerate(pending.generation.stay):
-            votes, end = self.votes[layer][row.index], row.lengths[layer]
+            votes, start = self.votes[layer][row.index], row.lengths[layer] - count
             best = top_scored(votes[:group], stay)
-            start = end - count
-            end -= group - stay
-            slots = torch.cat((best, torch.arange(group, count, device=best.device)))
+            left = torch.cat((best, torch.arange(group, count, device=best.device)))  # of the pending tokens
+            end = row.lengths[layer] = start + len(left)
             for slab in (self.keys[layer], self.values[layer]):
-                slab[row.index, :, start:end] = slab[row.index, :, start + slots]
+                slab[row.index, :, start:end] = slab[row.index, :, start + left]
             votes.copy_(torch.cat((votes[group:], votes.new_zeros(group))))
-            row.lengths[layer] = end
             survivors = (oldest + best.int()).expand(len(row.kept[layer]), -1)
             row.kept[layer] = torch.cat((row.kept[layer], survivors), dim=1)
 

@@ -99,30 +99,34 @@ def attend_and_hold(
     The tokens look at all that the layer holds and computes, so what it puts out is exact. Then it holds
     `held` of the T tokens in its cache and passes `passed_on` of them on to the next layer.
 
-    parts, of the T tokens: positions [T], their cosines and sines, q, k and v  ->  what attention found for
-    those passed on [passed_on, H * D], and which they are [passed_on]
+    parts, of the T tokens: hidden states [T, hidden_size], positions [T], their cosines and sines, q, k and v
+    ->  what attention found for those passed on [passed_on, H * D], and which they are [passed_on]
     """
-    positions, cos, sin, q = parts[:4]  # [T], two of [T, 1, D / 2], [T, H, D]
-    k, v = (t.transpose(0, 1) for t in parts[4:])  # two of [K, T, D]
+    x, positions, cos, sin, q = parts[:5]  # [T, hidden_size], [T], two of [T, 1, D / 2], [T, H, D]
+    k, v = (t.transpose(0, 1) for t in parts[5:])  # two of [K, T, D]
     T, row = len(q), span.row
-    keys, values = k, v
+    keys, values, of_keys = k, v, positions
     if row.lengths[layer]:
         keys, values = (torch.cat(pair, 1) for pair in zip(row.read(layer), (k, v), strict=True))  # [K, n, D]
+        of_keys = torch.cat((row.kept[layer][0], positions))  # [n]
     # After the last layer only the newest token is wanted, so no other query is asked.
     newest_only = passed_on == 1 and layer == len(row.lengths) - 1
-    out, logsumexp = attend(q[-1:] if newest_only else q, keys, values)
+    asking = slice(T - 1 if newest_only else 0, T)
+    out, logsumexp = attend(q[asking], keys, values, positions[asking], of_keys)
     of_all = None if newest_only and T > 1 else logsumexp  # of every query, or not at all
     looked_over = None
     if span.looked_over and layer < len(span.looked_over):
         looked_over = span.looked_over[layer][:, positions - row.position]  # [K, T]
     seed = span.seed * len(row.lengths) + layer
-    seen = Seen(q, keys, values, of_all, (cos[-1:], sin[-1:]), layer, span.count, seed, looked_over)
+    seen = Seen(q, keys, values, of_all, (cos, sin), x, out, layer, span.count, seed, looked_over)
     everything = torch.arange(T, device=q.device)
     chosen = span.policy.hold(seen, held) if held < T else everything  # [held] or [K, held]
     row.write(layer, *span.policy.entries(seen, chosen), positions[chosen])
     if newest_only or passed_on == T:
         return out, everything[-passed_on:]
     which = span.policy.pass_on(seen, passed_on)
+    for deeper, keys, values, guessed in span.policy.guess(seen, which):
+        row.write(deeper, keys, values, positions[guessed])
     return out[which], which
 
 
@@ -161,7 +165,7 @@ class Model(nn.Module):
         x = F.embedding(ids, self.embed_tokens)  # [T, hidden_size]
         for i, layer in enumerate(cast("Iterable[Layer]", self.layers)):
             counts = [lengths[i] for lengths in computed]
-            parts = (torch.split(t, counts) for t in (positions, cos, sin, *layer.qkv(x, cos, sin)))
+            parts = (torch.split(t, counts) for t in (x, positions, cos, sin, *layer.qkv(x, cos, sin)))
             attended, remaining, start = [], [], 0
             for span, holds, lengths, *part in zip(spans, held, computed, *parts, strict=True):
                 out, which = attend_and_hold(span, i, part, held=holds[i], passed_on=lengths[i + 1])

@@ -19,13 +19,12 @@ PyramidInfer (`minipyramid/pyramid.py`) and those of `minipyramid/policies/`.
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minipyramid.attention import votes
 from minipyramid.errors import ConfigError, check_number
 
 
@@ -37,7 +36,9 @@ class Seen:
     keys: Tensor  # [K, n, D] rotated; theirs are the last T, after those of earlier turns
     values: Tensor  # [K, n, D]
     logsumexp: Tensor | None  # [H, T] log of the sum under each query's softmax, if the kernel returned it
-    rotation: tuple[Tensor, Tensor]  # cosines and sines at the newest token's position, [1, 1, D / 2]
+    rotation: tuple[Tensor, Tensor]  # cosines and sines at their positions, two of [T, 1, D / 2]
+    x: Tensor  # [T, hidden_size] their hidden states, as the layer received them
+    attended: Tensor  # [T, H * D] what attention found for them; of the last layer the newest one's alone
     layer: int  # 0-based
     prompt_tokens: int  # N: layer 0 computed so many
     seed: int = 0  # of this prompt and layer, the same in every batch
@@ -45,6 +46,8 @@ class Seen:
 
     def votes(self, voters: int, weights: Tensor | None = None) -> Tensor:
         """How much the newest `voters` of the T tokens look at each one before them.  [K, G, T - voters]"""
+        from minipyramid.voting import votes  # `full` does without
+
         T, n = len(self.q), self.keys.shape[1]
         logsumexp = None if self.logsumexp is None else self.logsumexp[:, T - voters :]
         return votes(self.q[T - voters :], self.keys, logsumexp, n - voters, weights)[..., n - T :]
@@ -98,7 +101,9 @@ class Policy:
         return [prompt_tokens] * layers
 
     def held(self, prompt_tokens: int, layers: int) -> list[int]:
-        """Tokens of the prompt that each layer leaves in its cache, at most as many as it computes."""
+        """Tokens of the prompt that each layer leaves in its cache: of those that it computes, and those that
+        `guess` has written before.
+        """
         return self.computed(prompt_tokens, layers)
 
     def look_over(self, ids: list[int], compute: "Compute") -> list[Tensor] | None:
@@ -117,6 +122,13 @@ class Policy:
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """Which of the T tokens the next layer receives, where it receives fewer.  [count] ascending"""
         raise ConfigError(f"{type(self).__name__} computes less with depth, so it needs pass_on")
+
+    def guess(self, seen: Seen, passed_on: Tensor) -> "Iterable[Guess]":
+        """What deeper layers hold of tokens that leave here, which they never compute.
+
+        Asked where fewer than T are passed on; a layer holds what is guessed before it computes anything.
+        """
+        return ()
 
     def hold(self, seen: Seen, count: int) -> Tensor:
         """Which of the T tokens the layer holds; asked where it holds fewer than it computes.
@@ -157,6 +169,8 @@ class Policy:
 
 
 FULL = Policy()
+# A deeper layer, keys and values [K, g, D] for it, and which of the T tokens they are of [g].
+Guess = tuple[int, Tensor, Tensor, Tensor]
 Compute = Callable[[list[int], Policy], None]  # run tokens through the layers; nothing of them stays held
 # Weights of the new tokens' votes, and the slots they are for, two of [B, U]; None where nothing is voted on.
 VotesToCast = tuple[Tensor, Tensor] | None

@@ -188,7 +188,23 @@ def ascending(levels: list[Level], stand_ins: bool) -> tuple[Level, ...]:
     return with_stand_ins(ordered) if stand_ins else ordered
 
 
-PROFILES = st.builds(
+def guesses_of(depth: int) -> torch.Tensor:
+    """Guesses of the tiny model that were fitted to nothing, of the layers behind so many."""
+    generator = torch.Generator().manual_seed(13)
+    return torch.randn(3 - depth, 32 + 32 + 1, 2 * 2 * 8, generator=generator) / 4
+
+
+def with_guesses(profile: Profile, depth: int, behind: float, held: list[float]) -> Profile:
+    """The same, cut behind `depth` layers, where its levels hold these shares, or a half or a third."""
+    computed = (1.0,) * depth + (behind,) * (3 - depth)
+    levels = [
+        replace(level, computed=computed, held=tuple(share / (i + 1) for share in held))
+        for i, level in enumerate(profile.levels)
+    ]
+    return replace(profile, levels=tuple(levels[::-1]), guesses=guesses_of(depth))
+
+
+_PROFILES = st.builds(
     Profile,
     st.tuples(
         st.lists(_LEVELS, min_size=1, max_size=3, unique_by=lambda level: round(level.share, 6)),
@@ -200,6 +216,12 @@ PROFILES = st.builds(
     fewest=st.sampled_from([0, 1, 5, 64]),
     fewest_recent=st.sampled_from([0, 3, 64]),
     lines=st.just(lines_of(3)),
+)
+PROFILES = st.one_of(
+    _PROFILES,
+    st.builds(
+        with_guesses, _PROFILES, st.sampled_from([1, 2]), st.sampled_from([0.02, 0.1, 0.3, 0.5, 0.8]), _SHARES
+    ),
 )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from minipyramid.policies.profile import Profile
 
 VOTERS = 64
+Guesses = dict[int, dict[int, tuple[Tensor, Tensor]]]  # layer: position: key and value
 
 
 class SlowProfile(Oracle):
@@ -34,31 +35,64 @@ class SlowProfile(Oracle):
         computed = self.profile.computed(len(prompt), self.layers)
         counts = self.profile.held(len(prompt), self.layers)
         repeated = self.say_again(prompt)
+        guesses: Guesses = {}
         positions, x = list(range(len(prompt))), self.tensors["model.embed_tokens.weight"][prompt]
+        received = found = x  # of the layer before: what it received, and what attention found
         for i in range(self.layers):
             if computed[i] < len(positions):  # what the layer before has passed on
                 first = min(self.profile.sinks, computed[i] - 1)
                 newest = len(positions) - (computed[i] - first)
                 stay = [*range(first), *range(newest, len(positions))]
+                left = [j for j in range(len(positions)) if j not in stay]
+                if self.profile.guesses is not None and i == self.layers - len(self.profile.guesses):
+                    more = [max(0, b - a) for a, b in zip(computed, counts, strict=True)]
+                    guesses = self.guess(left, positions, (received, found), more)
                 positions, x = [positions[j] for j in stay], x[stay]
             q, k, v = self.project(i, x, positions)
-            out, probs = self.attend(q, k, v, positions, positions)
+            guessed = guesses.get(i, {})
+            known = [torch.stack([kv[n] for kv in guessed.values()]) for n in (0, 1)] if guessed else []
+            all_k, all_v = (
+                (torch.cat(pair) for pair in zip(known, (k, v), strict=True)) if guessed else (k, v)
+            )
+            out, probs = self.attend(q, all_k, all_v, positions, [*guessed, *positions])
+            probs = probs[..., len(guessed) :]
             scores = []
             for g in range(self.kv_heads):
                 of_head = self.score(i, g, probs, k[:, g], v[:, g])
                 scores.append(of_head | {"repeat": repeated[i][g, positions].tolist()})
             stands = self.profile.level(self.profile.share).stand_ins is not None
-            stands = stands and max(1, self.profile.fewest) < counts[i] < len(prompt)
+            own = min(counts[i], len(positions))
+            stands = stands and max(1, self.profile.fewest) < own and counts[i] < len(prompt)
             place = min(self.profile.sinks, len(positions) - 2) if stands else None
             self.stands_in.append(None if place is None else positions[place])
-            chosen = [self.choose(i, s, counts[i], place) for s in scores]
-            self.held.append([sorted(positions[j] for j in of_head) for of_head in chosen])
-            self.cache.append((dict(zip(positions, k, strict=True)), dict(zip(positions, v, strict=True))))
+            chosen = [self.choose(i, s, own, place) for s in scores]
+            self.held.append([sorted([*guessed, *(positions[j] for j in of_head)]) for of_head in chosen])
+            keys, values = ({p: kv[n] for p, kv in guessed.items()} for n in (0, 1))
+            keys |= dict(zip(positions, k, strict=True))
+            values |= dict(zip(positions, v, strict=True))
+            self.cache.append((keys, values))
+            received, found = x, out
             x = self.after_attention(i, x, out)
         rows = [self.head(x[-1])]
         for t, token in enumerate(continuation):
             rows.append(self.read(token, len(prompt) + t, len(prompt)))
         return torch.stack(rows)
+
+    def guess(
+        self, left: list[int], positions: list[int], left_with: tuple[Tensor, Tensor], more: list[int]
+    ) -> Guesses:
+        """In every layer that holds more than it computes, the newest of what leaves."""
+        behind, (x, found) = self.profile.guesses, left_with
+        assert behind is not None
+        guesses: Guesses = {}
+        for i in range(self.layers - len(behind), self.layers):
+            guesses[i] = {}
+            for j in left[len(left) - more[i] :]:
+                scale = 1 / (x[j].square().mean() + 1e-6).sqrt()
+                known = torch.cat((x[j] * scale, found[j], torch.ones(1)))
+                key, value = (known @ behind[i - self.layers]).view(2, self.kv_heads, self.D)
+                guesses[i][positions[j]] = self.turn(key[None], [positions[j]])[0], value
+        return guesses
 
     def read(self, token: int, position: int, prompt_tokens: int) -> Tensor:
         """One token after the prompt: every head attends to what it holds and to all that was read since."""

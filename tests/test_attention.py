@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipyramid import attention
-from minipyramid.attention import attend_each, mixed, scores_of
+from minipyramid.attention import attend, attend_each, mixed, scores_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -82,3 +82,24 @@ def test_a_long_slab_that_is_mostly_unused_is_not_read_whole(monkeypatch: pytest
     for n in (40, 49, 50, 90):
         scores_of(torch.randn(1, 4, 16), keys, n)
     assert widths == [40, 49, 100, 100]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_a_token_looks_at_none_of_a_later_position(tokens: int) -> None:
+    """Keys that stand before a prompt's own may be of later tokens (guesses), which the first must not see.
+
+    300 tokens are more than one block.
+    """
+    generator = torch.Generator().manual_seed(tokens)
+    q = torch.randn(tokens, 4, 8, generator=generator)
+    keys, values = (torch.randn(2, 20 + tokens, 8, generator=generator) for _ in range(2))
+    positions = torch.cat((torch.arange(3), torch.arange(40, 400)))[:tokens]
+    if tokens == 1:  # the newest of all
+        positions += 40
+    of_keys = torch.cat((torch.randperm(40, generator=generator)[:20], positions))
+    out, _ = attend(q, keys, values, positions, of_keys)
+    visible = of_keys <= positions[:, None]
+    for head in range(4):
+        scores = q[:, head] @ keys[head // 2].T / 8**0.5
+        expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ values[head // 2]
+        torch.testing.assert_close(out.view(tokens, 4, 8)[:, head], expected)

@@ -62,9 +62,10 @@ def windows_of(lengths: list[int], following: int = 7) -> list[Window]:
 def test_what_a_level_costs_is_what_the_engine_does_under_it(tiny: LLM, profile: Profile) -> None:
     """Recorded contexts, of which one level after another holds a part, answer as the engine itself does."""
     windows, level = windows_of([60, 41]), profile.levels[-1]
-    held = Profile((level,), share=level.share, fewest=0, lines=lines_of(3))
+    held = Profile((level,), share=level.share, fewest=0, lines=lines_of(3), guesses=profile.guesses)
     contexts = Contexts(tiny, windows, held, repeats=True)
-    contexts.logprobs(PROFILE.level(0.9))  # what stood in the rows before leaves nothing behind
+    others = tuple(share / 2 for share in level.computed)
+    contexts.logprobs(replace(level, held=others))  # what stood in the rows before leaves nothing behind
     got = contexts.logprobs(level).view(2, 2, 7, -1)
     for window, rows in zip(windows, got, strict=True):
         for continuation, logprobs in zip((window.following, window.again), rows, strict=True):
@@ -120,7 +121,7 @@ def test_the_lines_are_those_that_foretell_a_score_that_lies_on_one(tiny: LLM) -
 def test_a_line_is_fitted_to_scores_only() -> None:
     q, keys, values = torch.zeros(90, 4, 8), torch.zeros(2, 90, 8), torch.zeros(2, 90, 8)
     rotation = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
-    seen = Seen(q, keys, values, None, rotation, layer=0, prompt_tokens=90)
+    seen = Seen(q, keys, values, None, rotation, q, q, layer=0, prompt_tokens=90)
     with pytest.raises(ValueError, match="without its repeated scores"):
         LineFit().add([seen])
 

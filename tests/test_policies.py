@@ -46,7 +46,7 @@ def seen_of(tokens: int, former: int = 0, seed: int = 0) -> Seen:
     unseen = torch.ones(tokens, former + tokens, dtype=torch.bool).triu(former + 1)
     logsumexp = scores.masked_fill(unseen, -math.inf).logsumexp(-1)
     rotation = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
-    return Seen(q, keys, values, logsumexp, rotation, layer=1, prompt_tokens=tokens, seed=seed)
+    return Seen(q, keys, values, logsumexp, rotation, q, q, layer=1, prompt_tokens=tokens, seed=seed)
 
 
 def looked_at(seen: Seen, head: int, voters: range) -> list[float]:

@@ -328,7 +328,7 @@ def test_stand_ins_are_read_as_they_were_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "kind", "told"),
     [
-        ({"others": torch.zeros(3)}, CheckpointError, "expected lines or stand_ins"),
+        ({"others": torch.zeros(3)}, CheckpointError, "expected lines, stand_ins, guesses"),
         ({"stand_ins": torch.zeros(3, 2, 2, 8)}, CheckpointError, "stand_ins are [3, 2, 2, 8]"),
         ({"stand_ins": torch.full((1, 3, 2, 2, 8), math.nan)}, CheckpointError, "finite numbers on 5 axes"),
         ({"stand_ins": torch.full((1, 3, 2, 2, 8), 1e6)}, CheckpointError, "finite numbers on 5 axes"),

@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> None:
     with CalibrationLine(measurements(layers, len(budgets), args.repeat), quiet=args.quiet) as line:
         search = Search(llm, to_fit, fitted_lines(llm, to_fit, line), args.repeat, line.update)
         found = search.find(budgets)
-        rows = check_levels(Search(llm, to_check, search.lines, args.repeat, line.update), found.levels)
+        checked = Search(llm, to_check, search.lines, args.repeat, line.update, guesses=search.guesses)
+        rows = check_levels(checked, found.levels)
     measured = {"model": Path(args.model).name or args.model, "dtype": str(llm.dtype).removeprefix("torch.")}
     measured |= {"text": Path(args.text).name, "context": args.context, "following": args.following}
     measured |= {"samples": args.samples, "seed": args.seed, "levels": rows}
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
             "no level does better than an even split on the windows that it was not fitted to; "
             "give a longer --text or more --samples"
         )
-    write_profile(out, levels, search.lines, measured)
+    write_profile(out, levels, search.lines, measured, guesses=search.guesses)
     if args.plot is not None:
         plot(found, Path(args.plot))
     told = measured | found.as_dict() | {"out": str(out)}

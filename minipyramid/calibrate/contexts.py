@@ -11,7 +11,7 @@ second, and not a prompt.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -23,7 +23,7 @@ from minipyramid.need import Need
 from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile
 from minipyramid.policies.repeat import say_again
-from minipyramid.policy import Compute, Policy, Seen
+from minipyramid.policy import Compute, Guess, Policy, Seen
 
 AGAIN = 0.3  # weight of what is said again, beside 1 for the text that follows
 
@@ -55,8 +55,16 @@ class Recorder(Policy):
         return self.profile.computed(prompt_tokens, layers)
 
     def held(self, prompt_tokens: int, layers: int) -> list[int]:
-        """Nothing."""
+        """Nothing of what it computes."""
         return [0] * layers
+
+    def kv_lengths(self, prompt_tokens: int, new_tokens: int, layers: int) -> list[int]:
+        """What is guessed: later tokens of the prompt attend to it."""
+        return [count + new_tokens for count in self.profile.guessed(prompt_tokens)]
+
+    def guess(self, seen: Seen, passed_on: Tensor) -> list[Guess]:
+        """As the profile."""
+        return self.profile.guess(seen, passed_on)
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """As the profile."""
@@ -95,9 +103,9 @@ def cut_windows(
     return windows
 
 
-def profile_of(level: Level, lines: Tensor | None = None) -> Profile:
+def profile_of(level: Level, lines: Tensor | None = None, guesses: Tensor | None = None) -> Profile:
     """The profile that computes and holds just what a level says."""
-    return Profile((level,), share=level.share, fewest=0, lines=lines)
+    return Profile((level,), share=level.share, fewest=0, lines=lines, guesses=guesses)
 
 
 class Contexts:
@@ -110,7 +118,12 @@ class Contexts:
         self.standing: dict[tuple[int, int], tuple[int, str, float]] = {}
         self.stand_ins: Tensor | None = None  # of the level whose choice now stands in the rows
         for window in windows:
-            self.seen.append(recorded(llm, profile, window.context, repeats))
+            seen = recorded(llm, profile, window.context, repeats)
+            # Hidden states are large, and are read behind one layer only.
+            nothing = torch.empty(0)
+            self.seen.append(
+                [s if s.layer + 1 == profile.depth else replace(s, x=nothing, attended=nothing) for s in seen]
+            )
 
     @cached_property
     def rows(self) -> list[tuple[Row, Row]]:
@@ -124,7 +137,7 @@ class Contexts:
     @torch.inference_mode()
     def logprobs(self, level: Level) -> Tensor:
         """Log-probabilities behind what is held by a level.  [2 * windows * following, vocab_size]"""
-        profile = profile_of(level, self.profile.lines)
+        profile = self.profile_of(level)
         if level.stand_ins is not self.stand_ins:
             self.standing, self.stand_ins = {}, level.stand_ins
         ids: list[int] = []
@@ -132,7 +145,8 @@ class Contexts:
         for window, rows, seen in zip(self.windows, self.rows, self.seen, strict=True):
             counts = profile.held(len(window.context), len(seen))
             for layer, (of_layer, count) in enumerate(zip(seen, counts, strict=True)):
-                self.hold(rows, of_layer, profile, (count, level.scores[layer], level.newest[layer]))
+                how = (count, level.scores[layer], level.newest[layer])
+                self.hold(rows, seen, of_layer, profile, how)
             for row, continuation in zip(rows, (window.following, window.again), strict=True):
                 row.position = len(window.context)
                 spans.append(Span(row, len(continuation)))
@@ -140,13 +154,32 @@ class Contexts:
         x = self.llm.model.extend(torch.tensor(ids, device=self.llm.device), spans, all_positions=True)
         return self.llm.model.logits(x).log_softmax(-1)
 
-    def hold(self, rows: tuple[Row, Row], seen: Seen, profile: Profile, how: tuple[int, str, float]) -> None:
+    def profile_of(self, level: Level) -> Profile:
+        """Of a level that is computed as these contexts are."""
+        return profile_of(level, self.profile.lines, self.profile.guesses)
+
+    def hold(
+        self,
+        rows: tuple[Row, Row],
+        by_layer: list[Seen],
+        seen: Seen,
+        profile: Profile,
+        how: tuple[int, str, float],
+    ) -> None:
         """Leave in both rows what a layer holds; nothing is copied where it stands there already."""
         count, layer = how[0], seen.layer
         same = self.standing.get((rows[0].index, layer)) == how
         if not same:
             self.standing[rows[0].index, layer] = how
             keys, values = chosen_of(seen, profile, count)
+            if count > len(seen.q):
+                cut = by_layer[(profile.depth or 0) - 1]
+                guesses = {
+                    of: kv for of, *kv, _ in profile.guess(cut, profile.passed_on(len(cut.q), len(seen.q)))
+                }
+                keys, values = (
+                    torch.cat(pair, 1) for pair in zip(guesses[layer], (keys, values), strict=True)
+                )
         for row in rows:
             row.lengths[layer] = count if same else 0  # what followed before is overwritten
             row.kept[layer] = row.kept[layer][:, : row.lengths[layer]]
@@ -155,7 +188,7 @@ class Contexts:
 
 
 def chosen_of(seen: Seen, policy: Policy, count: int) -> tuple[Tensor, Tensor]:
-    """Keys and values that a policy holds of a layer.  two of [K, count, D]"""
+    """Keys and values that a policy holds of what a layer computes.  two of [K, count, D], or of all"""
     T = len(seen.q)
     everything = torch.arange(T, device=seen.q.device)
     return policy.entries(seen, policy.hold(seen, count) if count < T else everything)

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from minipyramid import LLM
 from minipyramid.calibrate.contexts import Contexts, Window, loss, profile_of
+from minipyramid.calibrate.guesses import fit_guesses
 from minipyramid.calibrate.search import (
+    GUESSED,
     Point,
     allot,
+    allot_beside_guesses,
     choices_of,
     choose_anew,
     curve,
@@ -20,6 +23,7 @@ from minipyramid.calibrate.search import (
     exchange,
     hull_below,
     whole_level,
+    with_guesses,
 )
 from minipyramid.calibrate.stand_ins import fit_stand_ins
 from minipyramid.policies.levels import Level
@@ -63,10 +67,21 @@ class Search:
         lines: of the score `fitted`.
         repeats: whether layers may choose by the score `repeat`.
         notice: called after each measurement.
+        guesses: weights by the depth of the cut; what is missing is fitted, and put there.
     """
 
-    def __init__(self, llm: LLM, windows: list[Window], lines: Tensor, repeats: bool, notice: Notice) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        windows: list[Window],
+        lines: Tensor,
+        repeats: bool,
+        notice: Notice,
+        *,
+        guesses: dict[int, Tensor] | None = None,
+    ) -> None:
         self.llm, self.windows, self.lines, self.repeats, self.notice = llm, windows, lines, repeats, notice
+        self.guesses = {} if guesses is None else guesses
         self.choices = choices_of(repeats)
         self.layers = llm.config.num_hidden_layers
         self.full = self.computing(whole_level(self.layers))
@@ -74,7 +89,13 @@ class Search:
 
     def computing(self, level: Level) -> Contexts:
         """The windows' contexts as a level computes them."""
-        return Contexts(self.llm, self.windows, profile_of(level, self.lines), self.repeats)
+        guesses, depth = None, level.depth
+        if level.guesses:
+            if depth not in self.guesses:
+                self.guesses[depth] = fit_guesses(self.llm, self.windows, depth)
+                self.notice("fits guesses")
+            guesses = self.guesses[depth]
+        return Contexts(self.llm, self.windows, profile_of(level, self.lines, guesses), self.repeats)
 
     def cost(self, contexts: Contexts, level: Level) -> float:
         """What the search makes small: a level's loss on contexts that are computed as it computes them."""
@@ -90,13 +111,28 @@ class Search:
             found.curves.append(curve(whole, layer, self.choices, partial(self.cost, self.full)))
         for share, computed in sorted(budgets):
             cut = self.cut(found, share, max(share, computed))
-            contexts = self.computing(cut)
-            level = allot(cut, found.curves, share)
+            level, contexts = self.with_guesses(cut, allot(cut, found.curves, share), found)
             cost = partial(self.cost, contexts)
             level = exchange(choose_anew(level, self.choices, cost), cost)
             self.notice("fits stand-ins")
             found.levels.append(replace(level, stand_ins=fit_stand_ins(contexts, level)))
         return found
+
+    def with_guesses(self, cut: Level, level: Level, found: Found) -> tuple[Level, Contexts]:
+        """A level of a cut, or one that holds as much and guesses, whichever costs less; and its contexts.
+
+        All levels that guess are cut alike, for a file has guesses of one depth.
+        """
+        contexts = self.computing(cut)
+        tried = [(self.cost(contexts, level), 0, level, contexts)]
+        depths = {level.depth for level in found.levels if level.guesses}
+        for more in GUESSED if depths <= {cut.depth} else ():
+            guessing = with_guesses(cut, more)
+            allotted = allot_beside_guesses(guessing, found.curves, level.share)
+            if allotted is not None and allotted.guesses:
+                contexts = self.computing(guessing)
+                tried.append((self.cost(contexts, allotted), len(tried), allotted, contexts))
+        return min(tried)[2:]
 
     def cut(self, found: Found, share: float, computed: float) -> Level:
         """The best depth for a share of token-layers to compute; it rises where all cost too much.

@@ -6,7 +6,9 @@
    the best one is where looking back is over.
 3. *Allotment.* If costs just add up, the cheapest way to hold some tokens over all layers gives the next one
    to the layer where it saves most: the steepest piece of all curves' lower hulls comes first.
-4. *Exchange.* They do not just add up. So every layer chooses anew now that the others hold less, and room is
+4. *Guesses.* Where there is room for more than the layers behind the cut compute, some of it may be for
+   tokens that they do not (`minipyramid/policies/guesses.py`): none, or the best of `GUESSED`.
+5. *Exchange.* They do not just add up. So every layer chooses anew now that the others hold less, and room is
    moved from the layer that misses it least to the layer that gains most, where the measured loss of the
    whole level falls by it: at most `ROUNDS` times for each size in `MOVES`.
 """
@@ -21,6 +23,7 @@ SIZES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # shares of a context that a
 MOVES = (0.4, 0.2)  # of the mean room of a layer that an exchange moves at a time
 TRIED = 3  # pairs of layers whose exchange is measured, of a round's best
 ROUNDS = 3  # of exchanges of one size, at most
+GUESSED = (0.05, 0.1, 0.2, 0.4, 0.75)  # shares of a context that every layer behind the cut may guess
 LEAST_COST = 1e-4  # nats; where the newest tokens cost no more, no other choice is tried
 Choice = tuple[str, float]  # a score, and the newest tokens' share of the room
 ONLY_NEWEST: Choice = ("newest", 1.0)
@@ -69,7 +72,7 @@ def cuts(layers: int, computed: float) -> list[Level]:
 def with_layer(level: Level, layer: int, share: float, choice: Choice | None = None) -> Level:
     """Another size, and perhaps another choice, of one layer."""
     held, scores, newest = list(level.held), list(level.scores), list(level.newest)
-    held[layer] = min(share, level.computed[layer])
+    held[layer] = min(share, max(level.computed[layer], held[layer]))
     if choice is not None:
         scores[layer], newest[layer] = choice
     return replace(level, held=tuple(held), scores=tuple(scores), newest=tuple(newest))
@@ -133,11 +136,31 @@ def allot(level: Level, curves: list[list[Point]], share: float) -> Level:
     return level
 
 
+def with_guesses(cut: Level, more: float) -> Level:
+    """A cut behind which every layer holds a share more than it computes, or everything."""
+    held = (min(1.0, share + more) if share < 1 else share for share in cut.computed)
+    return replace(cut, held=tuple(held))
+
+
+def allot_beside_guesses(cut: Level, curves: list[list[Point]], share: float) -> Level | None:
+    """The level that holds `share` on average, and behind the cut what `cut` does; None where that is too
+    much.
+    """
+    layers = len(cut.held)
+    guessed = sum(held - computed for held, computed in zip(cut.held, cut.computed, strict=True))
+    # Behind the cut a layer has no other size than what it computes.
+    fixed = [points if layer < cut.depth else [] for layer, points in enumerate(curves)]
+    level = allot(replace(cut, held=cut.computed), fixed, share - guessed / layers)
+    if level.held[cut.depth :] != cut.computed[cut.depth :]:
+        return None
+    return replace(level, held=level.held[: cut.depth] + cut.held[cut.depth :])
+
+
 def choose_anew(level: Level, choices: Iterable[Choice], cost: Cost) -> Level:
     """Let each layer in turn choose by what makes the loss of the whole level smallest."""
     best, listed = cost(level), [ONLY_NEWEST, *choices]
     for layer, held in enumerate(level.held):
-        if held == level.computed[layer]:
+        if held >= level.computed[layer]:
             continue
         for choice in listed:
             if choice != (level.scores[layer], level.newest[layer]):

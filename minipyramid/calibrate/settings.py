@@ -18,8 +18,15 @@ from minipyramid.policies.levels import Level
 DIGITS = 4  # of a share; a tenth of a token at 1,024
 
 
-def write_profile(out: Path, levels: list[Level], lines: Tensor, measured: dict[str, Any]) -> None:
-    """Write `out`, and beside it what was fitted: stand-ins, and the lines of `fitted` if it is used.
+def write_profile(
+    out: Path,
+    levels: list[Level],
+    lines: Tensor,
+    measured: dict[str, Any],
+    *,
+    guesses: dict[int, Tensor] | None = None,
+) -> None:
+    """Write `out`, and beside it what was fitted: stand-ins, and lines of `fitted` and guesses that are used.
 
     A kill leaves each file as it was, or whole and new. Raises `RequestError` where they cannot be written.
     """
@@ -27,6 +34,8 @@ def write_profile(out: Path, levels: list[Level], lines: Tensor, measured: dict[
     files, fitted = {}, {}
     if any("fitted" in score for level in levels for score in level.scores):
         fitted["lines"] = lines
+    for depth in {level.depth for level in levels if level.guesses}:
+        fitted["guesses"] = (guesses or {})[depth].half()  # they are the larger part of the file
     stand_ins = [level.stand_ins for level in levels if level.stand_ins is not None]
     if stand_ins and len(stand_ins) != len(levels):
         raise ValueError("some levels have stand-ins and others none")
@@ -75,7 +84,7 @@ def written(level: Level) -> dict[str, Any]:
     return {
         "computed": [round(share, DIGITS) for share in level.computed],
         "held": [
-            min(round(held, DIGITS), round(computed, DIGITS))
+            round(held, DIGITS) if held > computed else min(round(held, DIGITS), round(computed, DIGITS))
             for held, computed in zip(level.held, level.computed, strict=True)
         ],
         "scores": list(level.scores),

@@ -53,7 +53,7 @@ def fit_stand_ins(contexts: Contexts, level: Level) -> Tensor:
     They are 0 in layers that get no stand-in.
     """
     llm, layers = contexts.llm, contexts.llm.config.num_hidden_layers
-    whole, profile = profile_of(whole_level(layers)), profile_of(level, contexts.profile.lines)
+    whole, profile = profile_of(whole_level(layers)), contexts.profile_of(level)
     attended: list[list[Attended]] = [[] for _ in range(layers)]  # [layer][window]
     for window, computed in zip(contexts.windows, contexts.seen, strict=True):
         end = torch.tensor([len(window.context) - 1], device=llm.device)
@@ -74,12 +74,15 @@ def held_of(seen: Seen, profile: Profile) -> Tensor:
     count = profile.held(N, layers)[seen.layer]
     # Ones in place of stand-ins that are yet to be fitted, so that `hold` leaves their slot.
     placeholder = torch.ones(layers, len(seen.keys), 2, D, device=seen.q.device)
-    filled = profile_of(replace(profile.levels[0], stand_ins=placeholder), profile.lines)
-    chosen = filled.hold(seen, count).expand(len(seen.keys), -1)  # [K, count]
-    if filled.stand_ins_for(seen.layer, count, N) is not None:
+    filled = replace(profile, levels=(replace(profile.levels[0], stand_ins=placeholder),))
+    chosen = filled.hold(seen, min(count, T)).expand(len(seen.keys), -1)  # [K, count]
+    if filled.stand_ins_for(seen.layer, N) is not None:
         chosen = chosen[chosen != filled.replaced(T)].view(len(seen.keys), -1)
     positions = profile.passed_on(N, T, chosen.device)
     is_held = torch.zeros(len(seen.keys), N, dtype=torch.bool, device=chosen.device)
+    if count > T:  # what is guessed counts as held
+        left = torch.ones(N, dtype=torch.bool, device=chosen.device).scatter(0, positions, False)
+        is_held[:, left.nonzero()[T - count :, 0]] = True
     return is_held.scatter(1, positions[chosen], True)
 
 

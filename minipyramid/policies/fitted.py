@@ -8,14 +8,15 @@ from torch import Tensor
 
 from minipyramid.errors import CheckpointError
 
-AXES = {"lines": 3, "stand_ins": 5}
+AXES = {"lines": 3, "stand_ins": 5, "guesses": 3}
 
 
 def read_fitted(path: Path) -> dict[str, Tensor]:
-    """The tensors of the file, in float32: one of these, or both.
+    """The tensors of the file, in float32: one of these, or more.
 
     lines: of the score `fitted`, a weight for each feature.  [L, K, 2 * D + 4]
     stand_ins: of each level a key and a value (`stand_ins.py`).  [levels, L, K, 2, D]
+    guesses: a key and a value of a token, from what it left with.  [layers, features, 2 * K * D]
 
     Raises:
         CheckpointError: the file is missing or broken, or holds something else.
@@ -26,7 +27,7 @@ def read_fitted(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds nothing fitted ({error}); calibrate again") from error
     fitted = {name: given[name].float() for name in AXES if name in given}
     if not fitted:
-        raise CheckpointError(f"{path} has {list(given)!r:.60}, expected lines or stand_ins; calibrate again")
+        raise CheckpointError(f"{path} has {list(given)!r:.60}, expected {', '.join(AXES)}; calibrate again")
     for name, tensor in fitted.items():
         # Finite in float16, too, for a cache or its scales may be in that.
         finite = given[name].is_floating_point() and tensor.half().isfinite().all()

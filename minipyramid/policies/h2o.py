@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from minipyramid.attention import votes
 from minipyramid.policies.held_share import HeldShare
 from minipyramid.policy import Seen, top_scored
+from minipyramid.voting import votes
 
 
 @dataclass(frozen=True)

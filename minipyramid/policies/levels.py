@@ -18,7 +18,7 @@ class Level:
 
     Attributes:
         computed: per layer; 1 in the first, then never more than before.
-        held: per layer, at most what is computed.
+        held: per layer; beyond what is computed it holds guesses (`guesses.py`).
         scores: per layer, a name of `SCORES`, or two with a + between them, which share the room.
         newest: per layer, the share of the room that is set aside for the newest tokens.
         stand_ins: per layer and head a key, not rotated, and a value, which stand for what the layer does not
@@ -67,9 +67,6 @@ class Level:
                 check_number(name, value, (float, 0.0, 1.0), ConfigError, ConfigError)
         if self.computed[:1] != (1.0,) or any(b > a for a, b in pairwise(self.computed)):
             raise ConfigError(f"computed is {self.computed!r:.80}, expected 1.0 first and then never a rise")
-        for layer, (held, computed) in enumerate(zip(self.held, self.computed, strict=True)):
-            if held > computed:
-                raise ConfigError(f"layer {layer} holds {held} and computes {computed}; hold no more")
         for score in self.scores:
             parts = score.split("+") if isinstance(score, str) else [repr(score)]
             for part in parts[:2]:
@@ -77,6 +74,21 @@ class Level:
                     raise ConfigError(f"there is no score {part!r:.60}; {nearest(part, SCORES)}")
             if len(parts) > 2:
                 raise ConfigError(f"the score {score!r:.60} joins more than two; join two")
+
+    @property
+    def depth(self) -> int:
+        """Layers that compute everything."""
+        return self.computed.count(1.0)
+
+    @property
+    def is_one_cut(self) -> bool:
+        """Whether all layers behind these compute the same tokens."""
+        return len(set(self.computed[self.depth :])) <= 1
+
+    @property
+    def guesses(self) -> bool:
+        """Whether a layer holds more than it computes."""
+        return any(a > b for a, b in zip(self.held, self.computed, strict=True))
 
     @property
     def share(self) -> float:

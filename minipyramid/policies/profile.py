@@ -3,7 +3,8 @@
 PyramidInfer has one list for both, so a layer that looks back is starved by what shallower layers have
 dropped (docs/method.md). Here the hidden states of a prompt are cut where looking back is over, and each
 layer holds what it needs of what it computes: much where it looks back, next to nothing where it looks at its
-neighbours only. `python -m minipyramid.calibrate` finds both lists for a checkpoint, from plain text.
+neighbours only. A layer behind the cut may hold more than it computes: the rest is guessed (`guesses.py`).
+`python -m minipyramid.calibrate` finds both lists for a checkpoint, from plain text.
 
 A *level* (`levels.py`) is one such pair of lists, with the scores by which each layer chooses. A file has
 several, each for a share of the full cache; between two levels the lists are interpolated, below the smallest
@@ -24,11 +25,12 @@ from torch import Tensor
 from minipyramid.budget import most_tokens, refusal
 from minipyramid.errors import ConfigError, check_fields, expect_type, number
 from minipyramid.policies.fitted import read_fitted
+from minipyramid.policies.guesses import guessed
 from minipyramid.policies.levels import Level, between
 from minipyramid.policies.repeat import say_again
 from minipyramid.policies.scores import SCORES
 from minipyramid.policies.stand_ins import with_stand_in
-from minipyramid.policy import Compute, Generation, Policy, Seen, top_scored
+from minipyramid.policy import Compute, Generation, Guess, Policy, Seen, top_scored
 from minipyramid.settings import STAGES, settings_of
 
 GROUP = 16  # generated tokens of one compaction, as PyramidInfer publishes it
@@ -50,6 +52,7 @@ class Profile(Policy):
         fewest_recent: so many of the newest tokens are protected at least, beside the newest one; a budget
             lowers it where it must.
         lines: of the score `fitted`, a weight for each of `features`.  [L, K, 2 * D + 4]
+        guesses: weights of keys and values, of the layers behind the cut.  [layers, features, 2 * K * D]
         measured: what the calibration has noted, for whoever reads the file.
     """
 
@@ -60,11 +63,13 @@ class Profile(Policy):
     fewest: int = number(64, 0, 10**9)
     fewest_recent: int = number(64, 0, 10**9)
     lines: Tensor | None = field(default=None, compare=False, repr=False)
+    guesses: Tensor | None = field(default=None, compare=False, repr=False)
     measured: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
-        expect_type("lines", self.lines, (Tensor, NoneType), "a tensor or None")
+        for name in ("lines", "guesses"):
+            expect_type(name, getattr(self, name), (Tensor, NoneType), "a tensor or None")
         for level in self.levels:
             expect_type("a level", level, Level, "a Level")
             level.check()
@@ -79,11 +84,36 @@ class Profile(Policy):
             if tensor is not None and layers != {len(tensor)}:
                 told = f"the fitted {name} are of {len(tensor)} layers, the levels of {layers.pop()}"
                 raise ConfigError(f"{told}; the {name} were fitted for another model")
+        guesses, most = self.guesses, len(self.levels[0].held) - 1
+        if guesses is not None and not (guesses.dim() == 3 and 1 <= len(guesses) <= most):
+            told = f"guesses are {list(guesses.shape)}, expected three axes, and 1 to {most} layers"
+            raise ConfigError(f"{told}; they were fitted for another model")
+        for level in self.levels:
+            for layer, (held, computed) in enumerate(zip(level.held, level.computed, strict=True)):
+                if held > computed and not self.has_guesses(level):
+                    told = f"layer {layer} holds {held} and computes {computed}, and guesses of the rest"
+                    raise ConfigError(f"{told} were not fitted behind layer {level.depth}; hold no more")
 
     # --- how many ---
 
+    @property
+    def depth(self) -> int | None:
+        """Behind so many layers a token must leave to be guessed; None where none is."""
+        return None if self.guesses is None else len(self.levels[0].held) - len(self.guesses)
+
+    def has_guesses(self, level: Level) -> bool:
+        """Whether what the layers behind a level's cut do not compute can be guessed."""
+        return level.is_one_cut and 0 < level.depth == self.depth
+
     def level(self, share: float) -> Level:
-        """The lists that hold this share of a prompt."""
+        """The lists that hold this share of a prompt, or less where two levels are not cut alike."""
+        level = self.on_the_way(share)
+        if self.has_guesses(level):
+            return level
+        return replace(level, held=tuple(map(min, level.held, level.computed)))
+
+    def on_the_way(self, share: float) -> Level:
+        """The lists that hold this share, between two levels."""
         first, last = self.levels[0], self.levels[-1]
         nothing = replace(first, held=(0.0,) * len(first.held))
         ones = (1.0,) * len(last.held)
@@ -106,8 +136,11 @@ class Profile(Policy):
         # A whole share may be rounded to a token more than there is.
         held = [min(prompt_tokens, max(least, end - start)) for start, end in pairwise([0, *ends])]
         computed = [max(least, round(share * prompt_tokens)) for share in level.computed]
-        # A layer computes what it or a deeper one holds.
-        computed = list(accumulate(map(max, computed[::-1], held[::-1]), max))[::-1]
+        # A layer computes what it or a deeper one holds, but for what is guessed.
+        own = [0 if a > b else count for a, b, count in zip(level.held, level.computed, held, strict=True)]
+        computed = list(accumulate(map(max, computed[::-1], own[::-1]), max))[::-1]
+        if self.has_guesses(level):  # a token that is to be guessed leaves at the cut
+            computed[level.depth :] = [computed[level.depth]] * (layers - level.depth)
         return [prompt_tokens, *computed[1:]], held
 
     def computed(self, prompt_tokens: int, layers: int) -> list[int]:
@@ -189,7 +222,7 @@ class Profile(Policy):
         newest = max(1, int(level.newest[seen.layer] * count))
         by, *other = level.scores[seen.layer].split("+")
         score = SCORES[by](seen, self.lines).float().clone()  # [K, T], or [T] for all heads alike
-        has_stand_in = self.stand_ins_for(seen.layer, count, seen.prompt_tokens) is not None
+        has_stand_in = self.stand_ins_for(seen.layer, seen.prompt_tokens) is not None
         if has_stand_in:
             slot = self.replaced(len(seen.q))
             score[..., slot] = math.inf
@@ -207,21 +240,40 @@ class Profile(Policy):
     def entries(self, seen: Seen, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen tokens' own keys and values, except in the stand-in's slot."""
         k, v = super().entries(seen, chosen)  # two of [K, held, D]
-        stand_ins = self.stand_ins_for(seen.layer, chosen.shape[-1], seen.prompt_tokens)
+        stand_ins = self.stand_ins_for(seen.layer, seen.prompt_tokens)
         if stand_ins is None:
             return k, v
         is_slot = (chosen == self.replaced(len(seen.q))).expand(len(k), -1)  # [K, held]
         return with_stand_in(seen, k, v, is_slot, stand_ins)
 
-    def stand_ins_for(self, layer: int, count: int, prompt_tokens: int) -> Tensor | None:
-        """The level's stand-ins, where one slot of a layer that holds `count` tokens stands for the others.
+    def guess(self, seen: Seen, passed_on: Tensor) -> list[Guess]:
+        """In every layer that holds more than it computes, the newest of what leaves."""
+        if self.guesses is None or seen.layer + 1 != self.depth:
+            return []
+        left = torch.ones(len(seen.q), dtype=torch.bool, device=passed_on.device)
+        left[passed_on] = False
+        which, found = left.nonzero()[:, 0], []
+        for layer, count in enumerate(self.guessed(seen.prompt_tokens)):
+            if count:
+                weights = self.guesses[layer - self.depth]
+                found.append((layer, *guessed(seen, weights, which[-count:]), which[-count:]))
+        return found
+
+    def guessed(self, prompt_tokens: int) -> list[int]:
+        """Tokens of a prompt that each layer holds and does not compute.  [layer]"""
+        computed, held = self.counts(prompt_tokens, len(self.levels[0].held))
+        return [max(0, b - a) for a, b in zip(computed, held, strict=True)]
+
+    def stand_ins_for(self, layer: int, prompt_tokens: int) -> Tensor | None:
+        """The level's stand-ins, where one slot of a layer stands for all tokens that it does not hold.
 
         None does if the layer holds the whole prompt, for there is nothing to stand for, if it holds a single
         token, which is the newest, or no more than `fewest`, which may be far more than what the stand-in was
         fitted to, and where none was fitted.
         """
         stand_ins = self.level(self.share).stand_ins
-        is_pruned = max(1, self.fewest) < count < prompt_tokens
+        computed, held = (counts[layer] for counts in self.counts(prompt_tokens, len(self.levels[0].held)))
+        is_pruned = max(1, self.fewest) < min(computed, held) and held < prompt_tokens
         return stand_ins if is_pruned and stand_ins is not None and stand_ins[layer].any() else None
 
     def replaced(self, computed: int) -> int:
@@ -233,8 +285,8 @@ class Profile(Policy):
     def replaced_positions(self, prompt_tokens: int, layers: int) -> list[int | None]:
         """The same as positions of a prompt, None for a layer without a stand-in.  [layer]"""
         positions: list[int | None] = [None] * layers
-        for layer, (computed, held) in enumerate(zip(*self.counts(prompt_tokens, layers), strict=True)):
-            if self.stand_ins_for(layer, held, prompt_tokens) is not None:
+        for layer, computed in enumerate(self.computed(prompt_tokens, layers)):
+            if self.stand_ins_for(layer, prompt_tokens) is not None:
                 positions[layer] = int(self.passed_on(prompt_tokens, computed)[self.replaced(computed)])
         return positions
 
@@ -252,14 +304,14 @@ def is_name_beside(file: Any) -> bool:
 
 
 def read_profile(given: dict[str, Any], path: Path) -> Profile:
-    """From the fields of a file; `fitted` names the file of lines and stand-ins that lies beside it."""
+    """From the fields of a file; `fitted` names the file beside it of what was fitted."""
     given = dict(given)
     levels, file = given.pop("levels", None), given.pop("fitted", None)
     if not isinstance(levels, list) or not (file is None or is_name_beside(file)):
         raise ConfigError(
             f"{path}: expected levels, a list, and fitted, the name of a .safetensors file beside it or none"
         )
-    for name in ("lines", *STAGES):
+    for name in ("lines", "guesses", *STAGES):
         if name in given:
             raise ConfigError(f"{path}: {name!r} is no setting of a profile; expected flat fields and fitted")
     try:
@@ -268,9 +320,9 @@ def read_profile(given: dict[str, Any], path: Path) -> Profile:
         raise ConfigError(f"{path}: {error}") from error
     fitted = {} if file is None else read_fitted(path.parent / file)
     if "stand_ins" in fitted:
-        stand_ins = fitted["stand_ins"]
+        stand_ins = fitted.pop("stand_ins")
         if len(stand_ins) != len(read):
             told = f"{path}: the stand-ins are of {len(stand_ins)} levels, expected {len(read)}"
             raise ConfigError(f"{told}; calibrate again")
         read = tuple(replace(level, stand_ins=own) for level, own in zip(read, stand_ins, strict=True))
-    return settings_of(Profile, given | {"levels": read, "lines": fitted.get("lines")}, str(path))
+    return settings_of(Profile, given | {"levels": read} | fitted, str(path))

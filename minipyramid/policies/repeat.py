@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minipyramid.attention import looks
 from minipyramid.policy import Compute, Policy, Seen
+from minipyramid.voting import looks
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipyramid.attention import votes
 from minipyramid.errors import ConfigError
 from minipyramid.policy import Seen
+from minipyramid.voting import votes
 
 VOTERS = 64  # newest tokens that vote; 32 and 128 did as well (KL within 3 %, embedded checkpoint)
 Lines = Tensor | None  # [L, K, 2 * D + 4] of the score `fitted`: a weight for each of `features`

@@ -35,6 +35,7 @@ def with_stand_in(
     if of_layer.shape != (len(k), 2, k.shape[2]):
         raise ConfigError(f"the stand-ins are {list(stand_ins.shape)}, and were fitted for another model")
     key, value = of_layer.clone().unbind(1)  # two of [K, D]
-    rotate_(key[None], *seen.rotation)
+    cos, sin = seen.rotation  # two of [T, 1, D / 2]
+    rotate_(key[None], cos[-1:], sin[-1:])
     here = is_slot[..., None]  # [K, held, 1]
     return torch.where(here, key[:, None], k), torch.where(here, value[:, None], v)

@@ -1,0 +1,50 @@
+"""Guesses: a layer holds keys and values of tokens that it has never computed.
+
+What a layer does not pass on, no deeper layer computes, so behind a cut deep layers would know the newest
+tokens alone. But much of a key and a value can be foretold where a token leaves: they are a linear function
+of its hidden state x, as the last layer received it that computed the token, and of what attention found for
+it there,
+
+    (key, value)  ~  (x / rms(x), attended, 1) W,    rms(x) the root of the mean square of x.
+
+Keys are guessed before they are rotated. W is a constant of a checkpoint, one for each deeper layer, fitted
+in closed form to plain text (`minipyramid/calibrate/guesses.py`). A guess costs one product in place of a
+layer: an eighth of its multiplications in the embedded checkpoint. Of 512 tokens of a book, half of the
+token-layers computed and nothing else dropped, predictions of what followed came 58 % nearer (KL) to the full
+cache's with a guess for every token that had left, and 41 % nearer with those of the newest 22 % (24
+windows).
+"""
+
+import torch
+from torch import Tensor
+
+from minipyramid.errors import ConfigError
+from minipyramid.policy import Seen
+from minipyramid.rope import rotate_
+
+EPSILON = 1e-6  # beside the mean square of a hidden state, as in a norm
+
+
+def left_with(seen: Seen) -> Tensor:
+    """What is known of the tokens of the layer behind which hidden states are cut.  [T, features] float32"""
+    x, attended = seen.x.float(), seen.attended.float()
+    scale = (x.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
+    return torch.cat((x * scale, attended, torch.ones_like(scale)), -1)
+
+
+def guessed(seen: Seen, weights: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values in a deeper layer of some of the T tokens of the layer that they leave behind.
+
+    weights [features, 2 * K * D] are those of the deeper layer, which [g]  ->  two of [K, g, D]
+
+    Raises:
+        ConfigError: the guesses were fitted for another model.
+    """
+    known, (K, _, D) = left_with(seen)[which], seen.keys.shape
+    if weights.shape != (known.shape[1], 2 * K * D):
+        raise ConfigError(f"the guesses are {list(weights.shape)}, and were fitted for another model")
+    both = (known @ weights.to(known)).to(seen.keys.dtype).view(len(which), 2 * K, D)
+    keys, values = both.chunk(2, dim=1)  # two of [g, K, D]
+    cos, sin = seen.rotation
+    rotate_(keys, cos[which], sin[which])
+    return keys.transpose(0, 1), values.transpose(0, 1)
