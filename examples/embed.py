@@ -13,7 +13,9 @@ while coming or running:
         running[engine.add(Request(prompt, SamplingParams(max_new_tokens=20)))] = prompt
     for handle, piece in engine.step():
         if piece is None:
-            print(repr(running.pop(handle) + handle.completion.text))
+            # What failed has an error, and of its text only a part is there.
+            print(handle.error or repr(running[handle] + handle.completion.text))
+            del running[handle]
 
 # A request that nobody waits for any more gives its memory back at once.
 forgotten = engine.add(Request("A long story begins", SamplingParams(max_new_tokens=500)))

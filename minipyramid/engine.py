@@ -29,7 +29,7 @@ from minipyramid.tokenizer import TextStream, Tokenizer
 PROMPT_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096, "mps": 4096}
 
 News = tuple[Sequence, str | None]  # a piece of a sequence's text, or None: it has ended
-OnStep = Callable[[Scheduler], None] | None  # called after every step that computed tokens
+OnStep = Callable[[Scheduler], None] | None  # called after every step that generated tokens
 
 
 class Engine:
@@ -85,7 +85,8 @@ class Engine:
         """Compute one token of every running sequence, and start what has room.
 
         Returns what is new of all that was added by `add` since `step` was last called, whichever thread has
-        computed it. Where another thread is in a step, this call waits for its end.
+        computed it; one that has ended with its `error` set has failed, and has a part of its text, or none.
+        Where another thread is in a step, this call waits for its end.
         """
         self.advance()
         with self._step_over:  # so that `cancel` does not take pieces away meanwhile

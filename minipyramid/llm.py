@@ -137,7 +137,7 @@ class LLM:
     def completions(self, prompts: Prompts, params: Params = None, on_step: OnStep = None) -> Finished:
         """Like `generate`, but each as it is finished, with its prompt's index.
 
-        `on_step` is called after every step that computed tokens.
+        `on_step` is called after every step that generated tokens.
         """
         listed = request.as_list(prompts)
         one = SamplingParams() if params is None else params

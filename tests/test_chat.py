@@ -450,6 +450,11 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ y.z }}", "UndefinedError"),
         ("{{ raise_exception('a\nb') }}", "refuses the messages: a b"),
+        (
+            "{{ raise_exception('a\x1b]0;b\x07' + 'c' * 99999) }}",
+            r"refuses the messages: a\?\]0;b\?c{100,300}$",
+        ),
+        ("{{ raise_exception(0 + '\x1b') }}", "fails"),
     ],
 )
 def test_a_template_that_misbehaves_ends_in_one_line(template: str, word: str) -> None:
@@ -458,6 +463,15 @@ def test_a_template_that_misbehaves_ends_in_one_line(template: str, word: str) -
         renderer.render(template, {"x": []})
     assert "\n" not in str(error.value)
     assert renderer.render("{{ 1 + 1 }}", {}) == "2"  # the next one is rendered all the same
+
+
+def test_messages_that_are_no_unicode_are_told_before_a_template_sees_them(tmp_path: Path) -> None:
+    """A template that refused them with their own words made an answer that could not be sent."""
+    tokenizer = load_tokenizer(tmp_path, write_json(tmp_path))
+    assert tokenizer
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception(messages[0].content) }}")
+    with pytest.raises(RequestError, match="message 0"):
+        ChatFormat(tmp_path, tokenizer).encode([{"role": "user", "content": "\ud800"}])
 
 
 def test_what_a_template_says_of_the_messages_is_told(tmp_path: Path) -> None:

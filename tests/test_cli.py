@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from helpers import WEIGHTS
 
-from minipyramid import LLM, PyramidConfig, SamplingParams, __version__
-from minipyramid.cli.terminal import LoadingLine
+from minipyramid import LLM, PyramidConfig, RequestError, SamplingParams, __version__
+from minipyramid.cli.terminal import LoadingLine, write_whole
 from minipyramid.generate import build_parser, main
 
 FIELDS = [
@@ -411,3 +411,24 @@ def test_where_stderr_cannot_be_written_stdout_has_the_text_alone(
 def test_a_plan_refuses_the_flags_of_a_batch(run: Any) -> None:
     """They were ignored there, without a word."""
     assert run("--plan", "--prompt-tokens", "5", "--output", "x")[0] == 2
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that was full left the first half of the new picture in place of the old one."""
+    file, link = tmp_path / "old.html", tmp_path / "link.html"
+    file.write_text("old")
+    link.symlink_to(file)
+    write_whole("--html", link, b"new")
+    assert file.read_text() == "new"
+    assert link.is_symlink()
+    write = Path.write_bytes
+
+    def half(path: Path, data: bytes) -> int:
+        write(path, data[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(RequestError, match=r"--html .*old.html cannot be written: .*No space"):
+        write_whole("--html", file, b"newer")
+    assert file.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "old.html"]

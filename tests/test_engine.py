@@ -341,6 +341,31 @@ def test_what_fails_after_a_prompt_takes_no_token_twice(tiny: LLM, monkeypatch: 
     assert writing.completion.token_ids == expected.token_ids
 
 
+def test_what_a_policy_makes_of_a_budget_is_checked(tiny: LLM) -> None:
+    """A budget of a tenth held the whole prompt, and None was an AttributeError."""
+
+    @dataclass(frozen=True)
+    class Solved(Policy):
+        solved: Any
+
+        def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> Policy:
+            return self.solved  # type: ignore[no-any-return]
+
+    for solved, told in ((None, "expected a Policy"), (Policy(), "must hold no more")):
+        with pytest.raises(ConfigError, match=told):
+            tiny.under(Solved(solved), kv_budget=0.1).generate(prompts_of([30]), FEW)
+
+
+def test_only_a_profile_guesses(tiny: LLM) -> None:
+    @dataclass(frozen=True)
+    class Guesses(Policy):
+        def guess(self, seen: Seen, passed_on: torch.Tensor) -> list[Any]:
+            return []
+
+    with pytest.raises(ConfigError, match="Guesses has a `guess`"):
+        tiny.under(Guesses())
+
+
 def test_a_policy_that_asks_its_own_llm_is_told_so(tiny: LLM) -> None:
     """It waited for the step that it was in, for ever."""
     inner: list[LLM] = []

@@ -57,6 +57,17 @@ def test_bin_files_give_the_scores_of_safetensors(
     assert torch.equal(scores(tmp_path), expected)
 
 
+def test_a_tensor_that_two_shards_hold_is_told(tmp_path: Path) -> None:
+    """The last file in order won, whatever the index said, and the model wrote something else."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    tensors = random_tensors(CONFIG)
+    write_shards(tmp_path, tensors)
+    last = tmp_path / "pytorch_model-00002-of-00002.bin"
+    torch.save({**torch.load(last), "model.norm.weight": torch.zeros(32), **tensors}, last)
+    with pytest.raises(CheckpointError, match=r"-00001-of-00002.bin and .*-00002-of-00002.bin both hold"):
+        LLM(tmp_path)
+
+
 def test_a_bin_file_of_tied_weights_holds_the_head_too(tmp_path: Path) -> None:
     tied = {**CONFIG, "tie_word_embeddings": True}
     plain = write_checkpoint(tmp_path / "safetensors", **tied)

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from helpers import prompts_of
 
-from minipyramid import LLM, Engine, Request, SamplingParams
-from minipyramid.serve.__main__ import main
+from minipyramid import LLM, Engine, Request, RequestError, SamplingParams
+from minipyramid.serve.__main__ import bind, build_parser, listen, main
 from minipyramid.serve.fields import characters_of
 from minipyramid.serve.loopback import is_loopback
 from minipyramid.serve.metrics import Metrics
@@ -331,6 +331,9 @@ def test_a_key_is_demanded_and_compared(tiny_dir: Path, capsys: pytest.CaptureFi
         assert locked.ask("GET", "/v1/models", **right)[0] == 200
         with pytest.raises(openai.AuthenticationError):
             locked.client.models.list()
+    for key in ("", " ", "x\n"):  # a variable that is not set, and what no header can hold
+        assert main(["--api-key", key, "--model", str(tiny_dir)]) == 2
+        assert "--api-key is empty or has white space at an end" in capsys.readouterr().err
     for host in ("0.0.0.0", "::", "192.168.0.1", "example.com"):
         assert main(["--host", host, "--model", str(tiny_dir)]) == 2
         assert "give --api-key" in capsys.readouterr().err
@@ -399,6 +402,37 @@ def test_a_request_that_is_long_in_coming_holds_up_no_other(tiny: LLM) -> None:
         worker.close()
 
     asyncio.run(ask())
+
+
+def test_whoever_is_told_of_an_end_hears_of_it_where_another_cannot(
+    tiny: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One event that could not be made kept those that were made before it, and its own client, waiting."""
+
+    async def ask() -> list[bool]:
+        engine = tiny.under("full").engine
+        worker = Worker(engine, Metrics(), asyncio.get_running_loop())
+        worker.coming = 1
+        queues: list[asyncio.Queue[Event]] = [asyncio.Queue() for _ in range(3)]
+        tickets = [ticket_for(engine, [5, 6, 7 + i], queue) for i, queue in enumerate(queues)]
+        event = worker._event
+
+        def broken(ticket: Ticket, piece: str | None, now: float) -> Event:
+            if ticket is tickets[1] and piece is None:
+                raise ValueError("broken")
+            return event(ticket, piece, now)
+
+        monkeypatch.setattr(worker, "_event", broken)
+        worker.start()
+        for ticket in tickets:
+            worker.submit(ticket)
+        worker.coming = 0
+        for queue in queues:
+            await asyncio.wait_for(next_end(queue), 60)
+        worker.close()
+        return [ticket.sequence.error is not None for ticket in tickets]
+
+    assert asyncio.run(ask())[1]
 
 
 async def next_end(events: asyncio.Queue[Event]) -> None:
@@ -571,6 +605,17 @@ def test_more_choices_than_can_ever_run_or_wait_are_refused_for_good(tiny_dir: P
 def test_which_hosts_are_this_machine(host: str, is_own: bool) -> None:
     """A server on 127.0.0.2 started, and then let nobody in."""
     assert is_loopback(host) == is_own
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nobody can bind a port twice")
+def test_a_port_that_another_process_has_taken_meanwhile_is_named() -> None:
+    """Both had bound it while they loaded; the second was told that its output cannot be written."""
+    with bind("127.0.0.1", 0) as first:
+        args = build_parser().parse_args(["--port", str(first.getsockname()[1])])
+        with bind("127.0.0.1", args.port) as second:
+            listen(first, args)
+            with pytest.raises(RequestError, match=f"--port {args.port} cannot be served"):
+                listen(second, args)
 
 
 def test_what_cannot_be_served_is_one_line(

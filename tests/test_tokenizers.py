@@ -348,6 +348,38 @@ def test_a_damaged_rank_file_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path, size - 1)
 
 
+def test_no_line_break_is_lost_where_a_piece_has_several(tmp_path: Path) -> None:
+    """What stood behind a special token lost its first characters with the anchor that a piece had joined."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Once upon a time there was a little fox."] * 30),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        user_defined_symbols=["\n\n", "\n "],
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path, 320)
+    assert tokenizer
+    for text in ("\n", "\nfox", "\n\nfox", "\n fox", "\n\n\n", "fox\n\n"):
+        ids = tokenizer.encode(text, continues=True)
+        assert tokenizer.decode(ids, continues=True) == text
+
+
+def test_merges_are_not_left_out_at_random(tmp_path: Path) -> None:
+    """A file that says so, for training, gave one prompt other tokens every time."""
+    size = write_json(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path, size)
+    assert tokenizer
+    assert len({tuple(tokenizer.encode("Once upon a time there was")) for _ in range(9)}) == 1
+
+
 def test_a_sentencepiece_model_with_pieces_that_are_no_text_is_refused(tmp_path: Path) -> None:
     """It used to end in a UnicodeDecodeError, at the first prompt or at the first word of an answer."""
     file = train_pieces(tmp_path)

@@ -108,14 +108,24 @@ def profile_of(level: Level, lines: Tensor | None = None, guesses: Tensor | None
     return Profile((level,), share=level.share, fewest=0, lines=lines, guesses=guesses)
 
 
+@dataclass(frozen=True)
+class Held:
+    """What stands of a context in a layer of a row."""
+
+    own: int  # tokens that the layer computes
+    guessed: int
+    score: str
+    newest: float
+
+
 class Contexts:
     """Windows whose contexts are computed as `profile` computes them, and held as any level says."""
 
     def __init__(self, llm: LLM, windows: list[Window], profile: Profile, repeats: bool = False) -> None:
         self.llm, self.windows, self.profile = llm, windows, profile
         self.seen: list[list[Seen]] = []  # [window][layer]
-        # What stands in the rows: by row and layer, how many tokens by which choice.
-        self.standing: dict[tuple[int, int], tuple[int, str, float]] = {}
+        # What stands in the rows, by row and layer.
+        self.standing: dict[tuple[int, int], Held] = {}
         self.stand_ins: Tensor | None = None  # of the level whose choice now stands in the rows
         for window in windows:
             seen = recorded(llm, profile, window.context, repeats)
@@ -144,8 +154,11 @@ class Contexts:
         spans = []
         for window, rows, seen in zip(self.windows, self.rows, self.seen, strict=True):
             counts = profile.held(len(window.context), len(seen))
-            for layer, (of_layer, count) in enumerate(zip(seen, counts, strict=True)):
-                how = (count, level.scores[layer], level.newest[layer])
+            guessed = profile.guessed(len(window.context))
+            for layer, (of_layer, count, more) in enumerate(zip(seen, counts, guessed, strict=True)):
+                # Rounding may ask for a token more than these contexts compute.
+                own = min(count - more, len(of_layer.q))
+                how = Held(own, more, level.scores[layer], level.newest[layer])
                 self.hold(rows, seen, of_layer, profile, how)
             for row, continuation in zip(rows, (window.following, window.again), strict=True):
                 row.position = len(window.context)
@@ -159,27 +172,19 @@ class Contexts:
         return profile_of(level, self.profile.lines, self.profile.guesses)
 
     def hold(
-        self,
-        rows: tuple[Row, Row],
-        by_layer: list[Seen],
-        seen: Seen,
-        profile: Profile,
-        how: tuple[int, str, float],
+        self, rows: tuple[Row, Row], by_layer: list[Seen], seen: Seen, profile: Profile, how: Held
     ) -> None:
         """Leave in both rows what a layer holds; nothing is copied where it stands there already."""
-        count, layer = how[0], seen.layer
+        layer, count = seen.layer, how.own + how.guessed
         same = self.standing.get((rows[0].index, layer)) == how
         if not same:
             self.standing[rows[0].index, layer] = how
-            keys, values = chosen_of(seen, profile, count)
-            if count > len(seen.q):
+            keys, values = chosen_of(seen, profile, how.own)
+            if how.guessed:
                 cut = by_layer[(profile.depth or 0) - 1]
-                guesses = {
-                    of: kv for of, *kv, _ in profile.guess(cut, profile.passed_on(len(cut.q), len(seen.q)))
-                }
-                keys, values = (
-                    torch.cat(pair, 1) for pair in zip(guesses[layer], (keys, values), strict=True)
-                )
+                which = profile.passed_on(len(cut.q), len(seen.q), seen.q.device)
+                (guesses,) = (kv for deeper, *kv, _ in profile.guess(cut, which) if deeper == layer)
+                keys, values = (torch.cat(pair, 1) for pair in zip(guesses, (keys, values), strict=True))
         for row in rows:
             row.lengths[layer] = count if same else 0  # what followed before is overwritten
             row.kept[layer] = row.kept[layer][:, : row.lengths[layer]]
@@ -188,7 +193,7 @@ class Contexts:
 
 
 def chosen_of(seen: Seen, policy: Policy, count: int) -> tuple[Tensor, Tensor]:
-    """Keys and values that a policy holds of what a layer computes.  two of [K, count, D], or of all"""
+    """Keys and values that a policy holds of what a layer computes.  two of [K, count, D]"""
     T = len(seen.q)
     everything = torch.arange(T, device=seen.q.device)
     return policy.entries(seen, policy.hold(seen, count) if count < T else everything)

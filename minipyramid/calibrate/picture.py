@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minipyramid.calibrate.find import Found
-from minipyramid.cli.plotting import load_matplotlib
+from minipyramid.cli.plotting import load_matplotlib, save_plot
 
 NOTHING = 1e-6  # nats; what costs less is drawn as costing that, for the axis is logarithmic
 
@@ -34,4 +34,4 @@ def plot(found: Found, file: Path) -> None:
     lists.set(xlabel="level, by what it holds", ylabel="layer", title="computed (outlined) and held")
     lists.set_xticks([i + 0.4 for i in range(len(found.levels))], [f"{x.share:.0%}" for x in found.levels])
     lists.invert_yaxis()
-    figure.savefig(file)
+    save_plot(figure, file)

@@ -1,10 +1,11 @@
 """Drawing needs matplotlib, which is an optional extra."""
 
 import importlib
+import io
 from pathlib import Path
 from typing import Any
 
-from minipyramid.cli.terminal import check_writable
+from minipyramid.cli.terminal import check_writable, write_whole
 from minipyramid.errors import RequestError
 
 
@@ -16,6 +17,13 @@ def load_matplotlib() -> Any:
         raise RequestError(
             '--plot needs matplotlib; install it with pip install "minipyramid[plot]"'
         ) from error
+
+
+def save_plot(figure: Any, path: Path, **how: Any) -> None:
+    """Write a figure in the format that the file's name says. Raises `RequestError` where it cannot be."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."), **how)
+    write_whole("--plot", path, drawn.getvalue())
 
 
 def check_plot(file: str | None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from minipyramid import RequestError, SamplingParams
 from minipyramid.cli.plotting import load_matplotlib
 from minipyramid.cli.prompts import read_prompts
-from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, check_writable, exit_status
+from minipyramid.cli.terminal import DEFAULT_MODEL, Parser, check_writable, exit_status, write_whole
 from minipyramid.demo.cases import PROMPT_TOKENS, names
 from minipyramid.demo.page import page
 from minipyramid.demo.picture import Picture
@@ -142,15 +142,9 @@ def option(name: str) -> str:
 def write(args: argparse.Namespace, picture: Picture) -> None:
     """The files that were asked for."""
     if args.html is not None:
-        try:
-            Path(args.html).write_text(page(picture), encoding="utf-8", newline="")
-        except OSError as error:
-            raise RequestError(f"--html {args.html} cannot be written: {error}") from error
+        write_whole("--html", Path(args.html), page(picture).encode())
     if args.plot is not None:
-        try:
-            plot(picture, Path(args.plot))
-        except OSError as error:
-            raise RequestError(f"--plot {args.plot} cannot be written: {error}") from error
+        plot(picture, Path(args.plot))
 
 
 if __name__ == "__main__":

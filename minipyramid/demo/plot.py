@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minipyramid.cli.plotting import load_matplotlib
+from minipyramid.cli.plotting import load_matplotlib, save_plot
 from minipyramid.cli.terminal import readable
 from minipyramid.demo.kept import SHADES
 from minipyramid.demo.picture import Picture
@@ -35,4 +35,4 @@ def plot(picture: Picture, path: Path) -> None:
         f"keys and values {readable(picture.pruned.kv_bytes)} ({share:.1%} of the full cache), "
         f"{picture.pruned.tokens_per_s:.1f} tokens/s (full cache {picture.full.tokens_per_s:.1f})"
     )
-    figure.savefig(path, format="png", dpi=120)
+    save_plot(figure, path, dpi=120)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minipyramid.cli.plotting import load_matplotlib
+from minipyramid.cli.plotting import load_matplotlib, save_plot
 from minipyramid.cli.terminal import readable
 from minipyramid.eval.compare import Samples
 
@@ -111,4 +111,4 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         axes.set_xlabel("share of the full cache's bytes")
         axes.set_ylabel(f"recall, {recalls[key]}" if key in recalls else key)
     figure.axes[0].legend()
-    figure.savefig(file)
+    save_plot(figure, file)

@@ -70,8 +70,11 @@ class BpeTokenizer:
         if key not in self._libraries:
             spec = self._spec if prefixed else {**self._spec, **_without_prefix(self._spec)}
             spec = {**spec, "added_tokens": []} if literal else spec
-            # A file may say to pad or cut texts, which only a training run would want.
+            # A file may say to pad or cut texts, or to leave merges out at random, which only a training run
+            # would want.
             spec = {**spec, "truncation": None, "padding": None}
+            if isinstance(spec.get("model"), dict) and spec["model"].get("dropout"):
+                spec["model"] = {**spec["model"], "dropout": None}
             try:
                 self._libraries[key] = Library.from_str(json.dumps(spec))
             except Exception as error:  # the library raises no class of its own

@@ -188,6 +188,7 @@ def _checked(message: Any, i: int) -> dict[str, Any]:
         content = "".join(texts)
     if not isinstance(content, str):
         raise RequestError(f"message {i} has the content {content!r:.60}, expected a text")
+    check_unicode(content, f"message {i}")
     return {**message, "content": content}
 
 

@@ -33,9 +33,11 @@ class SentencePieceTokenizer:
         self._sp = sp = open_model(file)
         # sentencepiece sets a space before every text, but none after a character that is a piece of its own.
         # So a text that needs no space is encoded behind such an anchor, whose ids are then cut off. Several
-        # are tried, since the normaliser may turn a character into a space or into nothing.
+        # are tried, since the normaliser may turn a character into a space or into nothing, and a piece may
+        # join it with what follows, whose ids would be cut off with its own.
+        joined = {character for i in range(sp.vocab_size()) for character in sp.id_to_piece(i)[:-1]}
         visible = (c for c in ANCHORS if "".join(sp.encode(c, out_type=str)).strip(SPACE))
-        self._anchor = next(visible, ANCHORS[-1])
+        self._anchor = next((c for c in visible if c not in joined), ANCHORS[-1])
         self._anchor_length = len(sp.encode(self._anchor))
         self.bos_id: int = sp.bos_id()
         settings = read_json(directory / "tokenizer_config.json", optional=True)

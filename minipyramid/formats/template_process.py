@@ -20,6 +20,7 @@ from jinja2.utils import Namespace
 
 MOST_MEMORY = 512 << 20  # bytes; rendering a long conversation takes some 50 MiB
 MOST_TEXT = 16 << 20  # characters, several times the longest context there is
+MOST_WORDS = 300  # characters of a template's own words in an error
 
 
 class Refused(TemplateError):
@@ -87,6 +88,12 @@ def compiled(template: str) -> Template:
     return environment.from_string(template)
 
 
+def readable(error: Exception) -> str:
+    """A template's own words for a terminal or a client: no control characters, and no more than a line."""
+    words = " ".join(str(error)[: 2 * MOST_WORDS].split())
+    return "".join(c if c.isprintable() else "?" for c in words)[:MOST_WORDS]
+
+
 def answer(asked: dict[str, Any]) -> dict[str, str]:
     """The text, or what went wrong: `refused` by the template, or it `failed`."""
     try:
@@ -101,11 +108,11 @@ def answer(asked: dict[str, Any]) -> dict[str, str]:
                 return {"failed": f"writes more than {MOST_TEXT >> 20} million characters"}
         return {"text": "".join(parts)}
     except Refused as error:
-        return {"refused": str(error)}
+        return {"refused": readable(error)}
     except MemoryError:
         return {"failed": f"needs more than {MOST_MEMORY >> 20} MiB"}
     except Exception as error:  # a template may raise whatever Python may
-        return {"failed": f"fails ({type(error).__name__}: {error})"}
+        return {"failed": f"fails ({type(error).__name__}: {readable(error)})"}
 
 
 def main() -> None:

@@ -166,7 +166,7 @@ class Renderer:
                 raise ConfigError(f"the chat template {problem}")
         told: dict[str, str] = json.loads(answer)
         if "refused" in told:
-            raise RequestError(f"the chat template refuses the messages: {' '.join(told['refused'].split())}")
+            raise RequestError(f"the chat template refuses the messages: {told['refused']}")
         if "failed" in told:
             raise ConfigError(f"the chat template {told['failed']}")
         return told["text"]

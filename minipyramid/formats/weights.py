@@ -101,7 +101,11 @@ def _open(directory: Path, config: ModelConfig, stack: ExitStack) -> dict[str, S
         if (directory / kind.WHOLE).exists() or (directory / kind.INDEX).exists():
             tensors: dict[str, Stored] = {}
             for path in _shards(directory, kind.WHOLE, kind.INDEX):
-                tensors |= kind.open_file(path, stack)
+                opened = kind.open_file(path, stack)
+                for name in sorted(tensors.keys() & opened.keys()):
+                    both = f"{tensors[name].path} and {path.name} both hold {name}"
+                    raise CheckpointError(f"{both}; fetch the checkpoint again")
+                tensors |= opened
             return tensors
     if meta.shards(directory):
         return meta.open_tensors(directory, config)

@@ -14,13 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipyramid.budget import most_tokens
 from minipyramid.errors import ConfigError
 from minipyramid.policy import Compute, Generation, Policy, Seen
 
 
 def checked(policy: Policy) -> Policy:
-    """The policy itself if it is of this package, else with its answers checked."""
-    return policy if type(policy).__module__.partition(".")[0] == "minipyramid" else Own(policy)
+    """The policy itself if it is of this package, else with its answers checked.
+
+    Raises `ConfigError` for one that guesses, for what it guesses could not be checked.
+    """
+    if type(policy).__module__.partition(".")[0] == "minipyramid":
+        return policy
+    if type(policy).guess is not Policy.guess:
+        name = type(policy).__name__
+        raise ConfigError(f"{name} has a `guess`, which only a profile of this package can; leave it out")
+    return Own(policy)
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,15 @@ class Own(Policy):
 
     def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> Policy:
         """See `Policy`."""
-        return checked(self.policy.within(share, prompt_tokens, new_tokens, layers))
+        given = self.policy.within(share, prompt_tokens, new_tokens, layers)
+        if not isinstance(given, Policy):
+            raise ConfigError(f"{self._name} has within {given!r:.60}; expected a Policy")
+        solved, most = checked(given), most_tokens(share, prompt_tokens, new_tokens, layers)
+        held = sum(solved.kv_lengths(prompt_tokens, new_tokens, layers))
+        if held > most:
+            told = f"{self._name} holds {held} tokens within a budget of {share}, which are {int(most)}"
+            raise ConfigError(f"{told}; its `within` must hold no more")
+        return solved
 
     @property
     def _name(self) -> str:

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Check, bind, load, serve."""
-    api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    api_key = os.environ.get(KEY_VARIABLE) or None if args.api_key is None else args.api_key
     check(args, api_key)
     try:
         import uvicorn
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         limits = Limits(api_key, args.max_waiting, args.max_new_tokens, chats=not problem)
         service = Service(llm, name, limits)
         config = uvicorn.Config(build_app(service), log_level="warning", access_log=False)
-        listening.listen(BACKLOG)  # from here on a client is not refused, so the address can be told
+        listen(listening, args)  # from here on a client is not refused, so the address can be told
         if not args.quiet:
             host = f"[{args.host}]" if ":" in args.host else args.host
             address = f"http://{host}:{listening.getsockname()[1]}"
@@ -104,6 +104,9 @@ def check(args: argparse.Namespace, api_key: str | None) -> None:
     """Refuse what cannot be, before weights are loaded."""
     if not is_loopback(args.host) and api_key is None:
         raise RequestError(f"--host {args.host} can be reached by others; give --api-key, or use 127.0.0.1")
+    if api_key is not None and not (api_key and api_key == api_key.strip()):
+        told = "--api-key" if args.api_key is not None else KEY_VARIABLE
+        raise RequestError(f"{told} is empty or has white space at an end; give a key, or leave it out")
     if not 0 <= args.port <= 65535:
         raise RequestError(f"--port is {args.port}, expected 0 to 65535")
     for flag, value, least in (
@@ -126,6 +129,15 @@ def bind(host: str, port: int) -> socket.socket:
         listening.close()
         raise RequestError(f"--host {host} --port {port} cannot be served ({error}); name another") from error
     return listening
+
+
+def listen(listening: socket.socket, args: argparse.Namespace) -> None:
+    """Let clients connect. Linux lets two processes take a port, and only one of them listen."""
+    try:
+        listening.listen(BACKLOG)
+    except OSError as error:
+        told = f"--host {args.host} --port {args.port} cannot be served ({error})"
+        raise RequestError(f"{told}; name another") from error
 
 
 if __name__ == "__main__":

@@ -165,15 +165,17 @@ class Worker(threading.Thread):
     def _tell(self) -> None:
         """Everything new of a step in one call of the event loop."""
         events, now = [], time.monotonic()
-        while self._news:
-            sequence, piece = self._news.popleft()
-            ticket = self._tickets.get(sequence)
-            if ticket is None:
-                continue  # it has left
-            if piece is None:
-                del self._tickets[sequence]
-            events.append(self._event(ticket, piece, now))
-        self._deliver(events)
+        try:
+            while self._news:
+                sequence, piece = self._news.popleft()
+                ticket = self._tickets.get(sequence)
+                if ticket is None:
+                    continue  # it has left
+                events.append(self._event(ticket, piece, now))
+                if piece is None:
+                    del self._tickets[sequence]
+        finally:  # whom an error keeps from hearing its own end hears of the error, and nobody else does
+            self._deliver(events)
 
     def _deliver(self, events: list[Event]) -> None:
         if events and not self.loop.is_closed():
