@@ -19,7 +19,7 @@ from minipyramid.policy import FULL
 from minipyramid.request import Sequence
 
 LEAST = 16  # tokens in common that are worth a copy
-# And those for which one prompt is computed before the others. Two prompts that share a half took 0.92
+# And those for which the others wait until one prompt is computed. Two prompts that share a half took 0.92
 # times as long whole as in turn with 64 + 64 tokens, 1.07 with 128 + 128, and 16 that share 1,000 of 1,020
 # tokens 6.3 times (the embedded checkpoint, float32, one core; a larger model gains earlier).
 WORTH_WAITING = 100

@@ -5,11 +5,12 @@ The paper's headline is a share (45.4 % of the memory), its settings are ratios,
 about three quarters of a 32-layer model's, more of a shallower one's. Every length follows from the settings,
 so they can be solved for without computing anything.
 
-The first of these that comes close is taken: the decay ratio is lowered (or, where generated tokens are most
-of it, they are pruned less than published); the schedule becomes `constant` with a ratio of its own, which
-drops from the first layer on, where cosine hardly does; on top of that `recent_ratio` falls to 0.05; fewer
-generated tokens stay; the layers that drop first cut deeper, down to `min_context_length`; that falls; full
-layers become fewer, down to one; `recent_ratio` falls to 0, last because the recent tokens are the voters.
+The first of these that comes close is taken: the decay ratio is lowered (or, where dropping generated tokens
+as published holds less than asked, fewer are dropped); the schedule becomes `constant` with a ratio of its
+own, which drops from the first layer on, where cosine hardly does; on top of that `recent_ratio` falls to
+0.05; fewer generated tokens stay; the layers that drop first cut deeper, down to `min_context_length`; that
+falls; full layers become fewer, down to one; `recent_ratio` falls to 0, last because the recent tokens are
+the voters.
 """
 
 import math
@@ -37,10 +38,10 @@ def solve(base: Settings, share: float, prompt_tokens: int, new_tokens: int, lay
     tried: list[tuple[int, Settings]] = []  # tokens held, and by which settings
 
     def search(start: Settings, end: Settings) -> tuple[int, Settings]:
-        """What holds most within the share, of this line between two configurations and all before it.
+        """The settings that hold most within the share, on this line from `start` to `end` and all before.
 
-        The share falls along a line, but not everywhere: a layer whose context would fall to
-        `min_context_length` drops nothing at all. So it is searched in rounds, and not by halving.
+        What is held falls along a line, except where a layer's context would reach `min_context_length`: it
+        then drops nothing. So it is searched in rounds, and not by halving.
         """
         middle, width = 0.5, 0.5
         for _ in range(ROUNDS):

@@ -31,8 +31,8 @@ class Row:
     index: int  # its number among the cache's rows
     need: Need  # what it may come to hold
     lengths: list[int]  # [layer] tokens held
-    # [layer] positions of all but the pending tokens, ascending: one list for all heads, or one per head
-    # where heads hold different tokens.
+    # [layer] positions of what was held of the prompt, of earlier turns, and by compactions: one list for all
+    # heads, or one per head where heads hold different tokens. Generated tokens behind these are not listed.
     kept: list[Tensor]  # [1 or K, n] int32
     pending: PendingTokens | None = None  # None where generated tokens are never dropped
     position: int = 0  # of the next token

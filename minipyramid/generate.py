@@ -181,9 +181,11 @@ def check_chat(args: argparse.Namespace) -> None:
             if given:
                 raise RequestError(f"--chat takes turns from stdin; leave {name} out")
     elif args.system is not None:
-        raise RequestError("--system is for --chat; give it, or leave that out")
+        raise RequestError("--system is for --chat; give --chat too, or leave --system out")
     elif args.chat_format is not None and args.batch is None:
-        raise RequestError("--chat-format is for --chat and --batch; give one, or leave it out")
+        raise RequestError(
+            "--chat-format is for --chat and --batch; give one of these, or leave --chat-format out"
+        )
 
 
 def print_all(completions: list[Completion], args: argparse.Namespace, single: bool) -> None:

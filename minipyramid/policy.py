@@ -83,7 +83,7 @@ class Generation:
         return bisect_left(range(new_tokens + 1), (compaction + 1) * self.group, key=self.older)
 
     def weight(self, voter: int, generated: int) -> float:
-        """What the vote of a generated token counts in the compaction after so many; 0 if it is no voter."""
+        """Weight of token `voter` in the compaction after so many were generated; 0 if it has no vote."""
         oldest = self.older(generated)
         voters = generated - oldest
         rank = voter - oldest

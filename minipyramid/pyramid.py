@@ -17,7 +17,7 @@ tokens and the k = int(c * s) highest-voted of the context:
 with A the attention probabilities, j a token of the context, i the layer of L, and p the decay ratio. A
 layer's ratio is of what the layer before it left. A layer that would keep `min_context_length` or less drops
 nothing, only every `layerwise_downsample_interval`-th layer drops, and the first tokens (sinks, counted in k)
-stay first.
+win against every vote.
 
 Generated tokens pass all layers. Once `exceed_length_to_compress` of them are older than the recent tokens,
 these vote on them, and each layer drops its own (`Generation` in policy.py). The prompt is not voted on

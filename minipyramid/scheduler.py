@@ -73,7 +73,7 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Start waiting sequences in their order, up to the first that has no room.
 
-        Of those that get a new cache the last may have to wait, for whole pages take more.
+        Those at the end of what gets a new cache may wait after all: in whole pages all take more.
 
         Returns those taken; one whose cache could not be allotted has `error` set.
         """

@@ -1,9 +1,9 @@
 """Which of the sequences that start together share a cache.
 
 If all are of one size, they are rows of one slab. Else they share a cache in pages (`minipyramid/pages.py`),
-as far as there is room for their last, partly used pages. The last ones, for whom there is none,
-start in slabs of their own. Where others wait as well only as many of them start as there is room for, and
-the rest wait, too, for pages of the rows that end first.
+as far as there is room to round each up to whole pages. Those behind, for whom there is none, start in slabs
+of their own. Where others wait as well, only as many of these start as there is room for; the rest wait for
+pages that ended rows give back.
 """
 
 from collections.abc import Callable, Hashable

@@ -135,7 +135,7 @@ class Search:
         return min(tried)[2:]
 
     def cut(self, found: Found, share: float, computed: float) -> Level:
-        """The best depth for a share of token-layers to compute; it rises where all cost too much.
+        """The best depth for a share of token-layers to compute; the share rises while all cost too much.
 
         Too much is more than `CHEAP`, and than it costs to hold `share` with everything computed, as the
         curves say.

@@ -29,7 +29,9 @@ def read_at_most(file: IO[bytes], most: int, name: str, way_out: str) -> bytes:
 def read_tokens(llm: LLM, text: str, file: str, least: int) -> list[int]:
     """The text's tokens; `RequestError` where they are fewer than `least`, or cannot be told."""
     if llm.tokenizer is None:
-        raise RequestError(f"{llm.directory} has no tokenizer.model, which --text needs; add it")
+        raise RequestError(
+            f"{llm.directory} has no tokenizer.model or tokenizer.json, which --text needs; add it"
+        )
     tokens = llm.tokenizer.encode(text, continues=True)
     if len(tokens) < least:
         raise RequestError(f"--text {file} has {len(tokens)} tokens, expected {least} or more")

@@ -94,7 +94,9 @@ def losses(llm: LLM, settings: PyramidConfig, size: Size, *, defect: bool) -> li
 def tokenizer_of(llm: LLM) -> Tokenizer:
     """The checkpoint's; raises `TokenizerError` where there is none."""
     if llm.tokenizer is None:
-        raise TokenizerError("the checkpoint has no tokenizer.model, which texts need; add it")
+        raise TokenizerError(
+            "the checkpoint has no tokenizer.model or tokenizer.json, which texts need; add it"
+        )
     return llm.tokenizer
 
 

@@ -174,7 +174,7 @@ def planted(
     """
     tokenizer = llm.tokenizer
     if tokenizer is None:
-        raise RequestError("stories are text, and the checkpoint has no tokenizer.model; leave --recall out")
+        raise RequestError("stories are text, and the checkpoint has no tokenizer; leave --recall out")
 
     def pieces(text: str) -> list[int]:
         return tokenizer.encode(text, continues=True)

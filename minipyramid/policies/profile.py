@@ -44,9 +44,9 @@ class Profile(Policy):
     Attributes:
         levels: what the layers compute and hold, by ascending share.
         share: of a prompt that is held, over all layers.
-        generated_share: share of generated tokens that is held; None for `share`, and a budget's own share
-            takes its place. They are voted on as PyramidInfer's are, and of each group a layer keeps its own
-            share.
+        generated_share: share of generated tokens that is held; None for `share`. A budget sets it to its own
+            share, or to less. Votes choose, as in PyramidInfer; of each group a layer keeps what the level
+            of this share holds.
         sinks: first tokens of a prompt that are passed on, and held as far as the newest leave room.
         fewest: no layer computes or holds fewer tokens of a prompt; 0 under a budget, which counts as 1.
         fewest_recent: so many of the newest tokens are protected at least, beside the newest one; a budget
@@ -152,7 +152,7 @@ class Profile(Policy):
         return self.counts(prompt_tokens, layers)[1]
 
     def generation(self, prompt_tokens: int, layers: int) -> Generation:
-        """Of each group a layer keeps the share it holds of a prompt; half as large a share is recent."""
+        """Of each group a layer keeps what that share's level holds; half as large a share is recent."""
         share = self.share if self.generated_share is None else self.generated_share
         stay = tuple(round(GROUP * held) for held in self.level(share).held)
         return Generation(
