@@ -406,3 +406,18 @@ def test_damaged_tokenizer_files_end_in_one_line(tmp_path: Path) -> None:
             loaded.decode(loaded.encode("a text"))
         except TokenizerError:
             continue
+
+
+def test_a_beginning_that_the_model_does_not_know_is_told(tmp_path: Path) -> None:
+    """Every text was refused, for a token that nobody had given."""
+    size = write_json(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    special = {"<far>": {"id": "<far>", "ids": [9999], "tokens": ["<far>"]}}
+    begin = [{"SpecialToken": {"id": "<far>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": begin, "pair": begin * 2}
+    spec["post_processor"] |= {"special_tokens": special}
+    spec["post_processor"]["pair"][3] = {"Sequence": {"id": "B", "type_id": 1}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="begins texts with the token 9999"):
+        load_tokenizer(tmp_path, size)

@@ -48,6 +48,9 @@ class BpeTokenizer:
         settings = read_json(file.parent / "tokenizer_config.json", optional=True)
         begin = self._ids(library, "", specials=True)
         self.bos_id: int = self._named(settings, "bos_token", begin[0] if begin else -1)
+        if self.bos_id >= vocab_size:
+            told = f"{file} begins texts with the token {self.bos_id}, and the model has {vocab_size}"
+            raise TokenizerError(f"{told}; fetch it again")
         wanted = settings.get("add_bos_token")
         self.add_bos = self.bos_id >= 0 and (begin[:1] == [self.bos_id] if wanted is None else wanted is True)
         end = self._named(settings, "eos_token", -1)

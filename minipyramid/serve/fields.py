@@ -131,7 +131,7 @@ def check_characters(values: dict[str, Any], context: int) -> None:
 
 
 def characters_of(given: Any) -> int:
-    """Characters of messages, in all their contents and the parts of these."""
+    """Characters of messages, in all that a template may read of them."""
     # A loop, for they may lie deeper in each other than a function may call itself.
     waiting, count = [given], 0
     while waiting:
@@ -139,7 +139,7 @@ def characters_of(given: Any) -> int:
         if isinstance(one, list):
             waiting += one
         elif isinstance(one, dict):
-            waiting += [one.get("content"), one.get("text")]
+            waiting += one.values()
         elif isinstance(one, str):
             count += len(one)
     return count
@@ -172,8 +172,12 @@ def prompts_of(llm: LLM, values: dict[str, Any], chat: bool, params: SamplingPar
     if len(prompts) > MOST_CHOICES:
         raise RequestError(f"there are {len(prompts)} prompts, expected at most {MOST_CHOICES}")
     names = ["the prompt"] if len(prompts) == 1 else [f"prompt {i}" for i in range(len(prompts))]
-    encode = llm.engine.encode
-    return [Request(encode(p, name), params, name=name) for p, name in zip(prompts, names, strict=True)]
+    requests = []
+    for prompt, name in zip(prompts, names, strict=True):
+        ids = llm.engine.encode(prompt, name)
+        llm.config.check_length(len(ids), 1, name)  # before the next one is tokenised
+        requests.append(Request(ids, params, name=name))
+    return requests
 
 
 class ModelNotFoundError(RequestError):
