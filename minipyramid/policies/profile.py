@@ -13,6 +13,7 @@ what is held is scaled down, and above the largest both lists go up to the whole
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -105,6 +106,11 @@ class Profile(Policy):
         """Whether what the layers behind a level's cut do not compute can be guessed."""
         return level.is_one_cut and 0 < level.depth == self.depth
 
+    @cached_property
+    def current(self) -> Level:
+        """The lists that hold its share; asked for in every layer of a prompt."""
+        return self.level(self.share)
+
     def level(self, share: float) -> Level:
         """The lists that hold this share of a prompt, or less where two levels are not cut alike."""
         level = self.on_the_way(share)
@@ -126,7 +132,7 @@ class Profile(Policy):
 
     def counts(self, prompt_tokens: int, layers: int) -> tuple[list[int], list[int]]:
         """Tokens of a prompt that each layer computes, and holds."""
-        level = self.level(self.share)
+        level = self.current
         if len(level.held) != layers:
             raise ConfigError(f"the profile is of {len(level.held)} layers, and the model has {layers}")
         least = min(prompt_tokens, max(1, self.fewest))
@@ -197,7 +203,7 @@ class Profile(Policy):
     @property
     def repeating_layers(self) -> list[int]:
         """Those that choose by the score `repeat`."""
-        scores = self.level(self.share).scores
+        scores = self.current.scores
         return [layer for layer, score in enumerate(scores) if "repeat" in score.split("+")]
 
     def computed_by_look_over(self, prompt_tokens: int, layers: int) -> int:
@@ -218,7 +224,7 @@ class Profile(Policy):
 
         Returns [K, count], or [count] for all heads.
         """
-        level, first = self.level(self.share), self.sinks
+        level, first = self.current, self.sinks
         newest = max(1, int(level.newest[seen.layer] * count))
         by, *other = level.scores[seen.layer].split("+")
         score = SCORES[by](seen, self.lines).float().clone()  # [K, T], or [T] for all heads alike
@@ -271,7 +277,7 @@ class Profile(Policy):
         token, which is the newest, or no more than `fewest`, which may be far more than what the stand-in was
         fitted to, and where none was fitted.
         """
-        stand_ins = self.level(self.share).stand_ins
+        stand_ins = self.current.stand_ins
         computed, held = (counts[layer] for counts in self.counts(prompt_tokens, len(self.levels[0].held)))
         is_pruned = max(1, self.fewest) < min(computed, held) and held < prompt_tokens
         return stand_ins if is_pruned and stand_ins is not None and stand_ins[layer].any() else None
