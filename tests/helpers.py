@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from minipyramid import LLM, Conversation, PyramidConfig, SamplingParams
+from minipyramid.calibrate.contexts import Window
 from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile
 
@@ -72,8 +73,8 @@ def write_checkpoint(directory: Path, seed: int = 0, **changes: Any) -> Path:
     return directory
 
 
-def train_pieces(directory: Path) -> Path:
-    """A Llama-like tokenizer.model of 320 pieces."""
+def train_pieces(directory: Path, **how: Any) -> Path:
+    """A Llama-like tokenizer.model of 320 pieces; further arguments are the trainer's."""
     text = [
         "Once upon a time there was a little fox.",
         "The fox said: \u201cwho is there?\u201d and went home again.",
@@ -88,6 +89,7 @@ def train_pieces(directory: Path) -> Path:
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
+        **how,
     )
     return directory / "tokenizer.model"
 
@@ -234,6 +236,13 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
     """Random token ids, other ones for other lengths."""
     generator = torch.Generator().manual_seed(sum(lengths))
     return [torch.randint(3, 320, (n,), generator=generator).tolist() for n in lengths]
+
+
+def book_windows(llm: LLM, count: int) -> list[Window]:
+    """Stretches of a book, one after the other."""
+    tokens = ids_of_text(llm, WEIGHTS.parent / "books-fit.txt")
+    parts = [tokens[start : start + 340] for start in range(0, 340 * count, 340)]
+    return [Window(part[:300], part[300:340], part[50:90]) for part in parts]
 
 
 def ids_of_text(llm: LLM, file: Path) -> list[int]:

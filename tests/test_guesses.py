@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PROFILES, WEIGHTS, guesses_of, ids_of_text, lines_of, prompts_of, say, stand_ins_of
+from helpers import PROFILES, WEIGHTS, book_windows, guesses_of, lines_of, prompts_of, say, stand_ins_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -59,11 +59,7 @@ def test_the_weights_are_those_of_least_squares(tiny: LLM) -> None:
 @needs_weights
 def test_text_that_nothing_was_fitted_to_is_predicted_better_with_guesses() -> None:
     llm = LLM(WEIGHTS, policy="full", dtype="float32")
-    tokens = ids_of_text(llm, WEIGHTS.parent / "books-fit.txt")
-    windows = [
-        Window(part[:300], part[300:340], part[50:90])
-        for part in (tokens[start : start + 340] for start in range(0, 340 * 40, 340))
-    ]
+    windows = book_windows(llm, 40)
     to_fit, others = windows[:32], windows[32:]
     cut, whole = cut_level(12, 4, 0.2), whole_level(12)
     guesses = fit_guesses(llm, to_fit, 4)

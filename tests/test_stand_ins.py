@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PROFILE, PROFILES, WEIGHTS, heads_of, ids_of_text, lines_of, prompts_of, say, stand_ins_of
+from helpers import (
+    PROFILE,
+    PROFILES,
+    WEIGHTS,
+    book_windows,
+    heads_of,
+    lines_of,
+    prompts_of,
+    say,
+    stand_ins_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -179,11 +189,7 @@ def test_a_search_ends_with_stand_ins_of_the_level_that_it_has_found(tiny: LLM) 
 @needs_weights
 def test_text_that_nothing_was_fitted_to_is_predicted_better_with_stand_ins() -> None:
     llm = LLM(WEIGHTS, policy="full", dtype="float32")
-    tokens = ids_of_text(llm, WEIGHTS.parent / "books-fit.txt")
-    windows = [
-        Window(part[:300], part[300:340], part[50:90])
-        for part in (tokens[start : start + 340] for start in range(0, 4080, 340))
-    ]
+    windows = book_windows(llm, 12)
     to_fit, others = windows[:8], windows[8:]
     held = (0.05, 0.05, 0.05, 0.5, *(0.05,) * 8)
     level = Level((*(1.0,) * 4, *(0.2,) * 8), held, ("newest",) * 12, (0.5,) * 12)

@@ -350,18 +350,7 @@ def test_a_damaged_rank_file_is_refused(tmp_path: Path) -> None:
 
 def test_no_line_break_is_lost_where_a_piece_has_several(tmp_path: Path) -> None:
     """What stood behind a special token lost its first characters with the anchor that a piece had joined."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["Once upon a time there was a little fox."] * 30),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=320,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        user_defined_symbols=["\n\n", "\n "],
-        minloglevel=2,
-    )
+    train_pieces(tmp_path, user_defined_symbols=["\n\n", "\n "])
     tokenizer = load_tokenizer(tmp_path, 320)
     assert tokenizer
     for text in ("\n", "\nfox", "\n\nfox", "\n fox", "\n\n\n", "fox\n\n"):

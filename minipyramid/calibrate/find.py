@@ -153,10 +153,10 @@ class Search:
                 found.depths[computed] = []
                 for level in cuts(self.layers, computed):
                     cost = self.cost(self.computing(level), level)
-                    found.depths[computed].append((level.computed.count(1.0), cost))
+                    found.depths[computed].append((level.depth, cost))
             depth, cost = min(found.depths[computed], key=lambda measured: measured[1])
             if cost < max(cost_of_holding, CHEAP):
-                return next(x for x in cuts(self.layers, computed) if x.computed.count(1.0) == depth)
+                return next(x for x in cuts(self.layers, computed) if x.depth == depth)
             computed += STEP
         return self.full.profile.levels[0]
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from minipyramid.cli.terminal import unfinished
 from minipyramid.config import read_json
 from minipyramid.errors import CheckpointError, ConfigError, RequestError
 from minipyramid.policies import load_policy
@@ -72,11 +73,6 @@ def check_replaced(out: Path) -> None:
         except (CheckpointError, ConfigError) as error:
             told = f"--out {out} would write over {path}, which is no part of a profile"
             raise RequestError(f"{told}; move it away or give another name") from error
-
-
-def unfinished(path: Path) -> Path:
-    """What a file is called until it is whole."""
-    return path.with_name(path.name + ".part")
 
 
 def written(level: Level) -> dict[str, Any]:

@@ -175,22 +175,27 @@ def check_writable(flag: str, path: Path) -> None:
         raise RequestError(f"{flag} {path} cannot be written: {error}") from error
 
 
+def unfinished(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(path.name + ".part")
+
+
 def write_whole(flag: str, path: Path, content: bytes) -> None:
     """Write a file so that what stood there stays until the new one is whole.
 
     What is no plain file, a pipe or a terminal, is written to as it is. Raises `RequestError`.
     """
     target = path.resolve()  # where a link leads
-    unfinished = target.with_name(target.name + ".part")
+    part = unfinished(target)
     try:
         if target.exists() and not target.is_file():
             target.write_bytes(content)
             return
-        unfinished.write_bytes(content)
-        unfinished.replace(target)
+        part.write_bytes(content)
+        part.replace(target)
     except OSError as error:
         with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
         raise RequestError(f"{flag} {path} cannot be written: {error}") from error
 
 

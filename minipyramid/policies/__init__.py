@@ -87,7 +87,7 @@ def load_policy(path: Path) -> Policy:
     if not isinstance(name, str) or name not in POLICIES:
         raise ConfigError(f"{path}: there is no policy {name!r:.60}; {nearest(str(name), POLICIES)}")
     if name == "profile":
-        from minipyramid.policies.profile import read_profile
+        from minipyramid.policies.profile_file import read_profile
 
         return read_profile(settings, path)
     return settings_of(class_of(name), settings, str(path))

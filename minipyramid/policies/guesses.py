@@ -32,15 +32,16 @@ def left_with(seen: Seen) -> Tensor:
     return torch.cat((x * scale, attended, torch.ones_like(scale)), -1)
 
 
-def guessed(seen: Seen, weights: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+def guessed(seen: Seen, known: Tensor, weights: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values in a deeper layer of some of the T tokens of the layer that they leave behind.
 
-    weights [features, 2 * K * D] are those of the deeper layer, which [g]  ->  two of [K, g, D]
+    known [g, features] is what they left with, weights [features, 2 * K * D] are those of the deeper layer,
+    which [g] of the T they are  ->  two of [K, g, D]
 
     Raises:
         ConfigError: the guesses were fitted for another model.
     """
-    known, (K, _, D) = left_with(seen)[which], seen.keys.shape
+    K, _, D = seen.keys.shape
     if weights.shape != (known.shape[1], 2 * K * D):
         raise ConfigError(f"the guesses are {list(weights.shape)}, and were fitted for another model")
     both = (known @ weights.to(known)).to(seen.keys.dtype).view(len(which), 2 * K, D)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from operator import itemgetter
-from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -25,14 +24,12 @@ from torch import Tensor
 
 from minipyramid.budget import most_tokens, refusal
 from minipyramid.errors import ConfigError, check_fields, expect_type, number
-from minipyramid.policies.fitted import read_fitted
-from minipyramid.policies.guesses import guessed
+from minipyramid.policies.guesses import guessed, left_with
 from minipyramid.policies.levels import Level, between
 from minipyramid.policies.repeat import say_again
 from minipyramid.policies.scores import SCORES
 from minipyramid.policies.stand_ins import with_stand_in
 from minipyramid.policy import Compute, Generation, Guess, Policy, Seen, top_scored
-from minipyramid.settings import STAGES, settings_of
 
 GROUP = 16  # generated tokens of one compaction, as PyramidInfer publishes it
 FEWEST_RECENT = (64, 32, 16, 8, 0)  # recent tokens at least; a budget goes down these from the settings'
@@ -259,10 +256,11 @@ class Profile(Policy):
         left = torch.ones(len(seen.q), dtype=torch.bool, device=passed_on.device)
         left[passed_on] = False
         which, found = left.nonzero()[:, 0], []
+        known = left_with(seen)[which]
         for layer, count in enumerate(self.guessed(seen.prompt_tokens)):
             if count:
-                weights = self.guesses[layer - self.depth]
-                found.append((layer, *guessed(seen, weights, which[-count:]), which[-count:]))
+                newest, weights = which[-count:], self.guesses[layer - self.depth]
+                found.append((layer, *guessed(seen, known[-count:], weights, newest), newest))
         return found
 
     def guessed(self, prompt_tokens: int) -> list[int]:
@@ -302,33 +300,3 @@ def replaced_positions(policy: Policy, prompt_tokens: int, layers: int) -> list[
     if isinstance(policy, Profile):
         return policy.replaced_positions(prompt_tokens, layers)
     return [None] * layers
-
-
-def is_name_beside(file: Any) -> bool:
-    """Whether it names a file in the settings' own directory, so that both files move together."""
-    return isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
-
-
-def read_profile(given: dict[str, Any], path: Path) -> Profile:
-    """From the fields of a file; `fitted` names the file beside it of what was fitted."""
-    given = dict(given)
-    levels, file = given.pop("levels", None), given.pop("fitted", None)
-    if not isinstance(levels, list) or not (file is None or is_name_beside(file)):
-        raise ConfigError(
-            f"{path}: expected levels, a list, and fitted, the name of a .safetensors file beside it or none"
-        )
-    for name in ("lines", "guesses", *STAGES):
-        if name in given:
-            raise ConfigError(f"{path}: {name!r} is no setting of a profile; expected flat fields and fitted")
-    try:
-        read = tuple(Level.read(level) for level in levels)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    fitted = {} if file is None else read_fitted(path.parent / file)
-    if "stand_ins" in fitted:
-        stand_ins = fitted.pop("stand_ins")
-        if len(stand_ins) != len(read):
-            told = f"{path}: the stand-ins are of {len(stand_ins)} levels, expected {len(read)}"
-            raise ConfigError(f"{told}; calibrate again")
-        read = tuple(replace(level, stand_ins=own) for level, own in zip(read, stand_ins, strict=True))
-    return settings_of(Profile, given | {"levels": read} | fitted, str(path))
