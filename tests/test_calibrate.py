@@ -361,6 +361,19 @@ def test_more_is_computed_where_a_cut_costs_more_than_holding_less(
     assert sum(level.computed) / 3 == pytest.approx(computed)
 
 
+def test_guesses_make_a_cut_cheap_enough(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cost was asked for without them, and more was computed than they need; a file has one depth."""
+    search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
+    monkeypatch.setattr(search, "cost", lambda contexts, level: 0.001 if level.held[2] >= 0.15 else 0.02)
+    curve = [Point(0.1, 0.0, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
+    for share, computed in [(0.5, 0.4), (0.12, 0.45)]:  # with room for such guesses, and without it
+        level = search.cut(Found([curve] * 3), share, 0.4)
+        assert sum(level.computed) / 3 == pytest.approx(computed)
+    elsewhere = cut_level(3, 2, 0.1)
+    taken = Found([curve] * 3, levels=[replace(elsewhere, held=(1.0, 1.0, 0.2))])
+    assert sum(search.cut(taken, 0.5, 0.4).computed) / 3 == pytest.approx(0.45)
+
+
 def test_a_disk_that_is_full_leaves_the_former_files_and_no_others(tmp_path: Path) -> None:
     """Lines that could not be written were a SafetensorError; new lines stood beside former levels; parts
     stayed.

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import PROFILES, WEIGHTS, book_windows, guesses_of, lines_of, prompts_of, say, stand_ins_of
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minipyramid import LLM, CheckpointError, ConfigError, Conversation, SamplingParams
 from minipyramid.calibrate.contexts import Contexts, Window, loss, profile_of, recorded
 from minipyramid.calibrate.find import Found, Search
-from minipyramid.calibrate.guesses import FIRST, RIDGE, fit_guesses
+from minipyramid.calibrate.guesses import FIRST, RIDGE, fit_guesses, pieces_of
 from minipyramid.calibrate.search import Point, allot_beside_guesses, cut_level, whole_level
 from minipyramid.calibrate.search import with_guesses as guessing
 from minipyramid.calibrate.settings import write_profile
@@ -37,12 +38,12 @@ PROFILE = Profile((CUT,), CUT.share, fewest=0, generated_share=1.0, guesses=gues
 
 def test_the_weights_are_those_of_least_squares(tiny: LLM) -> None:
     """Of unrotated keys, and values: no other weights leave less of the squares, and of their ridge."""
-    windows = [Window(ids, [], []) for ids in prompts_of([90, 70])]
-    fitted = fit_guesses(tiny, windows, 1).double()
+    pieces = prompts_of([90, 70])
+    fitted = fit_guesses(tiny, pieces, 1).double()
     assert fitted.shape == (2, 65, 32)
     known, targets = [], []
-    for window in windows:
-        seen = recorded(tiny, profile_of(whole_level(3)), window.context)
+    for ids in pieces:
+        seen = recorded(tiny, profile_of(whole_level(3)), ids)
         known.append(left_with(seen[0])[FIRST:])
         by_layer = []
         for of_layer in seen[1:]:
@@ -56,13 +57,34 @@ def test_the_weights_are_those_of_least_squares(tiny: LLM) -> None:
     torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-2)
 
 
+@given(
+    count=st.integers(5, 300), begin=st.integers(0, 2), length=st.integers(3, 40), most=st.integers(40, 200)
+)
+@settings(deadline=None)
+def test_pieces_come_from_all_over_a_text(count: int, begin: int, length: int, most: int) -> None:
+    """From its first token to its last, where there is more than one; no more tokens than there may be."""
+    tokens, first, step = list(range(1, count + 1)), [0] * begin, length - begin
+    assume(step <= count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minipyramid.calibrate.guesses.MOST", most)
+        pieces = pieces_of(tokens, first, length)
+    assert all(piece[:begin] == first for piece in pieces)
+    parts = [piece[begin:] for piece in pieces]
+    assert all(part == tokens[part[0] - 1 :][:step] for part in parts)
+    assert all(len(part) == step for part in parts)
+    assert len(parts) == max(1, min(count, most) // step)
+    assert all(b[0] > a[-1] for a, b in pairwise(parts))
+    assert parts[0][0] == 1
+    assert len(parts) == 1 or parts[-1][-1] == count
+
+
 @needs_weights
 def test_text_that_nothing_was_fitted_to_is_predicted_better_with_guesses() -> None:
     llm = LLM(WEIGHTS, policy="full", dtype="float32")
     windows = book_windows(llm, 40)
     to_fit, others = windows[:32], windows[32:]
     cut, whole = cut_level(12, 4, 0.2), whole_level(12)
-    guesses = fit_guesses(llm, to_fit, 4)
+    guesses = fit_guesses(llm, [window.context for window in to_fit], 4)
     expected = Contexts(llm, others, profile_of(whole)).logprobs(whole)
     losses = []
     for level in (cut, guessing(cut, 0.2), guessing(cut, 1.0)):

@@ -19,6 +19,7 @@ from minipyramid.calibrate.check import check_levels
 from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, profile_of
 from minipyramid.calibrate.find import Search
 from minipyramid.calibrate.fit import FIRST, LAST, LineFit
+from minipyramid.calibrate.guesses import pieces_of
 from minipyramid.calibrate.picture import plot
 from minipyramid.calibrate.search import SIZES, choices_of, whole_level
 from minipyramid.calibrate.settings import check_replaced, write_profile
@@ -108,8 +109,11 @@ def run(args: argparse.Namespace) -> None:
     to_fit, to_check = (
         windows(llm, part, args, which) for which, part in enumerate((tokens[:end], tokens[end:]))
     )
+    begin = llm.engine.need_tokenizer().encode("")
+    pieces = pieces_of(tokens[:end], begin, max(args.context))
     with CalibrationLine(measurements(layers, len(budgets), args.repeat), quiet=args.quiet) as line:
-        search = Search(llm, to_fit, fitted_lines(llm, to_fit, line), args.repeat, line.update)
+        lines = fitted_lines(llm, to_fit, line)
+        search = Search(llm, to_fit, lines, args.repeat, line.update, pieces=pieces)
         found = search.find(budgets)
         checked = Search(llm, to_check, search.lines, args.repeat, line.update, guesses=search.guesses)
         rows = check_levels(checked, found.levels)

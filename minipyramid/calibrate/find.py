@@ -67,6 +67,7 @@ class Search:
         lines: of the score `fitted`.
         repeats: whether layers may choose by the score `repeat`.
         notice: called after each measurement.
+        pieces: of text, which guesses are fitted to; None for the windows' contexts.
         guesses: weights by the depth of the cut; what is missing is fitted, and put there.
     """
 
@@ -78,9 +79,11 @@ class Search:
         repeats: bool,
         notice: Notice,
         *,
+        pieces: list[list[int]] | None = None,
         guesses: dict[int, Tensor] | None = None,
     ) -> None:
         self.llm, self.windows, self.lines, self.repeats, self.notice = llm, windows, lines, repeats, notice
+        self.pieces = [window.context for window in windows] if pieces is None else pieces
         self.guesses = {} if guesses is None else guesses
         self.choices = choices_of(repeats)
         self.layers = llm.config.num_hidden_layers
@@ -92,7 +95,7 @@ class Search:
         guesses, depth = None, level.depth
         if level.guesses:
             if depth not in self.guesses:
-                self.guesses[depth] = fit_guesses(self.llm, self.windows, depth)
+                self.guesses[depth] = fit_guesses(self.llm, self.pieces, depth)
                 self.notice("fits guesses")
             guesses = self.guesses[depth]
         return Contexts(self.llm, self.windows, profile_of(level, self.lines, guesses), self.repeats)
@@ -118,27 +121,33 @@ class Search:
             found.levels.append(replace(level, stand_ins=fit_stand_ins(contexts, level)))
         return found
 
-    def with_guesses(self, cut: Level, level: Level, found: Found) -> tuple[Level, Contexts]:
-        """A level of a cut, or one that holds as much and guesses, whichever costs less; and its contexts.
+    def guessing(self, cut: Level, share: float, found: Found) -> list[tuple[Level, Level]]:
+        """The cuts that guess so much more that there is room for it, each with a level that holds `share`.
 
         All levels that guess are cut alike, for a file has guesses of one depth.
         """
-        contexts = self.computing(cut)
-        tried = [(self.cost(contexts, level), 0, level, contexts)]
         depths = {level.depth for level in found.levels if level.guesses}
+        pairs = []
         for more in GUESSED if depths <= {cut.depth} else ():
             guessing = with_guesses(cut, more)
-            allotted = allot_beside_guesses(guessing, found.curves, level.share)
-            if allotted is not None and allotted.guesses:
-                contexts = self.computing(guessing)
-                tried.append((self.cost(contexts, allotted), len(tried), allotted, contexts))
+            level = allot_beside_guesses(guessing, found.curves, share)
+            if level is not None and level.guesses:
+                pairs.append((guessing, level))
+        return pairs
+
+    def with_guesses(self, cut: Level, level: Level, found: Found) -> tuple[Level, Contexts]:
+        """A level of a cut, or one that holds as much and guesses, whichever costs less; and its contexts."""
+        tried: list[tuple[float, int, Level, Contexts]] = []
+        for computing, allotted in [(cut, level), *self.guessing(cut, level.share, found)]:
+            contexts = self.computing(computing)
+            tried.append((self.cost(contexts, allotted), len(tried), allotted, contexts))
         return min(tried)[2:]
 
     def cut(self, found: Found, share: float, computed: float) -> Level:
         """The best depth for a share of token-layers to compute; the share rises while all cost too much.
 
         Too much is more than `CHEAP`, and than it costs to hold `share` with everything computed, as the
-        curves say.
+        curves say. A cut that alone costs too much may cost less with the guesses that there is room for.
         """
         uncut = allot(self.full.profile.levels[0], found.curves, share)
         cost_of_holding = sum(
@@ -155,8 +164,11 @@ class Search:
                     cost = self.cost(self.computing(level), level)
                     found.depths[computed].append((level.depth, cost))
             depth, cost = min(found.depths[computed], key=lambda measured: measured[1])
-            if cost < max(cost_of_holding, CHEAP):
-                return next(x for x in cuts(self.layers, computed) if x.depth == depth)
+            best = next(x for x in cuts(self.layers, computed) if x.depth == depth)
+            limit = max(cost_of_holding, CHEAP)
+            guessing = (x for x, _ in self.guessing(best, share, found))
+            if cost < limit or any(self.cost(self.computing(x), x) < limit for x in guessing):
+                return best
             computed += STEP
         return self.full.profile.levels[0]
 
