@@ -43,7 +43,7 @@ class LLM:
             generated, by settings solved from `policy`'s for every request's length. A text that ends earlier
             may hold a larger share of its own. None for `policy` as it is.
         kv_memory: bytes for the keys, values and votes of everything in flight, a number or as in "2GiB".
-            None for half of what is free.
+            None for half of what is free, in the container if one has a limit.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but on a CPU float16 runs as
             bf16, and both as float32 where the processor multiplies float32 faster.
         device: "auto" (CUDA if there is one, else the CPU), or what `torch.device` takes.

@@ -1,5 +1,6 @@
 """Memory for the cache: a number of bytes as people write it, and what is free."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,18 @@ from pathlib import Path
 import torch
 
 from minipyramid.errors import RequestError, expect_type
+
+# Files that tell a container's limit, what it uses, and what of that it would give up, in the two versions of
+# control groups; the third has a line for each count.
+CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 
 def parse_bytes(size: int | str) -> int:
@@ -38,4 +51,18 @@ def default_memory(device: torch.device) -> int:
         return 4 << 30
     # What the kernel would give up for the asking, its cache of files, counts as free.
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return 1024 * int(fields["MemAvailable"].split()[0]) // 2
+    available = 1024 * int(fields["MemAvailable"].split()[0])
+    return int(min(available, free_in_container(Path("/sys/fs/cgroup")))) // 2
+
+
+def free_in_container(groups: Path) -> float:
+    """Bytes that a container's own limit leaves, which may be far less than the machine has; inf without."""
+    for *files, given_up in CONTROL_GROUPS:
+        try:
+            limit, used, counts = ((groups / name).read_text().split() for name in files)
+        except OSError:
+            continue
+        if limit != ["max"]:
+            cached = int(counts[counts.index(given_up) + 1])
+            return max(0, int(limit[0]) - int(used[0]) + cached)
+    return math.inf

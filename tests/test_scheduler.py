@@ -4,6 +4,7 @@ needed.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from minipyramid import LLM, Conversation, Request, RequestError, SamplingParams
 from minipyramid.generate import main
 from minipyramid.pages import Paging
 from minipyramid.scheduler import Scheduler
-from minipyramid.sizes import parse_bytes
+from minipyramid.sizes import CONTROL_GROUPS, free_in_container, parse_bytes
 
 
 def limited(llm: LLM, memory: int | None) -> LLM:
@@ -165,6 +166,18 @@ def test_whole_pages_take_no_bytes_that_are_not_there(tiny: LLM, spare: int) -> 
     assert in_use(scheduler) == scheduler.bytes_in_flight <= scheduler.memory
     for sequence in sequences:
         llm.engine.cancel(sequence)
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_container_has_what_its_own_limit_leaves(version: int, tmp_path: Path) -> None:
+    """Half of the whole machine's free memory was taken, and a container that has less was ended for it."""
+    *files, given_up = CONTROL_GROUPS[version]
+    assert free_in_container(tmp_path) == math.inf
+    for limit, expected in [("5000", 5000 - 3000 + 700), ("2000", 0), ("max", math.inf)]:
+        for name, text in zip(files, (limit, "3000", f"anon 900\n{given_up} 700\nshmem 1"), strict=True):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text + "\n")
+        assert free_in_container(tmp_path) == expected
 
 
 def test_the_last_that_would_start_waits_for_whole_pages_where_others_wait_too(tiny: LLM) -> None:
