@@ -350,28 +350,70 @@ def test_more_is_computed_where_a_cut_costs_more_than_holding_less(
 ) -> None:
     """A cut before the layer that looks back was taken at up to four times that, and lost most answers."""
     search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
-    costs = {0.4: 0.04, 0.45: 0.02}  # of a cut, by the share of token-layers that is computed
+    costs = {0.4: 0.09, 0.45: 0.05}  # of a level, by the share of token-layers that is computed
 
     def told(contexts: Contexts, level: Level) -> float:
         return costs[round(sum(level.computed) / 3, 4)]
 
     monkeypatch.setattr(search, "cost", told)
     curve = [Point(0.1, holding / 3, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
-    level = search.cut(Found([curve] * 3), 0.1, 0.4)
+    level, contexts = search.first_level(Found([curve] * 3), 0.1, 0.4)
     assert sum(level.computed) / 3 == pytest.approx(computed)
+    assert contexts.profile.levels[0].computed == level.computed
 
 
 def test_guesses_make_a_cut_cheap_enough(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cost was asked for without them, and more was computed than they need; a file has one depth."""
     search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
-    monkeypatch.setattr(search, "cost", lambda contexts, level: 0.001 if level.held[2] >= 0.15 else 0.02)
-    curve = [Point(0.1, 0.0, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
-    for share, computed in [(0.5, 0.4), (0.12, 0.45)]:  # with room for such guesses, and without it
-        level = search.cut(Found([curve] * 3), share, 0.4)
+
+    def told(contexts: Contexts, level: Level) -> float:  # by what stands behind the cut
+        return 0.001 if contexts.profile.levels[0].held[2] >= 0.14 else 0.03
+
+    monkeypatch.setattr(search, "cost", told)
+    curve = [Point(0.01, 0.0, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
+    for share, computed in [(0.43, 0.4), (0.09, 0.45)]:  # with room for such guesses, and without it
+        level, _ = search.first_level(Found([curve] * 3), share, 0.4)
         assert sum(level.computed) / 3 == pytest.approx(computed)
+        assert level.guesses is (share == 0.43)
+        assert level.share == pytest.approx(share)
     elsewhere = cut_level(3, 2, 0.1)
     taken = Found([curve] * 3, levels=[replace(elsewhere, held=(1.0, 1.0, 0.2))])
-    assert sum(search.cut(taken, 0.5, 0.4).computed) / 3 == pytest.approx(0.45)
+    assert search.first_level(taken, 0.5, 0.4)[0].depth == 2
+
+
+def test_more_may_be_held_than_is_computed_and_never_less_than_was_asked(
+    tiny: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget of 0.9 computed 90 % whatever was asked, for without guesses nothing more can be held."""
+    search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
+    monkeypatch.setattr(search, "cost", lambda contexts, level: 0.001)
+    curve = [Point(0.01, 0.0, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
+    level, _ = search.first_level(Found([curve] * 3), 0.9, 0.75)
+    assert level.share == pytest.approx(0.9)
+    assert sum(level.computed) / 3 == pytest.approx(0.75)
+    elsewhere = Level((1.0, 0.2, 0.1), (1.0, 0.2, 0.1), ("newest",) * 3, (1.0,) * 3)
+    without = Found([curve] * 3, levels=[elsewhere, cut_level(3, 2, 0.1)])
+    level, _ = search.first_level(without, 0.9, 0.75)
+    assert not level.guesses
+    assert level.share == pytest.approx(0.9)
+
+
+def test_a_cut_that_is_best_with_guesses_alone_is_found(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best depth was looked for without them: a layer in front of the one that looks back."""
+    search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
+    costs = {(1, False): 0.012, (2, False): 0.02, (1, True): 0.012, (2, True): 0.01}  # (depth, with guesses)
+
+    def told(contexts: Contexts, level: Level) -> float:
+        return costs[level.depth, level.guesses]
+
+    monkeypatch.setattr(search, "cost", told)
+    curve = [Point(0.01, 0.0, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
+    level, contexts = search.first_level(Found([curve] * 3), 0.5, 0.7)
+    assert level.depth == 2
+    assert level.guesses
+    assert contexts.profile.depth == 2
+    costs[2, False] = 0.03  # so much more is not tried
+    assert search.first_level(Found([curve] * 3), 0.5, 0.7)[0].depth == 1
 
 
 def test_a_disk_that_is_full_leaves_the_former_files_and_no_others(tmp_path: Path) -> None:

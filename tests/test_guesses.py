@@ -119,16 +119,21 @@ def test_guesses_are_taken_where_they_lower_the_loss_and_at_one_depth(
     search = Search(tiny, windows, lines_of(3), repeats=False, notice=lambda what: None)
     found = Found(curves=[[Point(x, 1 - x, ("newest", 1.0)) for x in (0.1, 1.0)] for _ in range(3)])
     cut = cut_level(3, 1, 0.4)
-    plain = replace(cut, held=(1.0, 0.4, 0.4))
     for sign in (1, -1):  # the more is guessed the better, and the worse
         monkeypatch.setattr(search, "cost", lambda contexts, level, sign=sign: sign * level.held[0])
-        level, contexts = search.with_guesses(cut, plain, found)
+        best = search.best_behind([cut], 0.6, found)
+        assert best is not None
+        cost, level, contexts = best
+        assert cost == sign * level.held[0]
         assert level.guesses is (sign == 1)
-        assert level.share == pytest.approx(plain.share)
+        assert level.share == pytest.approx(0.6)
         assert (contexts.profile.guesses is not None) is (sign == 1)
     monkeypatch.setattr(search, "cost", lambda contexts, level: level.held[0])
     found.levels = [guessing(cut_level(3, 2, 0.4), 0.2)]
-    assert not search.with_guesses(cut, plain, found)[0].guesses
+    best = search.best_behind([cut], 0.6, found)
+    assert best is not None
+    assert not best[1].guesses
+    assert search.best_behind([], 0.6, found) is None
 
 
 # --- in the engine ---
@@ -166,13 +171,29 @@ def test_a_batch_says_what_single_runs_say(kv_dtype: str, tiny_dir: Path) -> Non
         assert completion.kv_lengths == llm.plan([len(prompt)], 9).kv_lengths[0]
 
 
-def test_levels_that_are_not_cut_alike_guess_nothing_between_them() -> None:
-    """Between them tokens leave behind two layers, and those of one alone could be guessed."""
-    high = Level((1.0, 1.0, 0.5), (1.0, 1.0, 0.5), ("votes",) * 3, (0.5,) * 3)
+@pytest.mark.parametrize(
+    ("computed", "held"),
+    [
+        ((1.0, 1.0, 0.5), (1.0, 1.0, 0.5)),
+        ((1.0, 0.9, 0.5), (0.9, 0.9, 0.5)),
+        ((1.0, 1.0, 1.0), (1.0, 0.8, 0.6)),
+    ],
+)
+def test_a_larger_share_holds_more_and_levels_that_would_not_are_refused(
+    computed: tuple[float, ...], held: tuple[float, ...]
+) -> None:
+    """Between levels that were not cut alike nothing was guessed: a budget held less than a smaller one."""
+    high = Level(computed, held, ("votes",) * 3, (0.5,) * 3)
+    if min(computed) < 1:
+        with pytest.raises(
+            ConfigError, match=r"does not compute all in 1 layers and then less.*cut all alike"
+        ):
+            Profile((CUT, high), guesses=guesses_of(1), fewest=0)
+        return
     profile = Profile((CUT, high), guesses=guesses_of(1), fewest=0)
     assert profile.level(CUT.share) == CUT
-    between = profile.level((CUT.share + high.share) / 2)
-    assert all(held <= computed for held, computed in zip(between.held, between.computed, strict=True))
+    shares = [n / 50 for n in range(51)]
+    assert [profile.level(share).share for share in shares] == pytest.approx(shares)
 
 
 def test_stand_ins_stand_beside_guesses(tiny: LLM) -> None:

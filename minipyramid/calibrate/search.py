@@ -3,11 +3,12 @@
 1. *Curves.* One layer alone holds less, in some sizes and by some choices: what does that cost? The others
    hold all they compute, so a curve tells what a layer needs, and which choice is best for it.
 2. *Depth.* Hidden states are cut after one layer, to one share for all that follow. Every depth is tried;
-   the best one is where looking back is over.
+   the best are where looking back is over.
 3. *Allotment.* If costs just add up, the cheapest way to hold some tokens over all layers gives the next one
    to the layer where it saves most: the steepest piece of all curves' lower hulls comes first.
-4. *Guesses.* Where there is room for more than the layers behind the cut compute, some of it may be for
-   tokens that they do not (`minipyramid/policies/guesses.py`): none, or the best of `GUESSED`.
+4. *Guesses.* Where there is room for more than the layers behind a cut compute, some of it may be for tokens
+   that they do not (`minipyramid/policies/guesses.py`): nothing, or the best of `GUESSED`. The level that
+   costs least decides the depth, too.
 5. *Exchange.* They do not just add up. So every layer chooses anew now that the others hold less, and room is
    moved from the layer that misses it least to the layer that gains most, where the measured loss of the
    whole level falls by it: at most `ROUNDS` times for each size in `MOVES`.

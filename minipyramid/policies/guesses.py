@@ -9,20 +9,44 @@ it there,
 
 Keys are guessed before they are rotated. W is a constant of a checkpoint, one for each deeper layer, fitted
 in closed form to plain text (`minipyramid/calibrate/guesses.py`). A guess costs one product in place of a
-layer: an eighth of its multiplications in the embedded checkpoint. Of 512 tokens of a book, half of the
-token-layers computed and nothing else dropped, predictions of what followed came 58 % nearer (KL) to the full
-cache's with a guess for every token that had left, and 41 % nearer with those of the newest 22 % (24
-windows).
+layer: an eighth of its multiplications in the embedded checkpoint. Of 512 tokens of a book that nothing was
+fitted to, half of the token-layers computed and nothing else dropped, predictions of what followed came 47 %
+nearer (KL) to the full cache's with a guess for every token that had left, and 24 % nearer with those of the
+newest tenth (24 windows).
 """
 
 import torch
 from torch import Tensor
 
 from minipyramid.errors import ConfigError
+from minipyramid.policies.levels import Level
 from minipyramid.policy import Seen
 from minipyramid.rope import rotate_
 
 EPSILON = 1e-6  # beside the mean square of a hidden state, as in a norm
+
+
+def check_guesses(levels: tuple[Level, ...], guesses: Tensor | None) -> None:
+    """Raise `ConfigError` for levels that guess what was not fitted, or that are not all cut alike.
+
+    Between two that are not, nothing could be guessed, and a share would hold less than a smaller one does.
+    """
+    layers = len(levels[0].held)
+    if guesses is not None and not (guesses.dim() == 3 and 1 <= len(guesses) < layers):
+        told = f"guesses are {list(guesses.shape)}, expected three axes, and 1 to {layers - 1} layers"
+        raise ConfigError(f"{told}; they were fitted for another model")
+    depth = None if guesses is None else layers - len(guesses)
+    for level in levels:
+        is_alike = level.is_one_cut and level.depth == depth
+        for layer, (held, computed) in enumerate(zip(level.held, level.computed, strict=True)):
+            if held > computed and not is_alike:
+                told = f"layer {layer} holds {held} and computes {computed}, and guesses of the rest"
+                raise ConfigError(f"{told} were not fitted behind layer {level.depth}; hold no more")
+        if any(level.guesses for level in levels) and not is_alike and level.depth < layers:
+            told = (
+                f"the level of share {level.share:.4g} does not compute all in {depth} layers and then less"
+            )
+            raise ConfigError(f"{told}, as those do that guess; cut all alike, or compute everything")
 
 
 def left_with(seen: Seen) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minipyramid.budget import most_tokens, refusal
 from minipyramid.errors import ConfigError, check_fields, expect_type, number
-from minipyramid.policies.guesses import guessed, left_with
+from minipyramid.policies.guesses import check_guesses, guessed, left_with
 from minipyramid.policies.levels import Level, between
 from minipyramid.policies.repeat import say_again
 from minipyramid.policies.scores import SCORES
@@ -82,15 +82,7 @@ class Profile(Policy):
             if tensor is not None and layers != {len(tensor)}:
                 told = f"the fitted {name} are of {len(tensor)} layers, the levels of {layers.pop()}"
                 raise ConfigError(f"{told}; the {name} were fitted for another model")
-        guesses, most = self.guesses, len(self.levels[0].held) - 1
-        if guesses is not None and not (guesses.dim() == 3 and 1 <= len(guesses) <= most):
-            told = f"guesses are {list(guesses.shape)}, expected three axes, and 1 to {most} layers"
-            raise ConfigError(f"{told}; they were fitted for another model")
-        for level in self.levels:
-            for layer, (held, computed) in enumerate(zip(level.held, level.computed, strict=True)):
-                if held > computed and not self.has_guesses(level):
-                    told = f"layer {layer} holds {held} and computes {computed}, and guesses of the rest"
-                    raise ConfigError(f"{told} were not fitted behind layer {level.depth}; hold no more")
+        check_guesses(self.levels, self.guesses)
 
     # --- how many ---
 
@@ -109,10 +101,11 @@ class Profile(Policy):
         return self.level(self.share)
 
     def level(self, share: float) -> Level:
-        """The lists that hold this share of a prompt, or less where two levels are not cut alike."""
+        """The lists that hold this share of a prompt."""
         level = self.on_the_way(share)
         if self.has_guesses(level):
             return level
+        # Rounding makes no guess of what is computed.
         return replace(level, held=tuple(map(min, level.held, level.computed)))
 
     def on_the_way(self, share: float) -> Level:
