@@ -4,8 +4,8 @@ A key or value x of D components is held as round(x / scale) with scale = max |x
 off by more than half a scale. (The scale is a float16, which is too coarse for that where max |x| is below
 0.002: there the largest components may be off by more.) The scale takes two bytes: with D = 64 that is (64 +
 2) / 128 = 51.6 % of bf16's bytes. A prompt's tokens attend to each other's exact keys, and policies choose
-from these; only what is held is rounded, and that once: from turn to turn of a conversation it stays in 8
-bits.
+from these; only what is held is rounded (guesses too, which a layer holds before it computes anything), and
+that once: from turn to turn of a conversation it stays in 8 bits.
 
 A decode step has no product of 8-bit numbers with others to call, so it turns them into floats first, some
 at a time: see `_product`. With 540 tokens a sequence a whole step took 1.1 times as long as with float32's

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PROFILE, TINY, lines_of
+from helpers import PROFILE, TINY, guesses_of, lines_of
 
 from minipyramid import Policy, PyramidConfig, RequestError, compiled
 from minipyramid.bench.__main__ import build_parser, main
@@ -28,6 +28,8 @@ from minipyramid.cli.terminal import DEFAULT_TEXT
 from minipyramid.formats.huggingface import config_of
 from minipyramid.need import Planner
 from minipyramid.policies import POLICIES
+from minipyramid.policies.levels import Level
+from minipyramid.policies.profile import Profile
 from minipyramid.policy import FULL, Seen
 from minipyramid.tokenizer import load_tokenizer
 
@@ -251,6 +253,18 @@ def test_floors_of_a_model_that_can_be_counted_by_hand() -> None:
     less = floors(planner_for(pruned), work, 4, rates)
     assert less[0] < prefill
     assert less[1] < decode
+
+
+def test_a_guess_costs_one_product() -> None:
+    """Of a hidden state of 32, 32 that attention found, and 1, with 2 heads of 8 for keys and for values."""
+    rates, work = Rates(flops=1.0, bytes_per_s=1.0), Work([[5] * 10], [2])
+    shares = ((1.0, 0.8, 0.5), (1.0, 0.5, 0.5))
+    levels = [Level((1.0, 0.5, 0.5), held, ("newest",) * 3, (1.0,) * 3) for held in shares]
+    guessing, plain = (
+        floors(planner_for(Profile((level,), level.share, fewest=0, guesses=guesses_of(1))), work, 4, rates)
+        for level in levels
+    )
+    assert guessing[0] - plain[0] == 2 * 3 * (32 + 32 + 1) * (2 * 2 * 8)
 
 
 def test_a_repository_is_measured_where_its_files_are(

@@ -92,17 +92,21 @@ def prompt_flops(config: ModelConfig, policy: Policy, prompt_tokens: int) -> flo
 
     A layer computes queries, keys, values and attention of all tokens that it receives, and the rest of those
     that it passes on. Of the last layer only the newest token is wanted, so no other query is asked there.
+    What a layer holds and does not compute is guessed (`minipyramid/policies/guesses.py`).
     """
     before, behind = layer_weights(config)
     heads_size = config.num_attention_heads * config.head_dim
     computed = policy.computed(prompt_tokens, config.num_hidden_layers)
+    held = policy.held(prompt_tokens, config.num_hidden_layers)
+    a_guess = (config.hidden_size + heads_size + 1) * 2 * config.num_key_value_heads * config.head_dim
     flops = 0.0
-    for i, received in enumerate(computed):
+    for i, (received, count) in enumerate(zip(computed, held, strict=True)):
         last = i == len(computed) - 1
         passed_on = 1 if last else computed[i + 1]
         # Causal, so that on average half of the tokens are looked at.
         pairs = received if last else received * received / 2
         flops += 2 * received * before + 2 * passed_on * behind + 4 * pairs * heads_size
+        flops += 2 * max(0, count - received) * a_guess
     return flops + 2 * config.hidden_size * config.vocab_size
 
 

@@ -29,8 +29,8 @@ def plot(found: Found, file: Path) -> None:
         depths.legend(title="computed")
     for i, level in enumerate(found.levels):
         for layer in layers:
-            lists.barh(layer, 0.8 * level.computed[layer], left=i, fill=False, edgecolor="tab:orange")
             lists.barh(layer, 0.8 * level.held[layer], left=i, color="tab:blue")
+            lists.barh(layer, 0.8 * level.computed[layer], left=i, fill=False, edgecolor="tab:orange")
     lists.set(xlabel="level, by what it holds", ylabel="layer", title="computed (outlined) and held")
     lists.set_xticks([i + 0.4 for i in range(len(found.levels))], [f"{x.share:.0%}" for x in found.levels])
     lists.invert_yaxis()

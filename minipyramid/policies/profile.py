@@ -264,9 +264,9 @@ class Profile(Policy):
     def stand_ins_for(self, layer: int, prompt_tokens: int) -> Tensor | None:
         """The level's stand-ins, where one slot of a layer stands for all tokens that it does not hold.
 
-        None does if the layer holds the whole prompt, for there is nothing to stand for, if it holds a single
-        token, which is the newest, or no more than `fewest`, which may be far more than what the stand-in was
-        fitted to, and where none was fitted.
+        None does if the layer holds the whole prompt, for there is nothing to stand for, if it computes or
+        holds a single token, which is the newest, or no more than `fewest`, which may be far more than what
+        the stand-in was fitted to, and where none was fitted.
         """
         stand_ins = self.current.stand_ins
         computed, held = (counts[layer] for counts in self.counts(prompt_tokens, len(self.levels[0].held)))
