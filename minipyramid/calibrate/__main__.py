@@ -21,7 +21,7 @@ from minipyramid.calibrate.find import Search
 from minipyramid.calibrate.fit import FIRST, LAST, LineFit
 from minipyramid.calibrate.guesses import pieces_of
 from minipyramid.calibrate.picture import plot
-from minipyramid.calibrate.search import SIZES, choices_of, whole_level
+from minipyramid.calibrate.search import GUESSED, SIZES, choices_of, whole_level
 from minipyramid.calibrate.settings import check_replaced, write_profile
 from minipyramid.cli.loading import load_full
 from minipyramid.cli.plotting import check_plot
@@ -220,7 +220,8 @@ def fitted_lines(llm: LLM, to_fit: list[Window], line: "CalibrationLine") -> Any
 def measurements(layers: int, budgets: int, repeats: bool) -> int:
     """About how many there will be: half of a curve's points need all choices."""
     choices = 1 + len(choices_of(repeats))
-    return len(SIZES) * layers * (1 + choices) // 2 + budgets * layers * (6 + choices)
+    of_budget = layers * (6 + choices) + len(GUESSED)
+    return len(SIZES) * layers * (1 + choices) // 2 + budgets * of_budget
 
 
 class CalibrationLine(ProgressLine):
