@@ -230,7 +230,7 @@ def test_guesses_are_read_as_they_were_written(tmp_path: Path) -> None:
     ("guesses", "kind", "told"),
     [
         (None, ConfigError, "layer 1 holds 0.75 and computes 0.25, and guesses of the rest were not fitted"),
-        (guesses_of(2), ConfigError, "not fitted behind layer 1"),
+        (guesses_of(2), ConfigError, "not fitted behind layer 0"),
         (torch.zeros(3, 65, 32), ConfigError, "expected three axes, and 1 to 2 layers"),
         (torch.zeros(2, 65, 32, 1), CheckpointError, "expected finite numbers on 3 axes"),
         (torch.zeros(2, 65, 16), ConfigError, "the guesses are [65, 16], and were fitted for another model"),
@@ -255,5 +255,5 @@ def test_guesses_of_a_program_are_checked_as_those_of_a_file(wrong: object) -> N
         Profile((CUT,), guesses=wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected three axes"):
         Profile((CUT,), guesses=torch.zeros(2))
-    with pytest.raises(ConfigError, match="not fitted behind layer 1"):
+    with pytest.raises(ConfigError, match="not fitted behind layer 0"):
         Profile((CUT,), guesses=guesses_of(2))

@@ -7,7 +7,7 @@ from its own (nats per token, mean over tokens and windows).
 
 Every layer's queries, keys and values are recorded in one pass. What a layer would hold is then chosen
 from the record by the profile's own code, and only what follows is computed: a profile costs tenths of a
-second, and not a prompt.
+second, and not a prompt. (Another cut, or other guesses, cost all contexts anew.)
 """
 
 import random
@@ -112,7 +112,7 @@ def profile_of(level: Level, lines: Tensor | None = None, guesses: Tensor | None
 class Held:
     """What stands of a context in a layer of a row."""
 
-    own: int  # tokens that the layer computes
+    own: int  # held tokens that the layer computes itself
     guessed: int
     score: str
     newest: float

@@ -28,16 +28,17 @@ from minipyramid.calibrate.search import (
 from minipyramid.calibrate.stand_ins import fit_stand_ins
 from minipyramid.policies.levels import Level
 
-# A budget's share of token-layers that are computed rises by a step at a time while its levels cost more than
-# holding less does, and so many nats more: looking back is then not over. (With twice as much allowed, a
-# model of 18 layers that looks back in layer 6 was cut behind layer 0, and kept 0.14 of the answers at 8 %.)
+# The share of token-layers that are computed rises by `STEP` while the best level costs at least twice what
+# it costs to hold as little with everything computed, and at least `CHEAP` nats more: layers behind the cut
+# then still look back. (With twice as much allowed, a model of 18 layers that looks back in layer 6 was cut
+# behind layer 0, and kept 0.14 of the answers at 8 %.)
 STEP, CHEAP = 0.05, 0.02
-# Cuts that are tried with guesses: so many of those that cost no more than so many times the best by itself,
-# for that is not always the best with guesses. Where the model above computes 40 %, a cut behind layer 0
+# At most `DEPTHS` cuts are tried, none that costs more than `NEARLY` times the cheapest: the cheapest cut
+# without guesses is not always so with them. In that model, where 40 % is computed, a cut behind layer 0
 # costs 0.027 nats, with guesses and without, and one behind layer 6 costs 0.040 and, with guesses of a
 # twentieth of the tokens, 0.018.
 DEPTHS, NEARLY = 3, 2.0
-ROUNDING = 1e-9  # of a share that was meant to be another
+ROUNDING = 1e-9  # shares that differ by less are equal
 Notice = Callable[[str], None]  # called after each measurement with what was measured
 
 
@@ -48,6 +49,11 @@ class Found:
     curves: list[list[Point]] = field(default_factory=list)  # [layer]
     depths: dict[float, list[tuple[int, float]]] = field(default_factory=dict)  # computed: (depth, its loss)
     levels: list[Level] = field(default_factory=list)  # by ascending share
+
+    @property
+    def cut_depths(self) -> set[int]:
+        """Layers in front of the levels' cuts; a level that computes everything has none."""
+        return {level.depth for level in self.levels if level.depth < len(level.held)}
 
     def as_dict(self) -> dict[str, Any]:
         """The curves and the depths, as `--json` prints them."""
@@ -108,8 +114,8 @@ class Search:
     def cost(self, contexts: Contexts, level: Level) -> float:
         """What the search makes small: a level's loss on contexts that are computed behind its cut.
 
-        (Where an exchange takes room from guesses, the contexts still stand behind all of them: the loss was
-        0.5 % larger and 2 % smaller for it, at shares of 0.48 and 0.75. The last check computes them anew.)
+        (An exchange may take guesses away, but the contexts were computed beside all of them. Computed anew,
+        the loss was 0.4 % smaller in one level and 2 % larger in another. The last check computes them anew.)
         """
         measured = loss(self.expected, contexts.logprobs(level), self.windows)
         self.notice(f"computes {sum(level.computed) / self.layers:.0%}, holds {level.share:.0%}")
@@ -122,7 +128,7 @@ class Search:
         for layer in range(self.layers):
             found.curves.append(curve(whole, layer, self.choices, partial(self.cost, self.full)))
         for share, computed in sorted(budgets):
-            level, contexts = self.first_level(found, share, computed)
+            level, contexts = self.first_level(found, share, round(computed, 4))
             cost = partial(self.cost, contexts)
             level = exchange(choose_anew(level, self.choices, cost), cost)
             self.notice("fits stand-ins")
@@ -130,38 +136,35 @@ class Search:
         return found
 
     def first_level(self, found: Found, share: float, computed: float) -> tuple[Level, Contexts]:
-        """The best allotment behind any cut, with guesses or without, and its contexts.
+        """The level that costs least behind the cuts that cost least, and its contexts.
 
-        The share of token-layers that is computed rises while the best costs too much: more than `CHEAP`
-        over what it costs to hold `share` with everything computed, as the curves say, and more than twice
-        that.
+        More is computed while that costs too much (`CHEAP`).
         """
-        whole = allot(self.full.profile.levels[0], found.curves, share)
+        uncut = allot(self.full.profile.levels[0], found.curves, share)
         cost_of_holding = sum(
             cost_at(hull_below(points, 1.0), size)
-            for points, size in zip(found.curves, whole.held, strict=True)
+            for points, size in zip(found.curves, uncut.held, strict=True)
         )
         while computed < 1 - STEP / 2:
-            best = self.best_behind(self.cuts(found, computed), share, found)
-            if best is not None and best[0] < cost_of_holding + max(cost_of_holding, CHEAP):
+            best = self.best_behind(self.cheapest_cuts(found, computed), share, found)
+            if best is not None and best[0] < max(2 * cost_of_holding, cost_of_holding + CHEAP):
                 return best[1:]
-            computed += STEP
-        return whole, self.full
+            computed = round(computed + STEP, 4)
+        return uncut, self.full
 
-    def cuts(self, found: Found, computed: float) -> list[Level]:
-        """The cuts that cost least by themselves; none where not even the first layer computes all.
+    def cheapest_cuts(self, found: Found, computed: float) -> list[Level]:
+        """The cuts that cost least by themselves.
 
-        Where a level guesses all are cut alike, for a file has guesses of one depth, and between levels of
-        two depths there could be none.
+        Where a level guesses, all are cut alike: a file has guesses of one depth, and none could be used
+        between levels of two. There is no cut where `computed` is too little for the layers in front of it.
         """
         possible = cuts(self.layers, computed)
         if computed not in found.depths and possible:
             found.depths[computed] = [(cut.depth, self.cost(self.computing(cut), cut)) for cut in possible]
         costs = dict(found.depths.get(computed, ()))
         if any(level.guesses for level in found.levels):
-            near = [cut for cut in possible if {cut.depth} == {level.depth for level in found.levels}]
-        else:
-            near = [cut for cut in possible if costs[cut.depth] <= NEARLY * min(costs.values())]
+            return [cut for cut in possible if found.cut_depths == {cut.depth}]
+        near = [cut for cut in possible if costs[cut.depth] <= NEARLY * min(costs.values())]
         return sorted(near, key=lambda cut: costs[cut.depth])[:DEPTHS]
 
     def best_behind(
@@ -174,7 +177,7 @@ class Search:
         best = None
         for cut in possible:
             tried: list[tuple[Level, Level | None]] = [(cut, allot(cut, found.curves, share))]
-            if all(level.depth == cut.depth for level in found.levels):
+            if found.cut_depths <= {cut.depth}:
                 guessing = [with_guesses(cut, more) for more in GUESSED]
                 tried += [(level, allot_beside_guesses(level, found.curves, share)) for level in guessing]
             for computing, level in tried:

@@ -3,14 +3,14 @@
 1. *Curves.* One layer alone holds less, in some sizes and by some choices: what does that cost? The others
    hold all they compute, so a curve tells what a layer needs, and which choice is best for it.
 2. *Depth.* Hidden states are cut after one layer, to one share for all that follow. Every depth is tried;
-   the best are where looking back is over.
+   the cheapest are where looking back is over.
 3. *Allotment.* If costs just add up, the cheapest way to hold some tokens over all layers gives the next one
    to the layer where it saves most: the steepest piece of all curves' lower hulls comes first.
 4. *Guesses.* Where there is room for more than the layers behind a cut compute, some of it may be for tokens
-   that they do not (`minipyramid/policies/guesses.py`): nothing, or the best of `GUESSED`. The level that
-   costs least decides the depth, too.
-5. *Exchange.* They do not just add up. So every layer chooses anew now that the others hold less, and room is
-   moved from the layer that misses it least to the layer that gains most, where the measured loss of the
+   that they do not (`minipyramid/policies/guesses.py`). So behind each of the cheapest cuts the room is
+   allotted without guesses and with each share in `GUESSED`, and the level that costs least is taken.
+5. *Exchange.* Costs do not just add up. So every layer chooses anew now that the others hold less, and room
+   is moved from the layer that misses it least to the layer that gains most, where the measured loss of the
    whole level falls by it: at most `ROUNDS` times for each size in `MOVES`.
 """
 
@@ -112,7 +112,7 @@ def hull_below(points: list[Point], most: float) -> list[Point]:
 
 
 def allot(level: Level, curves: list[list[Point]], share: float) -> Level:
-    """The level whose layers hold `share` on average at the lowest sum of costs.
+    """The level whose layers hold `share` on average, or all they compute, at the lowest sum of costs.
 
     Where the smallest sizes are too much together, all are scaled down alike.
     """
@@ -139,8 +139,7 @@ def allot(level: Level, curves: list[list[Point]], share: float) -> Level:
 
 def with_guesses(cut: Level, more: float) -> Level:
     """A cut behind which every layer holds a share more than it computes, or everything."""
-    held = (min(1.0, share + more) if share < 1 else share for share in cut.computed)
-    return replace(cut, held=tuple(held))
+    return replace(cut, held=tuple(min(1.0, share + more) for share in cut.computed))
 
 
 def allot_beside_guesses(cut: Level, curves: list[list[Point]], share: float) -> Level | None:

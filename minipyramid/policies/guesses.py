@@ -29,7 +29,8 @@ EPSILON = 1e-6  # beside the mean square of a hidden state, as in a norm
 def check_guesses(levels: tuple[Level, ...], guesses: Tensor | None) -> None:
     """Raise `ConfigError` for levels that guess what was not fitted, or that are not all cut alike.
 
-    Between two that are not, nothing could be guessed, and a share would hold less than a smaller one does.
+    (But one may compute everything.) Between levels of two cuts nothing could be guessed, so a share between
+    them could hold less than the lower level does.
     """
     layers = len(levels[0].held)
     if guesses is not None and not (guesses.dim() == 3 and 1 <= len(guesses) < layers):
@@ -41,7 +42,7 @@ def check_guesses(levels: tuple[Level, ...], guesses: Tensor | None) -> None:
         for layer, (held, computed) in enumerate(zip(level.held, level.computed, strict=True)):
             if held > computed and not is_alike:
                 told = f"layer {layer} holds {held} and computes {computed}, and guesses of the rest"
-                raise ConfigError(f"{told} were not fitted behind layer {level.depth}; hold no more")
+                raise ConfigError(f"{told} were not fitted behind layer {level.depth - 1}; hold no more")
         if any(level.guesses for level in levels) and not is_alike and level.depth < layers:
             told = (
                 f"the level of share {level.share:.4g} does not compute all in {depth} layers and then less"

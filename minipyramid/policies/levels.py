@@ -22,7 +22,7 @@ class Level:
         scores: per layer, a name of `SCORES`, or two with a + between them, which share the room.
         newest: per layer, the share of the room that is set aside for the newest tokens.
         stand_ins: per layer and head a key, not rotated, and a value, which stand for what the layer does not
-            hold (`stand_ins.py`), or zeros where it has none; they lie in a file of their own.  [L, K, 2, D]
+            hold (`stand_ins.py`), or zeros where it has none; they lie in the file `fitted`.  [L, K, 2, D]
     """
 
     computed: tuple[float, ...]
@@ -82,7 +82,7 @@ class Level:
 
     @property
     def is_one_cut(self) -> bool:
-        """Whether all layers behind these compute the same tokens."""
+        """Whether all layers behind the first `depth` compute one share."""
         return len(set(self.computed[self.depth :])) <= 1
 
     @property

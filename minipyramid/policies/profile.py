@@ -50,7 +50,7 @@ class Profile(Policy):
         fewest_recent: so many of the newest tokens are protected at least, beside the newest one; a budget
             lowers it where it must.
         lines: of the score `fitted`, a weight for each of `features`.  [L, K, 2 * D + 4]
-        guesses: weights of keys and values, of the layers behind the cut.  [layers, features, 2 * K * D]
+        guesses: weights of keys and values, of the layers behind the cut.  [L - depth, features, 2 * K * D]
         measured: what the calibration has noted, for whoever reads the file.
     """
 
@@ -88,7 +88,7 @@ class Profile(Policy):
 
     @property
     def depth(self) -> int | None:
-        """Behind so many layers a token must leave to be guessed; None where none is."""
+        """Layers in front of the cut that guesses are fitted for; None without guesses."""
         return None if self.guesses is None else len(self.levels[0].held) - len(self.guesses)
 
     def has_guesses(self, level: Level) -> bool:
@@ -105,7 +105,7 @@ class Profile(Policy):
         level = self.on_the_way(share)
         if self.has_guesses(level):
             return level
-        # Rounding makes no guess of what is computed.
+        # Without weights for this cut a layer holds no more than it computes, not even by rounding.
         return replace(level, held=tuple(map(min, level.held, level.computed)))
 
     def on_the_way(self, share: float) -> Level:
@@ -132,7 +132,7 @@ class Profile(Policy):
         # A whole share may be rounded to a token more than there is.
         held = [min(prompt_tokens, max(least, end - start)) for start, end in pairwise([0, *ends])]
         computed = [max(least, round(share * prompt_tokens)) for share in level.computed]
-        # A layer computes what it or a deeper one holds, but for what is guessed.
+        # A layer computes at least as many as it or a deeper one holds, but for what is guessed.
         own = [0 if a > b else count for a, b, count in zip(level.held, level.computed, held, strict=True)]
         computed = list(accumulate(map(max, computed[::-1], own[::-1]), max))[::-1]
         if self.has_guesses(level):  # a token that is to be guessed leaves at the cut
