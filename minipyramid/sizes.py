@@ -57,12 +57,18 @@ def default_memory(device: torch.device) -> int:
 
 def free_in_container(groups: Path) -> float:
     """Bytes that a container's own limit leaves, which may be far less than the machine has; inf without."""
-    for *files, given_up in CONTROL_GROUPS:
+    for limit, used, counts, given_up in CONTROL_GROUPS:
         try:
-            limit, used, counts = ((groups / name).read_text().split() for name in files)
-        except OSError:
+            most, taken = (int((groups / name).read_text()) for name in (limit, used))
+        except (OSError, ValueError):  # there is no such file, or it says "max"
             continue
-        if limit != ["max"]:
-            cached = int(counts[counts.index(given_up) + 1])
-            return max(0, int(limit[0]) - int(used[0]) + cached)
+        return max(0, most - max(0, taken - count_in(groups / counts, given_up)))
     return math.inf
+
+
+def count_in(file: Path, name: str) -> int:
+    """The number behind a name, 0 where the file does not tell."""
+    try:
+        return int(dict(line.split() for line in file.read_text().splitlines())[name])
+    except (OSError, ValueError, KeyError):
+        return 0

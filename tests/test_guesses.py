@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minipyramid import LLM, CheckpointError, ConfigError, Conversation, SamplingParams
+from minipyramid import LLM, CheckpointError, ConfigError, Conversation, RequestError, SamplingParams
 from minipyramid.calibrate.contexts import Contexts, Window, loss, profile_of, recorded
 from minipyramid.calibrate.find import Found, Search
 from minipyramid.calibrate.guesses import FIRST, RIDGE, fit_guesses, pieces_of
@@ -224,6 +224,16 @@ def test_guesses_are_read_as_they_were_written(tmp_path: Path) -> None:
     plain = replace(CUT, held=(0.5, 0.2, 0.2), stand_ins=stand_ins_of(3))
     write_profile(tmp_path / "found.json", [plain], lines_of(3), {}, guesses={1: guesses_of(1)})
     assert list(load_file(tmp_path / "found.safetensors")) == ["stand_ins"]
+
+
+@pytest.mark.parametrize("name", ["guesses", "stand-ins"])
+def test_what_could_not_be_read_is_not_written(name: str, tmp_path: Path) -> None:
+    """Weights beyond float16 were written as inf, and the next run refused to write over its own file."""
+    level = replace(CUT, stand_ins=stand_ins_of(3) * (1e6 if name == "stand-ins" else 1))
+    guesses = {1: guesses_of(1) * (1e6 if name == "guesses" else 1)}
+    with pytest.raises(RequestError, match=f"{name} that were fitted exceed float16"):
+        write_profile(tmp_path / "found.json", [level], lines_of(3), {}, guesses=guesses)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

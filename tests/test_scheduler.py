@@ -173,11 +173,25 @@ def test_a_container_has_what_its_own_limit_leaves(version: int, tmp_path: Path)
     """Half of the whole machine's free memory was taken, and a container that has less was ended for it."""
     *files, given_up = CONTROL_GROUPS[version]
     assert free_in_container(tmp_path) == math.inf
-    for limit, expected in [("5000", 5000 - 3000 + 700), ("2000", 0), ("max", math.inf)]:
-        for name, text in zip(files, (limit, "3000", f"anon 900\n{given_up} 700\nshmem 1"), strict=True):
+    counts = f"anon 900\n{given_up} 700\nshmem 1"
+    for limit, used, told, expected in [
+        ("5000", "3000", counts, 5000 - 3000 + 700),
+        ("5000", "500", counts, 5000),
+        ("2000", "3000", counts, 0),
+        ("max", "3000", counts, math.inf),
+        ("", "3000", counts, math.inf),
+        ("5000", "\x00", counts, math.inf),
+        ("5000", "3000", "", 2000),
+        ("5000", "3000", f"{given_up}", 2000),
+        ("5000", "3000", f"{given_up} many", 2000),
+    ]:
+        for name, text in zip(files, (limit, used, told), strict=True):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text + "\n")
         assert free_in_container(tmp_path) == expected
+    (tmp_path / files[2]).unlink()
+    (tmp_path / files[0]).write_text("5000\n")
+    assert free_in_container(tmp_path) == 2000
 
 
 def test_the_last_that_would_start_waits_for_whole_pages_where_others_wait_too(tiny: LLM) -> None:

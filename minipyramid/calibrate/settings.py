@@ -29,7 +29,8 @@ def write_profile(
 ) -> None:
     """Write `out`, and beside it what was fitted: stand-ins, and lines of `fitted` and guesses that are used.
 
-    A kill leaves each file as it was, or whole and new. Raises `RequestError` where they cannot be written.
+    A kill leaves each file as it was, or whole and new. Raises `RequestError` where they cannot be written,
+    or could not be read.
     """
     settings: dict[str, Any] = {"policy": "profile", "levels": [written(level) for level in levels]}
     files, fitted = {}, {}
@@ -42,6 +43,10 @@ def write_profile(
         raise ValueError("some levels have stand-ins and others none")
     if stand_ins:
         fitted["stand_ins"] = torch.stack(stand_ins)
+    for name, tensor in fitted.items():
+        if not tensor.half().isfinite().all():  # as what reads them asks
+            told = f"{name.replace('_', '-')} that were fitted exceed float16's numbers"
+            raise RequestError(f"{told}; this model's values are too large for a profile")
     if fitted:
         beside = out.with_suffix(".safetensors")
         settings["fitted"] = beside.name
