@@ -30,8 +30,8 @@ from minipyramid.policies.levels import Level
 
 # The share of token-layers that are computed rises by `STEP` while the best level costs at least twice what
 # it costs to hold as little with everything computed, and at least `CHEAP` nats more: layers behind the cut
-# then still look back. (With twice as much allowed, a model of 18 layers that looks back in layer 6 was cut
-# behind layer 0, and kept 0.14 of the answers at 8 %.)
+# then still look back. (With twice as much allowed, and no guesses, a model of 18 layers that looks back in
+# layer 6 was cut behind layer 0, and kept 0.14 of the answers at 8 %.)
 STEP, CHEAP = 0.05, 0.02
 # At most `DEPTHS` cuts are tried, none that costs more than `NEARLY` times the cheapest: the cheapest cut
 # without guesses is not always so with them. In that model, where 40 % is computed, a cut behind layer 0
