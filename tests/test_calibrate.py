@@ -7,6 +7,8 @@ import json
 import random
 import resource
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pass_through import insert_layers
+from safetensors.torch import load
 
 from minipyramid import LLM, RequestError, SamplingParams
 from minipyramid.calibrate.__main__ import computed_at, main
@@ -32,7 +35,7 @@ from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, loss
 from minipyramid.calibrate.find import Found, Search
 from minipyramid.calibrate.fit import LineFit
 from minipyramid.calibrate.search import ONLY_NEWEST, Point, allot, cut_level, cuts, hull_below, lower_hull
-from minipyramid.calibrate.settings import check_replaced, write_profile
+from minipyramid.calibrate.settings import check_replaced, in_safetensors, write_profile
 from minipyramid.policies import load_policy
 from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile
@@ -432,6 +435,39 @@ def test_a_disk_that_is_full_leaves_the_former_files_and_no_others(tmp_path: Pat
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@given(
+    shapes=st.dictionaries(
+        st.text(max_size=5), st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=4
+    ),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+@settings(deadline=None)
+def test_the_library_reads_what_is_written(shapes: dict[str, list[int]], dtype: torch.dtype) -> None:
+    shapes.pop("__metadata__", None)
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    read = load(in_safetensors(tensors, {"format": "pt"}))
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert all(read[name].dtype == dtype for name in tensors)
+
+
+def test_a_profile_is_written_without_numpy(tmp_path: Path) -> None:
+    """safetensors' own `save` needs it, so a calibration failed after its whole search."""
+    code = """
+import sys
+sys.modules["numpy"] = None
+from pathlib import Path
+import torch
+from minipyramid.calibrate.settings import write_profile
+from minipyramid.policies.levels import Level
+level = Level((1.0, 0.5), (0.5, 0.2), ("fitted",) * 2, (0.5,) * 2)
+write_profile(Path(sys.argv[1]), [level], torch.ones(2, 1, 8), {})
+"""
+    out = tmp_path / "found.json"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, out], check=True)
+    assert isinstance(load_policy(out), Profile)
 
 
 def test_whoever_may_read_the_settings_may_read_their_lines(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from minipyramid.calibrate.settings import in_safetensors
 
 STORYTELLER = Path(__file__).resolve().parent / "storyteller"
 ZERO = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # what a layer writes to the hidden states
@@ -41,7 +43,7 @@ def insert_layers(model: Path, after: list[int], out: Path) -> Path:
                 written[f"{LAYER}{place}.{part}"] = value
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": len(order)}, indent=1))
-    save_file(written, out / "model.safetensors", {"format": "pt"})
+    (out / "model.safetensors").write_bytes(in_safetensors(written, {"format": "pt"}))
     shutil.copy(model / "tokenizer.model", out)
     return out
 

@@ -17,7 +17,7 @@ from typing import Any
 from minipyramid import LLM, RequestError
 from minipyramid.calibrate.check import check_levels
 from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, profile_of
-from minipyramid.calibrate.find import Search
+from minipyramid.calibrate.find import DEPTHS, Search
 from minipyramid.calibrate.fit import FIRST, LAST, LineFit
 from minipyramid.calibrate.guesses import pieces_of
 from minipyramid.calibrate.picture import plot
@@ -220,7 +220,7 @@ def fitted_lines(llm: LLM, to_fit: list[Window], line: "CalibrationLine") -> Any
 def measurements(layers: int, budgets: int, repeats: bool) -> int:
     """About how many there will be: half of a curve's points need all choices."""
     choices = 1 + len(choices_of(repeats))
-    of_budget = layers * (6 + choices) + len(GUESSED)
+    of_budget = layers * (7 + choices) + DEPTHS * len(GUESSED)
     return len(SIZES) * layers * (1 + choices) // 2 + budgets * of_budget
 
 

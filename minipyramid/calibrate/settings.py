@@ -1,12 +1,12 @@
 """A profile as the files that `Profile` is read from."""
 
+import ctypes
 import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from minipyramid.cli.terminal import unfinished
@@ -17,6 +17,7 @@ from minipyramid.policies.fitted import read_fitted
 from minipyramid.policies.levels import Level
 
 DIGITS = 4  # of a share; a tenth of a token at 1,024
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write_profile(
@@ -50,8 +51,7 @@ def write_profile(
     if fitted:
         beside = out.with_suffix(".safetensors")
         settings["fitted"] = beside.name
-        # Not `save_file`, which lets nobody but its owner read the file.
-        files[beside] = save({name: tensor.cpu().contiguous() for name, tensor in fitted.items()})
+        files[beside] = in_safetensors(fitted)
     files[out] = in_lines(settings | {"measured": measured}).encode()
     try:
         for path, content in files.items():
@@ -64,6 +64,24 @@ def write_profile(
         for path in files:
             with suppress(OSError):
                 unfinished(path).unlink(missing_ok=True)
+
+
+def in_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """The content of a safetensors file: the length of a JSON header, the header, and all numbers.
+
+    The library's own `save` needs numpy, which nothing else here does, and its `save_file` lets nobody but
+    its owner read the file.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    numbers, end = [], 0
+    for name, tensor in tensors.items():
+        flat = tensor.cpu().contiguous()
+        numbers.append(ctypes.string_at(flat.data_ptr(), flat.nbytes))
+        where = [end, end := end + flat.nbytes]
+        header[name] = {"dtype": DTYPES[flat.dtype], "shape": list(flat.shape), "data_offsets": where}
+    written = json.dumps(header).encode()
+    written += b" " * (-len(written) % 8)  # so that numbers begin at a multiple of 8 bytes
+    return b"".join([len(written).to_bytes(8, "little"), written, *numbers])
 
 
 def check_replaced(out: Path) -> None:
