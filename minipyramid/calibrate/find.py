@@ -178,7 +178,8 @@ class Search:
         for cut in possible:
             tried: list[tuple[Level, Level | None]] = [(cut, allot(cut, found.curves, share))]
             if found.cut_depths <= {cut.depth}:
-                guessing = [with_guesses(cut, more) for more in GUESSED]
+                # Each once: where much is computed, the largest shares all guess everything.
+                guessing = dict.fromkeys(with_guesses(cut, more) for more in GUESSED)
                 tried += [(level, allot_beside_guesses(level, found.curves, share)) for level in guessing]
             for computing, level in tried:
                 if level is not None and level.share > share - ROUNDING:
