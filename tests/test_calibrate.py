@@ -31,7 +31,7 @@ from safetensors.torch import load
 
 from minipyramid import LLM, RequestError, SamplingParams
 from minipyramid.calibrate.__main__ import computed_at, main
-from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, loss
+from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, divergence
 from minipyramid.calibrate.find import Found, Search
 from minipyramid.calibrate.fit import LineFit
 from minipyramid.calibrate.search import ONLY_NEWEST, Point, allot, cut_level, cuts, hull_below, lower_hull
@@ -80,9 +80,9 @@ def test_the_full_cache_loses_nothing(tiny: LLM) -> None:
     windows, whole = windows_of([50, 30]), cut_level(3, 3, 1.0)
     contexts = Contexts(tiny, windows, Profile((whole,), share=1.0, fewest=0))
     full = contexts.logprobs(whole)
-    measured = loss(full, contexts.logprobs(whole), windows)
+    measured = divergence(full, contexts.logprobs(whole), windows)
     assert (measured.following, measured.again) == (0, 0)
-    half = loss(full, contexts.logprobs(replace(whole, held=(0.5, 0.2, 0.5))), windows)
+    half = divergence(full, contexts.logprobs(replace(whole, held=(0.5, 0.2, 0.5))), windows)
     assert min(half.following, half.again) > 0.01
 
 
@@ -132,16 +132,16 @@ def test_a_line_is_fitted_to_scores_only() -> None:
 # --- the search ---
 
 
-@given(costs=st.lists(st.floats(0, 10), min_size=2, max_size=8))
-def test_a_lower_hull_is_convex_and_below_every_point(costs: list[float]) -> None:
-    points = [Point(i / 10, cost, ONLY_NEWEST) for i, cost in enumerate(costs)]
+@given(losses=st.lists(st.floats(0, 10), min_size=2, max_size=8))
+def test_a_lower_hull_is_convex_and_below_every_point(losses: list[float]) -> None:
+    points = [Point(i / 10, loss, ONLY_NEWEST) for i, loss in enumerate(losses)]
     hull = lower_hull(points)
-    slopes = [(b.cost - a.cost) / (b.share - a.share) for a, b in itertools.pairwise(hull)]
+    slopes = [(b.loss - a.loss) / (b.share - a.share) for a, b in itertools.pairwise(hull)]
     assert slopes == sorted(slopes)
     for point in points:
         a, b = next((a, b) for a, b in itertools.pairwise(hull) if a.share <= point.share <= b.share)
-        line = a.cost + (b.cost - a.cost) * (point.share - a.share) / (b.share - a.share)
-        assert line <= point.cost + 1e-9
+        line = a.loss + (b.loss - a.loss) * (point.share - a.share) / (b.share - a.share)
+        assert line <= point.loss + 1e-9
 
 
 @given(
@@ -152,18 +152,18 @@ def test_an_allotment_is_the_cheapest_of_all(steps: list[list[int]], tokens: int
     """Against every other way to spread so many quarters over three layers, where curves are convex."""
     curves = []
     for falls in steps:
-        costs = [sum(sorted(falls)[: 3 - i]) for i in range(4)]  # the steepest piece first
-        curves.append([Point((i + 1) / 4, float(cost), ONLY_NEWEST) for i, cost in enumerate(costs)])
+        losses = [sum(sorted(falls)[: 3 - i]) for i in range(4)]  # the steepest piece first
+        curves.append([Point((i + 1) / 4, float(loss), ONLY_NEWEST) for i, loss in enumerate(losses)])
     whole = cut_level(3, 3, 1.0)
     level = allot(whole, curves, tokens / 12)
 
-    def cost(quarters: tuple[int, ...]) -> float:
-        return sum(points[n - 1].cost for points, n in zip(curves, quarters, strict=True))
+    def loss(quarters: tuple[int, ...]) -> float:
+        return sum(points[n - 1].loss for points, n in zip(curves, quarters, strict=True))
 
     ways = [way for way in itertools.product(range(1, 5), repeat=3) if sum(way) == tokens]
     given_out = tuple(round(4 * share) for share in level.held)
     assert sum(level.held) == pytest.approx(tokens / 4)
-    assert cost(given_out) == min(map(cost, ways))
+    assert loss(given_out) == min(map(loss, ways))
 
 
 def test_an_allotment_below_the_smallest_sizes_scales_them_down() -> None:
@@ -353,12 +353,12 @@ def test_more_is_computed_where_a_cut_costs_more_than_holding_less(
 ) -> None:
     """A cut before the layer that looks back was taken at up to four times that, and lost most answers."""
     search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
-    costs = {0.4: 0.09, 0.45: 0.05}  # of a level, by the share of token-layers that is computed
+    losses = {0.4: 0.09, 0.45: 0.05}  # of a level, by the share of token-layers that is computed
 
     def told(contexts: Contexts, level: Level) -> float:
-        return costs[round(sum(level.computed) / 3, 4)]
+        return losses[round(sum(level.computed) / 3, 4)]
 
-    monkeypatch.setattr(search, "cost", told)
+    monkeypatch.setattr(search, "loss", told)
     curve = [Point(0.1, holding / 3, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
     level, contexts = search.first_level(Found([curve] * 3), 0.1, 0.4)
     assert sum(level.computed) / 3 == pytest.approx(computed)
@@ -372,12 +372,12 @@ def test_guesses_make_a_cut_cheap_enough(tiny: LLM, monkeypatch: pytest.MonkeyPa
     def told(contexts: Contexts, level: Level) -> float:  # by what stands behind the cut
         return 0.001 if contexts.profile.levels[0].held[2] >= 0.14 else 0.03
 
-    monkeypatch.setattr(search, "cost", told)
+    monkeypatch.setattr(search, "loss", told)
     curve = [Point(0.01, 0.0, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
     for share, computed in [(0.43, 0.4), (0.09, 0.45)]:  # with room for such guesses, and without it
         level, _ = search.first_level(Found([curve] * 3), share, 0.4)
         assert sum(level.computed) / 3 == pytest.approx(computed)
-        assert level.guesses is (share == 0.43)
+        assert level.is_guessing is (share == 0.43)
         assert level.share == pytest.approx(share)
     elsewhere = cut_level(3, 2, 0.1)
     taken = Found([curve] * 3, levels=[replace(elsewhere, held=(1.0, 1.0, 0.2))])
@@ -389,7 +389,7 @@ def test_more_may_be_held_than_is_computed_and_never_less_than_was_asked(
 ) -> None:
     """A budget of 0.9 computed 90 % whatever was asked, for without guesses nothing more can be held."""
     search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
-    monkeypatch.setattr(search, "cost", lambda contexts, level: 0.001)
+    monkeypatch.setattr(search, "loss", lambda contexts, level: 0.001)
     curve = [Point(0.01, 0.0, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
     level, _ = search.first_level(Found([curve] * 3), 0.9, 0.75)
     assert level.share == pytest.approx(0.9)
@@ -397,25 +397,25 @@ def test_more_may_be_held_than_is_computed_and_never_less_than_was_asked(
     elsewhere = Level((1.0, 0.2, 0.1), (1.0, 0.2, 0.1), ("newest",) * 3, (1.0,) * 3)
     without = Found([curve] * 3, levels=[elsewhere, cut_level(3, 2, 0.1)])
     level, _ = search.first_level(without, 0.9, 0.75)
-    assert not level.guesses
+    assert not level.is_guessing
     assert level.share == pytest.approx(0.9)
 
 
 def test_a_cut_that_is_best_with_guesses_alone_is_found(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best depth was looked for without them: a layer in front of the one that looks back."""
     search = Search(tiny, windows_of([160]), lines_of(3), repeats=False, notice=lambda what: None)
-    costs = {(1, False): 0.012, (2, False): 0.02, (1, True): 0.012, (2, True): 0.01}  # (depth, with guesses)
+    losses = {(1, False): 0.012, (2, False): 0.02, (1, True): 0.012, (2, True): 0.01}  # (depth, with guesses)
 
     def told(contexts: Contexts, level: Level) -> float:
-        return costs[level.depth, level.guesses]
+        return losses[level.depth, level.is_guessing]
 
-    monkeypatch.setattr(search, "cost", told)
+    monkeypatch.setattr(search, "loss", told)
     curve = [Point(0.01, 0.0, ONLY_NEWEST), Point(1.0, 0.0, ONLY_NEWEST)]
     level, contexts = search.first_level(Found([curve] * 3), 0.5, 0.7)
     assert level.depth == 2
-    assert level.guesses
+    assert level.is_guessing
     assert contexts.profile.depth == 2
-    costs[2, False] = 0.03  # so much more is not tried
+    losses[2, False] = 0.03  # so much more is not tried
     assert search.first_level(Found([curve] * 3), 0.5, 0.7)[0].depth == 1
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minipyramid import LLM, CheckpointError, ConfigError, Conversation, RequestError, SamplingParams
-from minipyramid.calibrate.contexts import Contexts, Window, loss, profile_of, recorded
+from minipyramid.calibrate.contexts import Contexts, Window, divergence, profile_of, recorded
 from minipyramid.calibrate.find import Found, Search
 from minipyramid.calibrate.guesses import FIRST, RIDGE, fit_guesses, pieces_of
 from minipyramid.calibrate.search import Point, allot_beside_guesses, cut_level, whole_level
@@ -89,7 +89,7 @@ def test_text_that_nothing_was_fitted_to_is_predicted_better_with_guesses() -> N
     losses = []
     for level in (cut, guessing(cut, 0.2), guessing(cut, 1.0)):
         got = Contexts(llm, others, profile_of(level, None, guesses)).logprobs(level)
-        losses.append(loss(expected, got, others).following)
+        losses.append(divergence(expected, got, others).following)
     none, some, everything = losses
     assert some < 0.85 * none
     assert everything < 0.6 * none
@@ -120,19 +120,19 @@ def test_guesses_are_taken_where_they_lower_the_loss_and_at_one_depth(
     found = Found(curves=[[Point(x, 1 - x, ("newest", 1.0)) for x in (0.1, 1.0)] for _ in range(3)])
     cut = cut_level(3, 1, 0.4)
     for sign in (1, -1):  # the more is guessed the better, and the worse
-        monkeypatch.setattr(search, "cost", lambda contexts, level, sign=sign: sign * level.held[0])
+        monkeypatch.setattr(search, "loss", lambda contexts, level, sign=sign: sign * level.held[0])
         best = search.best_behind([cut], 0.6, found)
         assert best is not None
-        cost, level, contexts = best
-        assert cost == sign * level.held[0]
-        assert level.guesses is (sign == 1)
+        loss, level, contexts = best
+        assert loss == sign * level.held[0]
+        assert level.is_guessing is (sign == 1)
         assert level.share == pytest.approx(0.6)
         assert (contexts.profile.guesses is not None) is (sign == 1)
-    monkeypatch.setattr(search, "cost", lambda contexts, level: level.held[0])
+    monkeypatch.setattr(search, "loss", lambda contexts, level: level.held[0])
     found.levels = [guessing(cut_level(3, 2, 0.4), 0.2)]
     best = search.best_behind([cut], 0.6, found)
     assert best is not None
-    assert not best[1].guesses
+    assert not best[1].is_guessing
     assert search.best_behind([], 0.6, found) is None
 
 
@@ -214,7 +214,7 @@ def test_stand_ins_stand_beside_guesses(tiny: LLM) -> None:
 def test_guesses_are_read_as_they_were_written(tmp_path: Path) -> None:
     """In float16, for they are the larger part of the file; where no level guesses they are left out."""
     write_profile(
-        tmp_path / "found.json", [CUT], lines_of(3), {}, guesses={1: guesses_of(1), 2: guesses_of(2)}
+        tmp_path / "found.json", [CUT], lines_of(3), {}, guess_weights={1: guesses_of(1), 2: guesses_of(2)}
     )
     profile = load_policy(tmp_path / "found.json")
     assert isinstance(profile, Profile)
@@ -222,7 +222,7 @@ def test_guesses_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert profile.guesses is not None
     assert torch.equal(profile.guesses, guesses_of(1).half().float())
     plain = replace(CUT, held=(0.5, 0.2, 0.2), stand_ins=stand_ins_of(3))
-    write_profile(tmp_path / "found.json", [plain], lines_of(3), {}, guesses={1: guesses_of(1)})
+    write_profile(tmp_path / "found.json", [plain], lines_of(3), {}, guess_weights={1: guesses_of(1)})
     assert list(load_file(tmp_path / "found.safetensors")) == ["stand_ins"]
 
 
@@ -232,7 +232,7 @@ def test_what_could_not_be_read_is_not_written(name: str, tmp_path: Path) -> Non
     level = replace(CUT, stand_ins=stand_ins_of(3) * (1e6 if name == "stand-ins" else 1))
     guesses = {1: guesses_of(1) * (1e6 if name == "guesses" else 1)}
     with pytest.raises(RequestError, match=f"{name} that were fitted exceed float16"):
-        write_profile(tmp_path / "found.json", [level], lines_of(3), {}, guesses=guesses)
+        write_profile(tmp_path / "found.json", [level], lines_of(3), {}, guess_weights=guesses)
     assert not list(tmp_path.iterdir())
 
 
@@ -250,7 +250,7 @@ def test_what_could_not_be_read_is_not_written(name: str, tmp_path: Path) -> Non
 def test_guesses_that_cannot_be_are_told(
     guesses: torch.Tensor | None, kind: type[Exception], told: str, tiny: LLM, tmp_path: Path
 ) -> None:
-    write_profile(tmp_path / "found.json", [CUT], lines_of(3), {}, guesses={1: guesses_of(1)})
+    write_profile(tmp_path / "found.json", [CUT], lines_of(3), {}, guess_weights={1: guesses_of(1)})
     save_file(
         {"lines": lines_of(3)} if guesses is None else {"guesses": guesses}, tmp_path / "found.safetensors"
     )

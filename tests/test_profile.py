@@ -92,6 +92,13 @@ def test_a_prompt_has_what_its_generated_tokens_leave() -> None:
         assert 0 <= share * 3 * (prompt + new) - sum(lengths) < 4
 
 
+def test_short_prompts_with_many_new_tokens_use_their_budget() -> None:
+    """Generated tokens went from their share straight to half of it, and a third of the room was unused."""
+    for prompt, new, share in ((12, 256, 0.9), (12, 256, 0.75), (64, 256, 0.75), (100, 2000, 0.9)):
+        lengths = PROFILE.within(share, prompt, new, 3).kv_lengths(prompt, new, 3)
+        assert sum(lengths) > 0.9 * share * 3 * (prompt + new)
+
+
 # --- in the engine ---
 
 

@@ -29,7 +29,7 @@ from slow_profile import SlowProfile
 from torch import Tensor
 
 from minipyramid import LLM, CheckpointError, ConfigError, Conversation, SamplingParams
-from minipyramid.calibrate.contexts import Contexts, Window, loss, profile_of, recorded
+from minipyramid.calibrate.contexts import Contexts, Window, divergence, profile_of, recorded
 from minipyramid.calibrate.find import Search
 from minipyramid.calibrate.search import cut_level
 from minipyramid.calibrate.settings import write_profile
@@ -199,7 +199,7 @@ def test_text_that_nothing_was_fitted_to_is_predicted_better_with_stand_ins() ->
     contexts = Contexts(llm, others, profile_of(level))
     # One after the other on the same contexts: what stood in the rows before leaves nothing behind.
     without, with_them, again = (
-        loss(expected, contexts.logprobs(tried), others).following for tried in (level, filled, level)
+        divergence(expected, contexts.logprobs(tried), others).following for tried in (level, filled, level)
     )
     assert with_them < 0.85 * without
     assert again == without

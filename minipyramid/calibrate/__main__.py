@@ -67,7 +67,13 @@ def build_parser() -> Parser:
         metavar="SHARE,SHARE",
         help="token-layers to compute at each of them (0.75 at 0.5, 0.4 at 0.05); more where it costs much",
     )
-    add("--context", type=listed(int), default=[512, 1024], metavar="N,N", help="tokens (512,1024)")
+    add(
+        "--context",
+        type=listed(int),
+        default=[512, 1024],
+        metavar="N,N",
+        help=f"tokens, {SHORTEST} or more (512,1024)",
+    )
     add("--following", type=int, default=96, metavar="N", help="tokens read after each context (96)")
     add("--samples", type=int, default=8, metavar="N", help="windows of each context (8)")
     add("--repeat", action="store_true", help="let layers choose by a second pass over the prompt")
@@ -115,7 +121,9 @@ def run(args: argparse.Namespace) -> None:
         lines = fitted_lines(llm, to_fit, line)
         search = Search(llm, to_fit, lines, args.repeat, line.update, pieces=pieces)
         found = search.find(budgets)
-        checked = Search(llm, to_check, search.lines, args.repeat, line.update, guesses=search.guesses)
+        checked = Search(
+            llm, to_check, search.lines, args.repeat, line.update, guess_weights=search.guess_weights
+        )
         rows = check_levels(checked, found.levels)
     measured = {"model": Path(args.model).name or args.model, "dtype": str(llm.dtype).removeprefix("torch.")}
     measured |= {"text": Path(args.text).name, "context": args.context, "following": args.following}
@@ -126,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
             "no level does better than an even split on the windows that it was not fitted to; "
             "give a longer --text or more --samples"
         )
-    write_profile(out, levels, search.lines, measured, guesses=search.guesses)
+    write_profile(out, levels, search.lines, measured, guess_weights=search.guess_weights)
     if args.plot is not None:
         plot(found, Path(args.plot))
     told = measured | found.as_dict() | {"out": str(out)}

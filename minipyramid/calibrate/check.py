@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipyramid.calibrate.contexts import Window, loss
+from minipyramid.calibrate.contexts import Window, divergence
 from minipyramid.calibrate.find import Search
 from minipyramid.policies.levels import Level
 
@@ -25,7 +25,7 @@ def check_levels(search: Search, levels: list[Level]) -> list[dict[str, Any]]:
         score, newest = EVEN_CHOICE
         even = Level((1.0,) * layers, (level.share,) * layers, (score,) * layers, (newest,) * layers)
         logprobs, of_even = search.computing(level).logprobs(level), search.full.logprobs(even)
-        measured, beside = loss(expected, logprobs, windows), loss(expected, of_even, windows)
+        measured, beside = divergence(expected, logprobs, windows), divergence(expected, of_even, windows)
         rows.append(
             {
                 "held": round(level.share, 4),

@@ -60,7 +60,7 @@ class Recorder(Policy):
 
     def kv_lengths(self, prompt_tokens: int, new_tokens: int, layers: int) -> list[int]:
         """What is guessed: later tokens of the prompt attend to it."""
-        return [count + new_tokens for count in self.profile.guessed(prompt_tokens)]
+        return [count + new_tokens for count in self.profile.guessed_counts(prompt_tokens)]
 
     def guess(self, seen: Seen, passed_on: Tensor) -> list[Guess]:
         """As the profile."""
@@ -154,7 +154,7 @@ class Contexts:
         spans = []
         for window, rows, seen in zip(self.windows, self.rows, self.seen, strict=True):
             counts = profile.held(len(window.context), len(seen))
-            guessed = profile.guessed(len(window.context))
+            guessed = profile.guessed_counts(len(window.context))
             for layer, (of_layer, count, more) in enumerate(zip(seen, counts, guessed, strict=True)):
                 # Rounding may ask for a token more than these contexts compute.
                 own = min(count - more, len(of_layer.q))
@@ -212,8 +212,8 @@ class Loss:
         return self.following + AGAIN * self.again
 
 
-def loss(full: Tensor, pruned: Tensor, windows: list[Window]) -> Loss:
+def divergence(full: Tensor, pruned: Tensor, windows: list[Window]) -> Loss:
     """Of a profile's log-probabilities against the full cache's; [2 * windows * following, vocab_size]."""
-    divergence = (full.exp() * (full - pruned)).sum(-1)  # [2 * windows * following]
-    of_kind = divergence.view(len(windows), 2, -1).mean((0, 2)).tolist()
+    by_token = (full.exp() * (full - pruned)).sum(-1)  # [2 * windows * following]
+    of_kind = by_token.view(len(windows), 2, -1).mean((0, 2)).tolist()
     return Loss(*of_kind)

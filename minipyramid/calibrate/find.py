@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from minipyramid import LLM
-from minipyramid.calibrate.contexts import Contexts, Window, loss, profile_of
+from minipyramid.calibrate.contexts import Contexts, Window, divergence, profile_of
 from minipyramid.calibrate.guesses import fit_guesses
 from minipyramid.calibrate.search import (
     GUESSED,
@@ -58,13 +58,13 @@ class Found:
     def as_dict(self) -> dict[str, Any]:
         """The curves and the depths, as `--json` prints them."""
         curves = [
-            [{"held": p.share, "loss": p.cost, "score": p.choice[0], "newest": p.choice[1]} for p in points]
+            [{"held": p.share, "loss": p.loss, "score": p.choice[0], "newest": p.choice[1]} for p in points]
             for points in self.curves
         ]
         depths = [
-            {"computed": round(computed, 4), "layers": depth, "loss": cost}
+            {"computed": round(computed, 4), "layers": depth, "loss": loss}
             for computed, tried in self.depths.items()
-            for depth, cost in tried
+            for depth, loss in tried
         ]
         return {"curves": curves, "depths": depths}
 
@@ -79,7 +79,7 @@ class Search:
         repeats: whether layers may choose by the score `repeat`.
         notice: called after each measurement.
         pieces: of text, which guesses are fitted to; None for the windows' contexts.
-        guesses: weights by the depth of the cut; what is missing is fitted, and put there.
+        guess_weights: of what is guessed, by the depth of the cut; what is missing is fitted, and put there.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Search:
         notice: Notice,
         *,
         pieces: list[list[int]] | None = None,
-        guesses: dict[int, Tensor] | None = None,
+        guess_weights: dict[int, Tensor] | None = None,
     ) -> None:
         self.llm, self.windows, self.lines, self.repeats, self.notice = llm, windows, lines, repeats, notice
         self.pieces = [window.context for window in windows] if pieces is None else pieces
-        self.guesses = {} if guesses is None else guesses
+        self.guess_weights = {} if guess_weights is None else guess_weights
         self.choices = choices_of(repeats)
         self.layers = llm.config.num_hidden_layers
         self.full = self.computing(whole_level(self.layers))
@@ -104,20 +104,20 @@ class Search:
     def computing(self, level: Level) -> Contexts:
         """The windows' contexts as a level computes them."""
         guesses, depth = None, level.depth
-        if level.guesses:
-            if depth not in self.guesses:
-                self.guesses[depth] = fit_guesses(self.llm, self.pieces, depth)
+        if level.is_guessing:
+            if depth not in self.guess_weights:
+                self.guess_weights[depth] = fit_guesses(self.llm, self.pieces, depth)
                 self.notice("fits guesses")
-            guesses = self.guesses[depth]
+            guesses = self.guess_weights[depth]
         return Contexts(self.llm, self.windows, profile_of(level, self.lines, guesses), self.repeats)
 
-    def cost(self, contexts: Contexts, level: Level) -> float:
+    def loss(self, contexts: Contexts, level: Level) -> float:
         """What the search makes small: a level's loss on contexts that are computed behind its cut.
 
         (An exchange may take guesses away, but the contexts were computed beside all of them. Computed anew,
         the loss was 0.4 % smaller in one level and 2 % larger in another. The last check computes them anew.)
         """
-        measured = loss(self.expected, contexts.logprobs(level), self.windows)
+        measured = divergence(self.expected, contexts.logprobs(level), self.windows)
         self.notice(f"computes {sum(level.computed) / self.layers:.0%}, holds {level.share:.0%}")
         return measured.total
 
@@ -126,11 +126,11 @@ class Search:
         found = Found()
         whole = self.full.profile.levels[0]
         for layer in range(self.layers):
-            found.curves.append(curve(whole, layer, self.choices, partial(self.cost, self.full)))
+            found.curves.append(curve(whole, layer, self.choices, partial(self.loss, self.full)))
         for share, computed in sorted(budgets):
             level, contexts = self.first_level(found, share, round(computed, 4))
-            cost = partial(self.cost, contexts)
-            level = exchange(choose_anew(level, self.choices, cost), cost)
+            loss_of = partial(self.loss, contexts)
+            level = exchange(choose_anew(level, self.choices, loss_of), loss_of)
             self.notice("fits stand-ins")
             found.levels.append(replace(level, stand_ins=fit_stand_ins(contexts, level)))
         return found
@@ -141,13 +141,13 @@ class Search:
         More is computed while that costs too much (`CHEAP`).
         """
         uncut = allot(self.full.profile.levels[0], found.curves, share)
-        cost_of_holding = sum(
-            cost_at(hull_below(points, 1.0), size)
+        loss_of_holding = sum(
+            loss_at(hull_below(points, 1.0), size)
             for points, size in zip(found.curves, uncut.held, strict=True)
         )
         while computed < 1 - STEP / 2:
             best = self.best_behind(self.cheapest_cuts(found, computed), share, found)
-            if best is not None and best[0] < max(2 * cost_of_holding, cost_of_holding + CHEAP):
+            if best is not None and best[0] < max(2 * loss_of_holding, loss_of_holding + CHEAP):
                 return best[1:]
             computed = round(computed + STEP, 4)
         return uncut, self.full
@@ -160,17 +160,17 @@ class Search:
         """
         possible = cuts(self.layers, computed)
         if computed not in found.depths and possible:
-            found.depths[computed] = [(cut.depth, self.cost(self.computing(cut), cut)) for cut in possible]
-        costs = dict(found.depths.get(computed, ()))
-        if any(level.guesses for level in found.levels):
+            found.depths[computed] = [(cut.depth, self.loss(self.computing(cut), cut)) for cut in possible]
+        losses = dict(found.depths.get(computed, ()))
+        if any(level.is_guessing for level in found.levels):
             return [cut for cut in possible if found.cut_depths == {cut.depth}]
-        near = [cut for cut in possible if costs[cut.depth] <= NEARLY * min(costs.values())]
-        return sorted(near, key=lambda cut: costs[cut.depth])[:DEPTHS]
+        near = [cut for cut in possible if losses[cut.depth] <= NEARLY * min(losses.values())]
+        return sorted(near, key=lambda cut: losses[cut.depth])[:DEPTHS]
 
     def best_behind(
         self, possible: list[Level], share: float, found: Found
     ) -> tuple[float, Level, Contexts] | None:
-        """Of all levels that hold `share` behind these cuts the one that costs least: its cost and contexts.
+        """Of all levels that hold `share` behind these cuts the one that costs least: its loss and contexts.
 
         None where none can hold as much.
         """
@@ -184,15 +184,15 @@ class Search:
             for computing, level in tried:
                 if level is not None and level.share > share - ROUNDING:
                     contexts = self.computing(computing)
-                    cost = self.cost(contexts, level)
-                    if best is None or cost < best[0]:
-                        best = cost, level, contexts
+                    loss = self.loss(contexts, level)
+                    if best is None or loss < best[0]:
+                        best = loss, level, contexts
         return best
 
 
-def cost_at(hull: list[Point], share: float) -> float:
+def loss_at(hull: list[Point], share: float) -> float:
     """What a size costs on a hull."""
     for a, b in pairwise(hull):
         if share <= b.share:
-            return a.cost + (b.cost - a.cost) * max(0.0, share - a.share) / (b.share - a.share)
+            return a.loss + (b.loss - a.loss) * max(0.0, share - a.share) / (b.share - a.share)
     return 0.0

@@ -15,13 +15,13 @@ def plot(found: Found, file: Path) -> None:
     layers = range(len(found.curves))
     sizes = sorted({point.share for points in found.curves for point in points if point.share < 1})
     for share in sizes:
-        costs = [next(p.cost for p in points if p.share == share) for points in found.curves]
-        curves.plot(layers, [max(cost, NOTHING) for cost in costs], marker=".", label=f"{share:.0%}")
+        losses = [next(p.loss for p in points if p.share == share) for points in found.curves]
+        curves.plot(layers, [max(loss, NOTHING) for loss in losses], marker=".", label=f"{share:.0%}")
     curves.set(yscale="log", xlabel="layer", ylabel="loss, nats", title="one layer alone holds a share")
     curves.legend(title="held")
-    for computed, costs_by_depth in found.depths.items():
-        where, costs_there = zip(*costs_by_depth, strict=True)
-        depths.plot(where, [max(cost, NOTHING) for cost in costs_there], marker=".", label=f"{computed:.0%}")
+    for computed, by_depth in found.depths.items():
+        where, losses_there = zip(*by_depth, strict=True)
+        depths.plot(where, [max(loss, NOTHING) for loss in losses_there], marker=".", label=f"{computed:.0%}")
     depths.set(
         yscale="log", xlabel="layers that compute all", ylabel="loss, nats", title="the others are cut"
     )

@@ -25,14 +25,14 @@ MOVES = (0.4, 0.2)  # of the mean room of a layer that an exchange moves at a ti
 TRIED = 3  # pairs of layers whose exchange is measured, of a round's best
 ROUNDS = 3  # of exchanges of one size, at most
 GUESSED = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # shares that every layer behind the cut may guess
-LEAST_COST = 1e-4  # nats; where the newest tokens cost no more, no other choice is tried
+LEAST_LOSS = 1e-4  # nats; where the newest tokens cost no more, no other choice is tried
 Choice = tuple[str, float]  # a score, and the newest tokens' share of the room
 ONLY_NEWEST: Choice = ("newest", 1.0)
 CHOICES: tuple[Choice, ...] = (
     ("votes", 0.5), ("votes", 0.25), ("keydiff", 0.5), ("keydiff", 0.25), ("fitted", 0.5), ("fitted", 0.25),
 )  # fmt: skip
 REPEAT: tuple[Choice, ...] = (("repeat", 0.5), ("repeat", 0.25))  # these take a second pass over a prompt
-Cost = Callable[[Level], float]  # a level's loss
+LossOf = Callable[[Level], float]  # what a level costs, in nats
 
 
 def choices_of(repeats: bool) -> tuple[Choice, ...]:
@@ -45,7 +45,7 @@ class Point:
     """A size that a layer may have, what it costs, and by which choice."""
 
     share: float
-    cost: float
+    loss: float
     choice: Choice
 
 
@@ -79,14 +79,14 @@ def with_layer(level: Level, layer: int, share: float, choice: Choice | None = N
     return replace(level, held=tuple(held), scores=tuple(scores), newest=tuple(newest))
 
 
-def curve(level: Level, layer: int, choices: Iterable[Choice], cost: Cost) -> list[Point]:
+def curve(level: Level, layer: int, choices: Iterable[Choice], loss_of: LossOf) -> list[Point]:
     """What a layer costs by its size, where the others hold all; each size by the choice that is best."""
     most = level.computed[layer]
     points = [Point(most, 0.0, ONLY_NEWEST)]
     for share in sorted((size for size in SIZES if size < most), reverse=True):
-        tried = [(cost(with_layer(level, layer, share, ONLY_NEWEST)), ONLY_NEWEST)]
-        if tried[0][0] > LEAST_COST:
-            tried += [(cost(with_layer(level, layer, share, choice)), choice) for choice in choices]
+        tried = [(loss_of(with_layer(level, layer, share, ONLY_NEWEST)), ONLY_NEWEST)]
+        if tried[0][0] > LEAST_LOSS:
+            tried += [(loss_of(with_layer(level, layer, share, choice)), choice) for choice in choices]
         points.append(Point(share, *min(tried)))
     return points
 
@@ -102,8 +102,8 @@ def lower_hull(points: Iterable[Point]) -> list[Point]:
 
 
 def slope(a: Point, b: Point) -> float:
-    """How the cost changes with the share."""
-    return (b.cost - a.cost) / (b.share - a.share)
+    """How the loss changes with the share."""
+    return (b.loss - a.loss) / (b.share - a.share)
 
 
 def hull_below(points: list[Point], most: float) -> list[Point]:
@@ -112,7 +112,7 @@ def hull_below(points: list[Point], most: float) -> list[Point]:
 
 
 def allot(level: Level, curves: list[list[Point]], share: float) -> Level:
-    """The level whose layers hold `share` on average, or all they compute, at the lowest sum of costs.
+    """The level whose layers hold `share` on average, or all they compute, at the lowest sum of losses.
 
     Where the smallest sizes are too much together, all are scaled down alike.
     """
@@ -156,46 +156,46 @@ def allot_beside_guesses(cut: Level, curves: list[list[Point]], share: float) ->
     return replace(level, held=level.held[: cut.depth] + cut.held[cut.depth :])
 
 
-def choose_anew(level: Level, choices: Iterable[Choice], cost: Cost) -> Level:
+def choose_anew(level: Level, choices: Iterable[Choice], loss_of: LossOf) -> Level:
     """Let each layer in turn choose by what makes the loss of the whole level smallest."""
-    best, listed = cost(level), [ONLY_NEWEST, *choices]
+    best, listed = loss_of(level), [ONLY_NEWEST, *choices]
     for layer, held in enumerate(level.held):
         if held >= level.computed[layer]:
             continue
         for choice in listed:
             if choice != (level.scores[layer], level.newest[layer]):
                 changed = with_layer(level, layer, held, choice)
-                measured = cost(changed)
+                measured = loss_of(changed)
                 if measured < best:
                     level, best = changed, measured
     return level
 
 
-def exchange(level: Level, cost: Cost) -> Level:
+def exchange(level: Level, loss_of: LossOf) -> Level:
     """Move room between layers where the loss falls by it, `ROUNDS` times for each size at most."""
-    best, mean = cost(level), level.share
+    best, mean = loss_of(level), level.share
     for move in (part * mean for part in MOVES):
         for _ in range(ROUNDS):
-            moved = improved(level, best, move, cost)
+            moved = improved(level, best, move, loss_of)
             if moved is None:
                 break
             level, best = moved
     return level
 
 
-def improved(level: Level, best: float, move: float, cost: Cost) -> tuple[Level, float] | None:
+def improved(level: Level, best: float, move: float, loss_of: LossOf) -> tuple[Level, float] | None:
     """The level after the first exchange that lowers the loss, of the `TRIED` best, and its loss."""
     larger, smaller = [], []  # (loss of the level, layer) with more room in one layer, and with less
     for layer, (held, most) in enumerate(zip(level.held, level.computed, strict=True)):
         if held + move <= most:
-            larger.append((cost(with_layer(level, layer, held + move)), layer))
+            larger.append((loss_of(with_layer(level, layer, held + move)), layer))
         if held - move > 0:
-            smaller.append((cost(with_layer(level, layer, held - move)), layer))
+            smaller.append((loss_of(with_layer(level, layer, held - move)), layer))
     pairs = sorted((more + less, to, of) for more, to in larger for less, of in smaller if to != of)
     for _, to, of in pairs[:TRIED]:
         moved = with_layer(level, to, level.held[to] + move)
         moved = with_layer(moved, of, moved.held[of] - move)
-        measured = cost(moved)
+        measured = loss_of(moved)
         if measured < best:
             return moved, measured
     return None

@@ -26,7 +26,7 @@ def write_profile(
     lines: Tensor,
     measured: dict[str, Any],
     *,
-    guesses: dict[int, Tensor] | None = None,
+    guess_weights: dict[int, Tensor] | None = None,
 ) -> None:
     """Write `out`, and beside it what was fitted: stand-ins, and lines of `fitted` and guesses that are used.
 
@@ -37,8 +37,8 @@ def write_profile(
     files, fitted = {}, {}
     if any("fitted" in score for level in levels for score in level.scores):
         fitted["lines"] = lines
-    for depth in {level.depth for level in levels if level.guesses}:
-        fitted["guesses"] = (guesses or {})[depth].half()  # they are the larger part of the file
+    for depth in {level.depth for level in levels if level.is_guessing}:
+        fitted["guesses"] = (guess_weights or {})[depth].half()  # they are the larger part of the file
     stand_ins = [level.stand_ins for level in levels if level.stand_ins is not None]
     if stand_ins and len(stand_ins) != len(levels):
         raise ValueError("some levels have stand-ins and others none")

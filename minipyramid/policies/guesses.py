@@ -43,7 +43,7 @@ def check_guesses(levels: tuple[Level, ...], guesses: Tensor | None) -> None:
             if held > computed and not is_alike:
                 told = f"layer {layer} holds {held} and computes {computed}, and guesses of the rest"
                 raise ConfigError(f"{told} were not fitted behind layer {level.depth - 1}; hold no more")
-        if any(level.guesses for level in levels) and not is_alike and level.depth < layers:
+        if any(level.is_guessing for level in levels) and not is_alike and level.depth < layers:
             told = (
                 f"the level of share {level.share:.4g} does not compute all in {depth} layers and then less"
             )

@@ -86,7 +86,7 @@ class Level:
         return len(set(self.computed[self.depth :])) <= 1
 
     @property
-    def guesses(self) -> bool:
+    def is_guessing(self) -> bool:
         """Whether a layer holds more than it computes."""
         return any(a > b for a, b in zip(self.held, self.computed, strict=True))
 

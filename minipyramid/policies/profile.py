@@ -165,7 +165,8 @@ class Profile(Policy):
         enough = max(layers, share * prompt_tokens * layers / 2)  # a token of each layer, or half the share
         tried: list[tuple[int, Profile]] = []  # tokens that are left for the prompt, and by which settings
         fewer = [self.fewest_recent, *(n for n in FEWEST_RECENT if n < self.fewest_recent)]
-        for recent, part in [(n, share) for n in fewer] + [(0, share / 2), (0, 0.0)]:
+        parts = [(0, share * eighths / 8) for eighths in reversed(range(8))]
+        for recent, part in [(n, share) for n in fewer] + parts:
             settings = replace(self, generated_share=part, fewest=0, fewest_recent=recent)
             generated = sum(settings.kv_lengths(prompt_tokens, new_tokens, layers))
             left = most - (generated - sum(settings.held(prompt_tokens, layers)))
@@ -250,13 +251,13 @@ class Profile(Policy):
         left[passed_on] = False
         which, found = left.nonzero()[:, 0], []
         known = left_with(seen)[which]
-        for layer, count in enumerate(self.guessed(seen.prompt_tokens)):
+        for layer, count in enumerate(self.guessed_counts(seen.prompt_tokens)):
             if count:
                 newest, weights = which[-count:], self.guesses[layer - self.depth]
                 found.append((layer, *guessed(seen, known[-count:], weights, newest), newest))
         return found
 
-    def guessed(self, prompt_tokens: int) -> list[int]:
+    def guessed_counts(self, prompt_tokens: int) -> list[int]:
         """Tokens of a prompt that each layer holds and does not compute.  [layer]"""
         computed, held = self.counts(prompt_tokens, len(self.levels[0].held))
         return [max(0, b - a) for a, b in zip(computed, held, strict=True)]
