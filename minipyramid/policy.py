@@ -3,10 +3,10 @@
 A policy answers three questions, and the rest of the engine asks them without knowing which policy it has.
 
 1. How many tokens of a prompt does each layer *compute*, and how many keys and values does it *hold* after?
-   Two lists, for they are two questions (docs/method.md). A layer attends over all that it computes, so its
-   own output is exact; only then it holds less. What a layer does not pass on, no deeper layer computes.
+   Two lists, for they are two questions (docs/method.md). A layer attends over all that it computes before
+   it holds less, so only later tokens miss what it drops. What it does not pass on, no deeper layer computes.
 2. Which tokens? A choice from what the layer has at hand (`Seen`), and from a look over the whole prompt
-   beforehand, if the policy takes one.
+   beforehand, if the policy takes one. Of tokens that leave, deeper layers may get guesses.
 3. How are generated tokens dropped (`Generation`): how many stay of each group, and who votes? Which of them
    stay follows from the votes under every policy.
 
@@ -33,7 +33,7 @@ class Seen:
     """What a layer has at hand when its policy chooses among the T prompt tokens that the layer computes."""
 
     q: Tensor  # [T, H, D] their queries, rotated
-    keys: Tensor  # [K, n, D] rotated; theirs are the last T, after those of earlier turns
+    keys: Tensor  # [K, n, D] rotated; theirs are the last T, after guesses and those of earlier turns
     values: Tensor  # [K, n, D]
     logsumexp: Tensor | None  # [H, T] log of the sum under each query's softmax, if the kernel returned it
     rotation: tuple[Tensor, Tensor]  # cosines and sines at their positions, two of [T, 1, D / 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -30,7 +31,7 @@ from pass_through import insert_layers
 from safetensors.torch import load
 
 from minipyramid import LLM, RequestError, SamplingParams
-from minipyramid.calibrate.__main__ import computed_at, main
+from minipyramid.calibrate.__main__ import build_parser, check, computed_at, main, out_file
 from minipyramid.calibrate.contexts import Contexts, Window, cut_windows, divergence
 from minipyramid.calibrate.find import Found, Search
 from minipyramid.calibrate.fit import LineFit
@@ -260,6 +261,8 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
     assert [level.share for level in profile.levels] == pytest.approx([row["held"] for row in kept], abs=1e-3)
     assert all(level.stand_ins is not None for level in profile.levels)
     assert (profile.measured["model"], profile.measured["dtype"]) == (tiny_dir.name, "float32")
+    assert profile.measured["asked"]["budget"] == told["asked"]["budget"]
+    assert (profile.measured["quantize"], profile.measured["repeat"]) == (None, False)
     assert (tmp_path / "found.png").stat().st_size > 1000
     llm = LLM(tiny_dir, policy=out, kv_budget=0.5)
     # A budget is of all the tokens that may be generated, which an end of text before them is not.
@@ -284,6 +287,7 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
         (["--computed", "nan"], "--computed is nan"),
         (["--budget", "0.5,0.004"], "less than a token"),
         (["--computed", "0.5"], "1 shares for 2 budgets"),
+        (["--budget", "0.5,0.5", "--computed", "0.7,0.8"], "more than one share of --computed"),
         (["--context", "60"], "--context is 60"),
         (["--following", "1"], "--following"),
         (["--following", "90"], "less than half"),
@@ -305,6 +309,41 @@ def test_nonsense_is_one_line(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert told in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--out", "nowhere/found.json"], "nowhere/found.json"),
+        (["--context", "250"], "context of 256"),
+        ([], "no weights"),
+    ],
+)
+def test_what_cannot_be_is_told_before_weights_are_read(
+    changes: list[str], told: str, tiny_dir: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gigabytes were fetched first, and then --text was not there."""
+    without = text.parent / "without_weights"
+    without.mkdir()
+    (without / "config.json").write_bytes((tiny_dir / "config.json").read_bytes())
+    assert main(["--model", str(without), "--text", str(text), *QUICK, *changes]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_budget_given_twice_is_one(text: Path) -> None:
+    """It was refused: --computed had two shares for one budget."""
+    args = build_parser().parse_args(
+        ["--text", str(text), "--budget", "0.5,0.25,0.5", "--computed", "0.7,0.6,0.7"]
+    )
+    assert check(args) == [(0.5, 0.7), (0.25, 0.6)]
+
+
+def test_a_model_at_home_is_a_directory_of_its_user(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was loaded, and then refused as no directory to write to."""
+    monkeypatch.setenv("HOME", str(tiny_dir.parent))
+    args = argparse.Namespace(model=f"~/{tiny_dir.name}", out=None)
+    assert out_file(args, tiny_dir) == tiny_dir / "pyramid.json"
 
 
 def test_a_short_text_is_refused(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

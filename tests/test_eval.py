@@ -425,6 +425,20 @@ def test_nonsense_is_one_line(args: list[str], told: str, capsys: pytest.Capture
     assert told in err
 
 
+@needs_weights
+def test_of_the_default_policies_those_that_cannot_hold_a_budget_are_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """PyramidInfer cannot come down to 8 % here, and nothing was compared because of it."""
+    sizes = ["--context", "200", "--continuation", "2", "--samples", "2", "--budgets", "0.08", "--json"]
+    status, out, err = run(capsys, *sizes)
+    rows = [row["policy"] for row in json.loads(out)["rows"]]
+    assert status == 0
+    assert "pyramid is left out: a budget of 0.08 cannot be held" in err
+    assert {"full", "keydiff", "streaming-split"} < set(rows)
+    assert "pyramid" not in rows
+
+
 @dataclass(frozen=True)
 class Stubborn(Policy):
     """It cannot be held to a budget. The error told of kv_budget, which is no flag of the evaluation."""

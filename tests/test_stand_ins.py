@@ -33,7 +33,7 @@ from minipyramid.calibrate.contexts import Contexts, Window, divergence, profile
 from minipyramid.calibrate.find import Search
 from minipyramid.calibrate.search import cut_level
 from minipyramid.calibrate.settings import write_profile
-from minipyramid.calibrate.stand_ins import Attended, fit_heads, fit_stand_ins, held_of, looked_at
+from minipyramid.calibrate.stand_ins import Targets, fit_heads, fit_stand_ins, held_of, targets_of
 from minipyramid.policies import load_policy
 from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile, replaced_positions
@@ -45,7 +45,7 @@ needs_weights = pytest.mark.skipif(
 )
 
 
-def outputs(attended: Attended, stand_in: Tensor | None) -> Tensor:
+def outputs(attended: Targets, stand_in: Tensor | None) -> Tensor:
     """What every query gets of what is held, with a stand-in beside it or without.  [K, Q, D]"""
     if stand_in is None:
         return attended.held_mean
@@ -54,24 +54,24 @@ def outputs(attended: Attended, stand_in: Tensor | None) -> Tensor:
     return weight * value[:, None] + (1 - weight) * attended.held_mean
 
 
-def exact_outputs(attended: Attended) -> Tensor:
+def exact_outputs(attended: Targets) -> Tensor:
     """What it gets of all tokens.  [K, Q, D]"""
     weight = (attended.dropped_logsumexp - attended.held_logsumexp).sigmoid()[..., None]
     return weight * attended.dropped_mean + (1 - weight) * attended.held_mean
 
 
-def missing(attended: Attended, stand_in: Tensor | None) -> Tensor:
+def missing(attended: Targets, stand_in: Tensor | None) -> Tensor:
     """Squared error of what the queries get.  [K]"""
     return (exact_outputs(attended) - outputs(attended, stand_in)).square().sum((1, 2))
 
 
-def random_attended(queries: int) -> Attended:
+def random_attended(queries: int) -> Targets:
     """Queries with a mean, as those of a model have, and what they find."""
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(2, queries, 8, generator=generator) + torch.tensor([2.0, -1, 0, 0, 1, 0, 0, 0])
     means = torch.randn(2, 2, queries, 8, generator=generator)
     sums = torch.randn(2, 2, queries, generator=generator)
-    return Attended(q, sums[0] + q[..., 0], means[0], sums[1] + 1, means[1])
+    return Targets(q, sums[0] + q[..., 0], means[0], sums[1] + 1, means[1])
 
 
 # --- the fit ---
@@ -154,7 +154,7 @@ def test_what_is_fitted_to_is_what_the_engine_drops_and_what_a_softmax_over_all_
         assert [[*row.nonzero()[:, 0].tolist(), replaced] for row in held] == [
             [*(p for p in head if p != replaced), replaced] for head in kept
         ]
-        attended = looked_at(seen, held, rotation)
+        attended = targets_of(seen, held, rotation)
         for h in range(4):
             g = h // 2
             for t in range(tokens, 70):
@@ -182,7 +182,7 @@ def test_a_search_ends_with_stand_ins_of_the_level_that_it_has_found(tiny: LLM) 
         search.choices = (("repeat", 0.25),) if repeats else (("keydiff", 0.25),)
         (level,) = search.find([(0.2, 0.7)]).levels
         assert level.stand_ins is not None
-        assert torch.equal(level.stand_ins, fit_stand_ins(search.computing(level), level))
+        assert torch.equal(level.stand_ins, fit_stand_ins(search.contexts_of(level), level))
         assert any("repeat" in score for score in level.scores) is repeats
 
 

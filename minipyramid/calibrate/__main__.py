@@ -2,7 +2,8 @@
 
 The text's first three quarters are fitted to, its last quarter is what the profile is checked on before it is
 written. What is measured: `contexts.py`. How levels are found: `find.py` and `search.py`. The score `fitted`:
-`fit.py`. What stands for the tokens that are not held: `stand_ins.py`.
+`fit.py`. What stands for the tokens that are not held: `stand_ins.py`. What a layer holds and does not
+compute: `guesses.py`.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,10 @@ from minipyramid.cli.terminal import (
     set_threads,
 )
 from minipyramid.cli.texts import read_text, read_tokens
+from minipyramid.config import ModelConfig
 from minipyramid.errors import check_number
+from minipyramid.formats.huggingface import read_config
+from minipyramid.hub import locate
 from minipyramid.policies import SETTINGS
 
 # By share of the cache, the share of a prompt's token-layers that is computed, if that does for the model.
@@ -99,18 +104,13 @@ def run(args: argparse.Namespace) -> None:
     budgets = check(args)
     set_threads(args.threads)
     set_quiet(args.quiet)
+    text, directory = read_text(args.text), locate(args.model, args.revision)
+    out = out_file(args, directory)
+    check_contexts(args, read_config(directory, args.quantize))
     llm = load_full(args)
-    out = out_file(args, llm)
     layers = llm.config.num_hidden_layers
-    for context in args.context:
-        llm.config.check_length(context, args.following, "--context")
-        if args.repeat and 2 * context > llm.config.max_position_embeddings:
-            most = llm.config.max_position_embeddings // 2
-            raise RequestError(
-                f"--context is {context}, expected {most} or less where --repeat says it twice"
-            )
     # The last quarter has to have a window, too.
-    tokens = read_tokens(llm, read_text(args.text), args.text, 4 * (max(args.context) + args.following))
+    tokens = read_tokens(llm, text, args.text, 4 * (max(args.context) + args.following))
     end = int(FITTED_TO * len(tokens))
     to_fit, to_check = (
         windows(llm, part, args, which) for which, part in enumerate((tokens[:end], tokens[end:]))
@@ -120,21 +120,22 @@ def run(args: argparse.Namespace) -> None:
     with CalibrationLine(measurements(layers, len(budgets), args.repeat), quiet=args.quiet) as line:
         lines = fitted_lines(llm, to_fit, line)
         search = Search(llm, to_fit, lines, args.repeat, line.update, pieces=pieces)
-        found = search.find(budgets)
-        checked = Search(
-            llm, to_check, search.lines, args.repeat, line.update, guess_weights=search.guess_weights
-        )
-        rows = check_levels(checked, found.levels)
+        found, guess_weights = search.find(budgets), search.guess_weights
+        del search  # its record of the windows is as large as that of the others will be
+        held_out = Search(llm, to_check, lines, args.repeat, line.update, guess_weights=guess_weights)
+        rows = check_levels(held_out, found.levels)
+    asked = {"budget": [share for share, _ in budgets], "computed": [computed for _, computed in budgets]}
     measured = {"model": Path(args.model).name or args.model, "dtype": str(llm.dtype).removeprefix("torch.")}
-    measured |= {"text": Path(args.text).name, "context": args.context, "following": args.following}
-    measured |= {"samples": args.samples, "seed": args.seed, "levels": rows}
+    measured |= {"quantize": args.quantize, "text": Path(args.text).name, "context": args.context}
+    measured |= {"following": args.following, "samples": args.samples, "seed": args.seed}
+    measured |= {"repeat": args.repeat, "asked": asked, "levels": rows}
     levels = [level for level, row in zip(found.levels, rows, strict=True) if row["better"]]
     if not levels:
         raise RequestError(
             "no level does better than an even split on the windows that it was not fitted to; "
             "give a longer --text or more --samples"
         )
-    write_profile(out, levels, search.lines, measured, guess_weights=search.guess_weights)
+    write_profile(out, levels, lines, measured, guess_weights=guess_weights)
     if args.plot is not None:
         plot(found, Path(args.plot))
     told = measured | found.as_dict() | {"out": str(out)}
@@ -158,11 +159,15 @@ def check(args: argparse.Namespace) -> list[tuple[float, float]]:
             f"--budget has {min(args.budget)}, less than a token of {min(args.context)}; give more"
         )
     check_plot(args.plot)
-    budgets = list(dict.fromkeys(args.budget))
-    computed = args.computed or [computed_at(share) for share in budgets]
-    if len(computed) != len(budgets):
-        raise RequestError(f"--computed has {len(computed)} shares for {len(budgets)} budgets; give as many")
-    return list(zip(budgets, computed, strict=True))
+    computed = args.computed or [computed_at(share) for share in args.budget]
+    if len(computed) != len(args.budget):
+        told = f"--computed has {len(computed)} shares for {len(args.budget)} budgets"
+        raise RequestError(f"{told}; give as many")
+    budgets = list(dict.fromkeys(zip(args.budget, computed, strict=True)))
+    for share, times in Counter(share for share, _ in budgets).items():
+        if times > 1:
+            raise RequestError(f"--budget has {share} with more than one share of --computed; give it once")
+    return budgets
 
 
 def check_shares(args: argparse.Namespace) -> None:
@@ -187,11 +192,22 @@ def computed_at(share: float) -> float:
     return 1.0
 
 
-def out_file(args: argparse.Namespace, llm: LLM) -> Path:
-    """Where the profile goes, if it can be written there."""
-    if args.out is None and not Path(args.model).is_dir():
+def check_contexts(args: argparse.Namespace, config: ModelConfig) -> None:
+    """Refuse contexts that the model does not reach."""
+    for context in args.context:
+        config.check_length(context, args.following, "--context")
+        if args.repeat and 2 * context > config.max_position_embeddings:
+            most = config.max_position_embeddings // 2
+            raise RequestError(
+                f"--context is {context}, expected {most} or less where --repeat says it twice"
+            )
+
+
+def out_file(args: argparse.Namespace, directory: Path) -> Path:
+    """Where the profile of the model in this directory goes, if it can be written there."""
+    if args.out is None and directory != Path(args.model).expanduser():
         raise RequestError(f"--model {args.model} is no directory of yours to write to; give --out FILE.json")
-    out = llm.directory / SETTINGS if args.out is None else Path(args.out)
+    out = directory / SETTINGS if args.out is None else Path(args.out)
     if out.suffix != ".json":
         raise RequestError(f"--out is {out}, expected a name that ends with .json")
     if out.with_suffix(".safetensors").name == "model.safetensors":
@@ -203,7 +219,7 @@ def out_file(args: argparse.Namespace, llm: LLM) -> Path:
 
 
 def windows(llm: LLM, tokens: list[int], args: argparse.Namespace, which: int) -> list[Window]:
-    """So many of each context."""
+    """`--samples` of each `--context`; `which` gives the two parts of a text draws of their own."""
     rng = random.Random(f"{args.seed} {which}")
     begin = llm.engine.need_tokenizer().encode("")
     found = []
@@ -228,6 +244,7 @@ def fitted_lines(llm: LLM, to_fit: list[Window], line: "CalibrationLine") -> Any
 def measurements(layers: int, budgets: int, repeats: bool) -> int:
     """About how many there will be: half of a curve's points need all choices."""
     choices = 1 + len(choices_of(repeats))
+    # To choose anew, and exchanges, which took 7 for each layer of the embedded model.
     of_budget = layers * (7 + choices) + DEPTHS * len(GUESSED)
     return len(SIZES) * layers * (1 + choices) // 2 + budgets * of_budget
 

@@ -24,12 +24,12 @@ def check_levels(search: Search, levels: list[Level]) -> list[dict[str, Any]]:
     for level in levels:
         score, newest = EVEN_CHOICE
         even = Level((1.0,) * layers, (level.share,) * layers, (score,) * layers, (newest,) * layers)
-        logprobs, of_even = search.computing(level).logprobs(level), search.full.logprobs(even)
+        logprobs, of_even = search.contexts_of(level).logprobs(level), search.full.logprobs(even)
         measured, beside = divergence(expected, logprobs, windows), divergence(expected, of_even, windows)
         rows.append(
             {
                 "held": round(level.share, 4),
-                "computed": round(sum(level.computed) / layers, 4),
+                "computed": round(level.computed_share, 4),
                 "kl": measured.following,
                 "kl_again": measured.again,
                 "perplexity_ratio": perplexity_ratio(expected, logprobs, windows),

@@ -3,7 +3,8 @@
 A context is followed by two things: by what follows it in the text, and by a stretch of its own, said again.
 The first asks for what a text usually needs, the second for what somebody may ask for later; neither needs a
 question or a label. A profile's loss is the KL divergence of the full cache's next-token distributions
-from its own (nats per token, mean over tokens and windows).
+from its own (nats per token, mean over tokens and windows), over the first, and `AGAIN` times that over the
+second.
 
 Every layer's queries, keys and values are recorded in one pass. What a layer would hold is then chosen
 from the record by the profile's own code, and only what follows is computed: a profile costs tenths of a
@@ -124,9 +125,8 @@ class Contexts:
     def __init__(self, llm: LLM, windows: list[Window], profile: Profile, repeats: bool = False) -> None:
         self.llm, self.windows, self.profile = llm, windows, profile
         self.seen: list[list[Seen]] = []  # [window][layer]
-        # What stands in the rows, by row and layer.
-        self.standing: dict[tuple[int, int], Held] = {}
-        self.stand_ins: Tensor | None = None  # of the level whose choice now stands in the rows
+        self.in_rows: dict[tuple[int, int], Held] = {}  # what is written in the rows now, by row and layer
+        self.stand_ins_in_rows: Tensor | None = None
         for window in windows:
             seen = recorded(llm, profile, window.context, repeats)
             # Hidden states are large, and are read behind one layer only.
@@ -147,19 +147,13 @@ class Contexts:
     @torch.inference_mode()
     def logprobs(self, level: Level) -> Tensor:
         """Log-probabilities behind what is held by a level.  [2 * windows * following, vocab_size]"""
-        profile = self.profile_of(level)
-        if level.stand_ins is not self.stand_ins:
-            self.standing, self.stand_ins = {}, level.stand_ins
+        profile = self.holding(level)
+        if level.stand_ins is not self.stand_ins_in_rows:
+            self.in_rows, self.stand_ins_in_rows = {}, level.stand_ins
         ids: list[int] = []
         spans = []
         for window, rows, seen in zip(self.windows, self.rows, self.seen, strict=True):
-            counts = profile.held(len(window.context), len(seen))
-            guessed = profile.guessed_counts(len(window.context))
-            for layer, (of_layer, count, more) in enumerate(zip(seen, counts, guessed, strict=True)):
-                # Rounding may ask for a token more than these contexts compute.
-                own = min(count - more, len(of_layer.q))
-                how = Held(own, more, level.scores[layer], level.newest[layer])
-                self.hold(rows, seen, of_layer, profile, how)
+            self.hold(rows, seen, profile, len(window.context))
             for row, continuation in zip(rows, (window.following, window.again), strict=True):
                 row.position = len(window.context)
                 spans.append(Span(row, len(continuation)))
@@ -167,29 +161,38 @@ class Contexts:
         x = self.llm.model.extend(torch.tensor(ids, device=self.llm.device), spans, all_positions=True)
         return self.llm.model.logits(x).log_softmax(-1)
 
-    def profile_of(self, level: Level) -> Profile:
-        """Of a level that is computed as these contexts are."""
+    def holding(self, level: Level) -> Profile:
+        """The profile of a level that is computed as these contexts are."""
         return profile_of(level, self.profile.lines, self.profile.guesses)
 
-    def hold(
-        self, rows: tuple[Row, Row], by_layer: list[Seen], seen: Seen, profile: Profile, how: Held
-    ) -> None:
-        """Leave in both rows what a layer holds; nothing is copied where it stands there already."""
-        layer, count = seen.layer, how.own + how.guessed
-        same = self.standing.get((rows[0].index, layer)) == how
-        if not same:
-            self.standing[rows[0].index, layer] = how
-            keys, values = chosen_of(seen, profile, how.own)
-            if how.guessed:
-                cut = by_layer[(profile.depth or 0) - 1]
-                which = profile.passed_on(len(cut.q), len(seen.q), seen.q.device)
-                (guesses,) = (kv for deeper, *kv, _ in profile.guess(cut, which) if deeper == layer)
-                keys, values = (torch.cat(pair, 1) for pair in zip(guesses, (keys, values), strict=True))
-        for row in rows:
-            row.lengths[layer] = count if same else 0  # what followed before is overwritten
-            row.kept[layer] = row.kept[layer][:, : row.lengths[layer]]
-            if not same:
-                row.write(layer, keys, values, torch.arange(count, device=keys.device))
+    def hold(self, rows: tuple[Row, Row], seen: list[Seen], profile: Profile, tokens: int) -> None:
+        """Leave in both rows what the layers hold of a context; what is there already is not copied again."""
+        level = profile.levels[0]
+        lists = profile.held(tokens, len(seen)), profile.guessed_counts(tokens), level.scores, level.newest
+        now = [
+            # Rounding may ask for a token more than these contexts compute.
+            Held(min(count - guessed, len(of_layer.q)), guessed, score, newest)
+            for of_layer, count, guessed, score, newest in zip(seen, *lists, strict=True)
+        ]
+        context = rows[0].index
+        changed = [layer for layer, held in enumerate(now) if self.in_rows.get((context, layer)) != held]
+        guesses: dict[int, tuple[Tensor, Tensor]] = {}
+        if profile.depth is not None and any(now[layer].guessed for layer in changed):
+            cut = seen[profile.depth - 1]
+            which = profile.sinks_and_newest(len(cut.q), len(seen[-1].q), cut.q.device)
+            guesses = {deeper: (keys, values) for deeper, keys, values, _ in profile.guess(cut, which)}
+        for layer, held in enumerate(now):
+            for row in rows:  # what followed before is overwritten
+                row.lengths[layer] = 0 if layer in changed else held.own + held.guessed
+                row.kept[layer] = row.kept[layer][:, : row.lengths[layer]]
+            if layer in changed:
+                self.in_rows[context, layer] = held
+                keys, values = chosen_of(seen[layer], profile, held.own)
+                if held.guessed:
+                    pairs = zip(guesses[layer], (keys, values), strict=True)
+                    keys, values = (torch.cat(pair, 1) for pair in pairs)
+                for row in rows:
+                    row.write(layer, keys, values, torch.arange(keys.shape[1], device=keys.device))
 
 
 def chosen_of(seen: Seen, policy: Policy, count: int) -> tuple[Tensor, Tensor]:

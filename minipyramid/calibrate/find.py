@@ -29,9 +29,9 @@ from minipyramid.calibrate.stand_ins import fit_stand_ins
 from minipyramid.policies.levels import Level
 
 # The share of token-layers that are computed rises by `STEP` while the best level costs at least twice what
-# it costs to hold as little with everything computed, and at least `CHEAP` nats more: layers behind the cut
-# then still look back. (With twice as much allowed, and no guesses, a model of 18 layers that looks back in
-# layer 6 was cut behind layer 0, and kept 0.14 of the answers at 8 %.)
+# it costs to hold as little with everything computed (as the curves have it), and at least `CHEAP` nats more:
+# layers behind the cut then still look back. (With twice as much allowed, and no guesses, a model of 18
+# layers that looks back in layer 6 was cut behind layer 0, and kept 0.14 of the answers at 8 %.)
 STEP, CHEAP = 0.05, 0.02
 # At most `DEPTHS` cuts are tried, none that costs more than `NEARLY` times the cheapest: the cheapest cut
 # without guesses is not always so with them. In that model, where 40 % is computed, a cut behind layer 0
@@ -98,10 +98,11 @@ class Search:
         self.guess_weights = {} if guess_weights is None else guess_weights
         self.choices = choices_of(repeats)
         self.layers = llm.config.num_hidden_layers
-        self.full = self.computing(whole_level(self.layers))
-        self.expected = self.full.logprobs(self.full.profile.levels[0])
+        self.whole = whole_level(self.layers)
+        self.full = self.contexts_of(self.whole)
+        self.expected = self.full.logprobs(self.whole)
 
-    def computing(self, level: Level) -> Contexts:
+    def contexts_of(self, level: Level) -> Contexts:
         """The windows' contexts as a level computes them."""
         guesses, depth = None, level.depth
         if level.is_guessing:
@@ -112,21 +113,20 @@ class Search:
         return Contexts(self.llm, self.windows, profile_of(level, self.lines, guesses), self.repeats)
 
     def loss(self, contexts: Contexts, level: Level) -> float:
-        """What the search makes small: a level's loss on contexts that are computed behind its cut.
+        """What the search makes small: a level's `Loss.total`, on contexts that were computed with its cut.
 
-        (An exchange may take guesses away, but the contexts were computed beside all of them. Computed anew,
-        the loss was 0.4 % smaller in one level and 2 % larger in another. The last check computes them anew.)
+        (And with its guesses, but an exchange may take some away, and the contexts stay. Computing them anew
+        changed the loss by -0.4 % in one level and by 2 % in another. `check_levels` does compute them anew.)
         """
         measured = divergence(self.expected, contexts.logprobs(level), self.windows)
-        self.notice(f"computes {sum(level.computed) / self.layers:.0%}, holds {level.share:.0%}")
+        self.notice(f"computes {level.computed_share:.0%}, holds {level.share:.0%}")
         return measured.total
 
     def find(self, budgets: list[tuple[float, float]]) -> Found:
         """Levels that hold these shares and compute these, or more where that would cost too much."""
         found = Found()
-        whole = self.full.profile.levels[0]
         for layer in range(self.layers):
-            found.curves.append(curve(whole, layer, self.choices, partial(self.loss, self.full)))
+            found.curves.append(curve(self.whole, layer, self.choices, partial(self.loss, self.full)))
         for share, computed in sorted(budgets):
             level, contexts = self.first_level(found, share, round(computed, 4))
             loss_of = partial(self.loss, contexts)
@@ -140,7 +140,7 @@ class Search:
 
         More is computed while that costs too much (`CHEAP`).
         """
-        uncut = allot(self.full.profile.levels[0], found.curves, share)
+        uncut = allot(self.whole, found.curves, share)
         loss_of_holding = sum(
             loss_at(hull_below(points, 1.0), size)
             for points, size in zip(found.curves, uncut.held, strict=True)
@@ -159,8 +159,8 @@ class Search:
         between levels of two. There is no cut where `computed` is too little for the layers in front of it.
         """
         possible = cuts(self.layers, computed)
-        if computed not in found.depths and possible:
-            found.depths[computed] = [(cut.depth, self.loss(self.computing(cut), cut)) for cut in possible]
+        if computed not in found.depths and possible:  # of all, for the picture
+            found.depths[computed] = [(cut.depth, self.loss(self.contexts_of(cut), cut)) for cut in possible]
         losses = dict(found.depths.get(computed, ()))
         if any(level.is_guessing for level in found.levels):
             return [cut for cut in possible if found.cut_depths == {cut.depth}]
@@ -170,20 +170,20 @@ class Search:
     def best_behind(
         self, possible: list[Level], share: float, found: Found
     ) -> tuple[float, Level, Contexts] | None:
-        """Of all levels that hold `share` behind these cuts the one that costs least: its loss and contexts.
-
-        None where none can hold as much.
+        """Of all levels that hold `share` behind these cuts the one that costs least: its loss, the level
+        and its contexts. None where none can hold as much.
         """
         best = None
         for cut in possible:
             tried: list[tuple[Level, Level | None]] = [(cut, allot(cut, found.curves, share))]
+            # A file has guesses of one depth, so they are tried only if all levels so far are cut here.
             if found.cut_depths <= {cut.depth}:
                 # Each once: where much is computed, the largest shares all guess everything.
-                guessing = dict.fromkeys(with_guesses(cut, more) for more in GUESSED)
-                tried += [(level, allot_beside_guesses(level, found.curves, share)) for level in guessing]
-            for computing, level in tried:
+                for guessing in dict.fromkeys(with_guesses(cut, more) for more in GUESSED):
+                    tried.append((guessing, allot_beside_guesses(guessing, found.curves, share)))
+            for computed, level in tried:
                 if level is not None and level.share > share - ROUNDING:
-                    contexts = self.computing(computing)
+                    contexts = self.contexts_of(computed)
                     loss = self.loss(contexts, level)
                     if best is None or loss < best[0]:
                         best = loss, level, contexts

@@ -1,9 +1,10 @@
 """The score `fitted`: a straight line from what the cache holds of a token to how much it is looked up.
 
-What is predicted is the logarithm of the score `repeat` (KVzip's). The line is the least-squares one, in
-closed form, for each layer and key/value head, over all tokens of some windows but the first and newest,
-which are held whatever their score (Kim et al., 2025, and NVIDIA's KVzap, 2026, which fits a small network to
-hidden states; from keys and values a line does as well here, docs/settings.md).
+What is predicted is the logarithm of the score `repeat` (Kim et al., 2025, and NVIDIA's KVzap, 2026, which
+fits a small network to hidden states; from keys and values a line does as well here, docs/settings.md). The
+line is the least-squares one, in closed form, for each layer and key/value head, over all tokens of the
+windows but the first 4 and the newest 32: most of these are sinks or among the newest, so their score seldom
+decides.
 """
 
 import torch

@@ -2,8 +2,9 @@
 
 1. *Curves.* One layer alone holds less, in some sizes and by some choices: what does that cost? The others
    hold all they compute, so a curve tells what a layer needs, and which choice is best for it.
-2. *Depth.* Hidden states are cut after one layer, to one share for all that follow. Every depth is tried;
-   the cheapest are where looking back is over.
+2. *Depth.* Hidden states are cut behind one layer, to one share for all deeper ones. Every depth is
+   measured. The cheapest is often where looking back is over, but not always, so a few of the cheapest
+   (`DEPTHS` in `find.py`) go on.
 3. *Allotment.* If costs just add up, the cheapest way to hold some tokens over all layers gives the next one
    to the layer where it saves most: the steepest piece of all curves' lower hulls comes first.
 4. *Guesses.* Where there is room for more than the layers behind a cut compute, some of it may be for tokens
@@ -22,7 +23,7 @@ from minipyramid.policies.levels import Level
 
 SIZES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)  # shares of a context that a layer alone holds
 MOVES = (0.4, 0.2)  # of the mean room of a layer that an exchange moves at a time
-TRIED = 3  # pairs of layers whose exchange is measured, of a round's best
+TRIED = 3  # pairs of layers that are measured together, of a round's best by the sum of their losses
 ROUNDS = 3  # of exchanges of one size, at most
 GUESSED = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)  # shares that every layer behind the cut may guess
 LEAST_LOSS = 1e-4  # nats; where the newest tokens cost no more, no other choice is tried
@@ -71,7 +72,10 @@ def cuts(layers: int, computed: float) -> list[Level]:
 
 
 def with_layer(level: Level, layer: int, share: float, choice: Choice | None = None) -> Level:
-    """Another size, and perhaps another choice, of one layer."""
+    """Another size, and perhaps another choice, of one layer.
+
+    It holds no more than it computes, or than it holds already, with guesses.
+    """
     held, scores, newest = list(level.held), list(level.scores), list(level.newest)
     held[layer] = min(share, max(level.computed[layer], held[layer]))
     if choice is not None:
@@ -123,6 +127,7 @@ def allot(level: Level, curves: list[list[Point]], share: float) -> Level:
     if left < 0:
         sizes = [size * share * len(hulls) / sum(sizes) for size in sizes]
     pieces = [(slope(a, b), layer, a, b) for layer, points in enumerate(hulls) for a, b in pairwise(points)]
+    # A hull's slopes ascend, so the pieces of a layer come in order.
     for _, layer, a, b in sorted(pieces, key=lambda piece: (*piece[:2], piece[2].share)):
         if left <= 0:
             break
@@ -142,18 +147,19 @@ def with_guesses(cut: Level, more: float) -> Level:
     return replace(cut, held=tuple(min(1.0, share + more) for share in cut.computed))
 
 
-def allot_beside_guesses(cut: Level, curves: list[list[Point]], share: float) -> Level | None:
-    """The level that holds `share` on average, and behind the cut what `cut` does; None where that is too
-    much.
+def allot_beside_guesses(guessing: Level, curves: list[list[Point]], share: float) -> Level | None:
+    """The level that holds `share` on average, and behind the cut what `guessing` does.
+
+    The layers in front of the cut share what room is left; None where it is too little for them.
     """
-    layers = len(cut.held)
-    guessed = sum(held - computed for held, computed in zip(cut.held, cut.computed, strict=True))
-    # Behind the cut a layer has no other size than what it computes.
-    fixed = [points if layer < cut.depth else [] for layer, points in enumerate(curves)]
-    level = allot(replace(cut, held=cut.computed), fixed, share - guessed / layers)
-    if level.held[cut.depth :] != cut.computed[cut.depth :]:
+    depth, layers = guessing.depth, len(guessing.held)
+    guessed = sum(held - own for held, own in zip(guessing.held, guessing.computed, strict=True))
+    # Without a curve a layer has one size, all that it computes. If that is too much, `allot` scales it down.
+    in_front = [points if layer < depth else [] for layer, points in enumerate(curves)]
+    level = allot(replace(guessing, held=guessing.computed), in_front, share - guessed / layers)
+    if level.held[depth:] != guessing.computed[depth:]:
         return None
-    return replace(level, held=level.held[: cut.depth] + cut.held[cut.depth :])
+    return replace(level, held=level.held[:depth] + guessing.held[depth:])
 
 
 def choose_anew(level: Level, choices: Iterable[Choice], loss_of: LossOf) -> Level:

@@ -90,7 +90,7 @@ def check_replaced(out: Path) -> None:
         if not path.is_file() or not path.stat().st_size:
             continue
         try:
-            # Settings are replaced also where their lines are lost.
+            # Settings are replaced also where what was fitted is lost.
             if path != out or read_json(out).get("policy") != "profile":
                 read(path)
         except (CheckpointError, ConfigError) as error:

@@ -31,12 +31,12 @@ SHIFTS = (0.5, 0.25, 0.0, -0.25, -0.5, -0.75, -1.0, -1.5, -2.0)
 # A layer that holds so much of a prompt has no stand-in: it looks for single tokens, and finds them less
 # exactly beside a slot that stands for many. With one in layer 3 of the embedded checkpoint, which holds 94 %
 # at 15 %, two of 128 answers among prose were lost (512 tokens), and none without.
-LEAST_WITHOUT = 0.5
+NONE_FROM = 0.5
 
 
 @dataclass(frozen=True)
-class Attended:
-    """What queries find among the tokens that are dropped, and among all others.
+class Targets:
+    """What a stand-in has to reproduce: what queries find among the tokens that are dropped; and all others.
 
     Of Q queries of each key/value head: those of all query heads that share it, at all tokens that follow.
     """
@@ -54,19 +54,18 @@ def fit_stand_ins(contexts: Contexts, level: Level) -> Tensor:
     They are 0 in layers that get no stand-in.
     """
     llm, layers = contexts.llm, contexts.llm.config.num_hidden_layers
-    whole, profile = profile_of(whole_level(layers)), contexts.profile_of(level)
-    attended: list[list[Attended]] = [[] for _ in range(layers)]  # [layer][window]
+    whole, profile = profile_of(whole_level(layers)), contexts.holding(level)
+    targets: list[list[Targets]] = [[] for _ in range(layers)]  # [layer][window]
     for window, computed in zip(contexts.windows, contexts.seen, strict=True):
         end = torch.tensor([len(window.context) - 1], device=llm.device)
         rotation = rotations(end, llm.model.inv_freq, torch.float32)
         exact = recorded(llm, whole, window.context + window.following)
-        for of_layer, of_level in zip(exact, computed, strict=True):
-            if level.held[of_layer.layer] < LEAST_WITHOUT:
-                held = held_of(of_level, profile)
-                attended[of_layer.layer].append(looked_at(of_layer, held, rotation))
+        for layer, (whole_seen, level_seen) in enumerate(zip(exact, computed, strict=True)):
+            if level.held[layer] < NONE_FROM:
+                targets[layer].append(targets_of(whole_seen, held_of(level_seen, profile), rotation))
     K, D = llm.config.num_key_value_heads, llm.config.head_dim
     none = torch.zeros(K, 2, D, device=llm.device)
-    return torch.stack([fit_heads(joined(of_layer)) if of_layer else none for of_layer in attended])
+    return torch.stack([fit_heads(joined(windows)) if windows else none for windows in targets])
 
 
 def held_of(seen: Seen, profile: Profile) -> Tensor:
@@ -79,15 +78,15 @@ def held_of(seen: Seen, profile: Profile) -> Tensor:
     chosen = filled.hold(seen, min(count, T)).expand(len(seen.keys), -1)  # [K, count]
     if filled.stand_ins_for(seen.layer, N) is not None:
         chosen = chosen[chosen != filled.replaced(T)].view(len(seen.keys), -1)
-    positions = profile.passed_on(N, T, chosen.device)
+    positions = profile.sinks_and_newest(N, T, chosen.device)
     is_held = torch.zeros(len(seen.keys), N, dtype=torch.bool, device=chosen.device)
     if count > T:  # what is guessed counts as held
         left = torch.ones(N, dtype=torch.bool, device=chosen.device).scatter(0, positions, False)
-        is_held[:, left.nonzero()[T - count :, 0]] = True
+        is_held[:, left.nonzero()[-(count - T) :, 0]] = True  # the newest of those that left
     return is_held.scatter(1, positions[chosen], True)
 
 
-def looked_at(seen: Seen, held: Tensor, rotation: tuple[Tensor, Tensor]) -> Attended:
+def targets_of(seen: Seen, held: Tensor, rotation: tuple[Tensor, Tensor]) -> Targets:
     """What the F tokens behind a context find; held [K, N] says which of its tokens are not dropped.
 
     `seen` is of all N + F tokens, rotation that of the context's newest.
@@ -104,7 +103,7 @@ def looked_at(seen: Seen, held: Tensor, rotation: tuple[Tensor, Tensor]) -> Atte
     rotated_back = q.clone()
     rotate_(rotated_back, cos, -sin)
     dropped_mean, held_mean = (part.softmax(-1) @ values for part in (dropped, rest))
-    return Attended(
+    return Targets(
         by_head(rotated_back, K), dropped.logsumexp(-1), dropped_mean, rest.logsumexp(-1), held_mean
     )
 
@@ -114,26 +113,27 @@ def by_head(q: Tensor, kv_heads: int) -> Tensor:
     return q.view(len(q), kv_heads, -1, q.shape[2]).transpose(0, 1).flatten(1, 2)
 
 
-def joined(attended: list[Attended]) -> Attended:
+def joined(targets: list[Targets]) -> Targets:
     """The queries of all windows."""
-    parts = zip(*(vars(one).values() for one in attended), strict=True)
-    return Attended(*(torch.cat(part, 1) for part in parts))
+    parts = zip(*(vars(one).values() for one in targets), strict=True)
+    return Targets(*(torch.cat(part, 1) for part in parts))
 
 
-def fit_heads(attended: Attended) -> Tensor:
+def fit_heads(targets: Targets) -> Tensor:
     """The stand-in of every head of a layer.  [K, 2, D]"""
-    q, held_mean = attended.q, attended.held_mean
+    q, held_mean = targets.q, targets.held_mean
     square = q.mT @ q  # [K, D, D]
     ridge = RIDGE * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    targets = torch.stack((attended.dropped_logsumexp, torch.ones_like(attended.dropped_logsumexp)), -1)
-    solved = torch.linalg.solve(square + ridge * torch.eye(q.shape[2], device=q.device), q.mT @ targets)
-    key, raises_by_one = solved.unbind(-1)  # two of [K, D]; the second is nearest to a product of 1
-    weight = (attended.dropped_logsumexp - attended.held_logsumexp).sigmoid()[..., None]  # [K, Q, 1]
-    exact = weight * attended.dropped_mean + (1 - weight) * held_mean
+    products = torch.stack((targets.dropped_logsumexp, torch.ones_like(targets.dropped_logsumexp)), -1)
+    solved = torch.linalg.solve(square + ridge * torch.eye(q.shape[2], device=q.device), q.mT @ products)
+    # The second, added to a key, adds about 1 to its product with every query.
+    key, raises_by_one = solved.unbind(-1)  # two of [K, D]
+    weight = (targets.dropped_logsumexp - targets.held_logsumexp).sigmoid()[..., None]  # [K, Q, 1]
+    exact = weight * targets.dropped_mean + (1 - weight) * held_mean
     tried, errors = [], []
     for shift in SHIFTS:
         shifted = key + shift * raises_by_one
-        weight = ((q @ shifted[..., None])[..., 0] - attended.held_logsumexp).sigmoid()[..., None]
+        weight = ((q @ shifted[..., None])[..., 0] - targets.held_logsumexp).sigmoid()[..., None]
         missing = exact - (1 - weight) * held_mean  # [K, Q, D]
         # Where the stand-in weighs nothing its value is 0.
         square_sum = weight.square().sum(1).clamp(min=torch.finfo(weight.dtype).tiny)

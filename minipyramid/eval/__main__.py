@@ -26,6 +26,7 @@ from minipyramid.cli.terminal import (
     listed,
     set_quiet,
     set_threads,
+    tell,
 )
 from minipyramid.cli.texts import read_text, read_tokens
 from minipyramid.eight_bits import with_kv_dtype
@@ -37,7 +38,7 @@ from minipyramid.formats.huggingface import read_config
 from minipyramid.hub import locate
 from minipyramid.policies import POLICIES, pick_policy
 from minipyramid.policies.profile import Profile
-from minipyramid.policy import check_share
+from minipyramid.policy import Policy, check_share
 
 NAMES = (*POLICIES, "streaming-split", "snapkv-split", "random-split")
 
@@ -153,11 +154,6 @@ def what_to_compare(args: argparse.Namespace) -> Comparison:
     config = with_kv_dtype(read_config(directory, args.quantize), args.kv_dtype)
     layers = config.num_hidden_layers
     config.check_length(max(args.context), max(args.continuation, args.generate), "the longest context")
-    if args.policies is None:
-        has_profile = isinstance(pick_policy("auto", directory, layers), Profile)
-        args.policies = [name for name in NAMES if has_profile or name != "profile"]
-    policies = pick_policies(args.policies, directory, layers)
-    comparison = Comparison(policies, list(dict.fromkeys(args.budgets)))
     lengths = [context - 1 for context in args.context]
     if args.generate:
         lengths += args.context
@@ -168,9 +164,26 @@ def what_to_compare(args: argparse.Namespace) -> Comparison:
             raise RequestError(
                 f"--budgets has {budget}, which is less than a token in each of {layers} layers; give more"
             )
-    for tokens in lengths:
-        list(comparison.at(tokens, layers))
-    return comparison
+    budgets = list(dict.fromkeys(args.budgets))
+    if args.policies is not None:
+        comparison = Comparison(pick_policies(args.policies, directory, layers), budgets)
+        comparison.check(lengths, layers)
+        return comparison
+    has_profile = isinstance(pick_policy("auto", directory, layers), Profile)
+    chosen: dict[str, Policy] = {}
+    refused = None
+    for name in NAMES if has_profile else [name for name in NAMES if name != "profile"]:
+        policies = pick_policies([name], directory, layers)
+        try:
+            Comparison(policies, budgets).check(lengths, layers)
+            chosen |= policies
+        except RequestError as error:
+            refused = error
+            tell(f"{name} is left out: {error.__cause__}")
+    args.policies = list(chosen)
+    if refused is not None and args.policies == ["full"]:
+        raise refused
+    return Comparison(chosen, budgets)
 
 
 class EvalLine(ProgressLine):

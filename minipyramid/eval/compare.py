@@ -34,6 +34,11 @@ class Comparison:
     policies: dict[str, Policy]
     budgets: list[float]
 
+    def check(self, lengths: list[int], layers: int) -> None:
+        """Raise `RequestError` where a policy cannot hold a budget of a context of one of these lengths."""
+        for tokens in lengths:
+            list(self.at(tokens, layers))
+
     def at(self, tokens: int, layers: int) -> Iterator[tuple[str, float, Policy]]:
         """Every row for a context of so many tokens: its name, its budget, and the policy that holds so much.
 

@@ -12,11 +12,12 @@ AXES = {"lines": 3, "stand_ins": 5, "guesses": 3}
 
 
 def read_fitted(path: Path) -> dict[str, Tensor]:
-    """The tensors of the file, in float32: one of these, or more.
+    """The tensors of the file, in float32: at least one of these three.
 
     lines: of the score `fitted`, a weight for each feature.  [L, K, 2 * D + 4]
     stand_ins: of each level a key and a value (`stand_ins.py`).  [levels, L, K, 2, D]
-    guesses: a key and a value of a token, from what it left with.  [layers, features, 2 * K * D]
+    guesses: weights of keys and values, by what a token left with.
+        [L - depth, hidden_size + H * D + 1, 2 * K * D]
 
     Raises:
         CheckpointError: the file is missing or broken, or holds something else.

@@ -20,7 +20,7 @@ class Level:
         computed: per layer; 1 in the first, then never more than before.
         held: per layer; beyond what is computed it holds guesses (`guesses.py`).
         scores: per layer, a name of `SCORES`, or two with a + between them, which share the room.
-        newest: per layer, the share of the room that is set aside for the newest tokens.
+        newest: per layer, the share of what it holds that is set aside for the newest tokens.
         stand_ins: per layer and head a key, not rotated, and a value, which stand for what the layer does not
             hold (`stand_ins.py`), or zeros where it has none; they lie in the file `fitted`.  [L, K, 2, D]
     """
@@ -94,6 +94,11 @@ class Level:
     def share(self) -> float:
         """Of the full cache that is held."""
         return sum(self.held) / len(self.held)
+
+    @property
+    def computed_share(self) -> float:
+        """Of a prompt's token-layers that are computed."""
+        return sum(self.computed) / len(self.computed)
 
 
 def between(low: Level, high: Level, share: float) -> Level:

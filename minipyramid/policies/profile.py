@@ -2,8 +2,9 @@
 
 PyramidInfer has one list for both, so a layer that looks back is starved by what shallower layers have
 dropped (docs/method.md). Here the hidden states of a prompt are cut where looking back is over, and each
-layer holds what it needs of what it computes: much where it looks back, next to nothing where it looks at its
-neighbours only. A layer behind the cut may hold more than it computes: the rest is guessed (`guesses.py`).
+layer holds its own share of the prompt: much where it looks back, next to nothing where it looks at its
+neighbours only. That is of what it computes; a layer behind the cut may hold more, which is guessed
+(`guesses.py`).
 `python -m minipyramid.calibrate` finds both lists for a checkpoint, from plain text.
 
 A *level* (`levels.py`) is one such pair of lists, with the scores by which each layer chooses. A file has
@@ -32,7 +33,8 @@ from minipyramid.policies.stand_ins import with_stand_in
 from minipyramid.policy import Compute, Generation, Guess, Policy, Seen, top_scored
 
 GROUP = 16  # generated tokens of one compaction, as PyramidInfer publishes it
-FEWEST_RECENT = (64, 32, 16, 8, 0)  # recent tokens at least; a budget goes down these from the settings'
+# `fewest_recent` under a budget: the profile's own, then these, until enough is left for the prompt.
+FEWEST_RECENT = (64, 32, 16, 8, 0)
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Profile(Policy):
         fewest: no layer computes or holds fewer tokens of a prompt; 0 under a budget, which counts as 1.
         fewest_recent: so many of the newest tokens are protected at least, beside the newest one; a budget
             lowers it where it must.
-        lines: of the score `fitted`, a weight for each of `features`.  [L, K, 2 * D + 4]
-        guesses: weights of keys and values, of the layers behind the cut.  [L - depth, features, 2 * K * D]
+        lines: of the score `fitted`, a weight for each of its features.  [L, K, 2 * D + 4]
+        guesses: weights of keys and values, of the layers behind the cut, for what `left_with` returns.
+            [L - depth, hidden_size + H * D + 1, 2 * K * D]
         measured: what the calibration has noted, for whoever reads the file.
     """
 
@@ -91,25 +94,26 @@ class Profile(Policy):
         """Layers in front of the cut that guesses are fitted for; None without guesses."""
         return None if self.guesses is None else len(self.levels[0].held) - len(self.guesses)
 
-    def has_guesses(self, level: Level) -> bool:
-        """Whether what the layers behind a level's cut do not compute can be guessed."""
-        return level.is_one_cut and 0 < level.depth == self.depth
+    def can_guess(self, level: Level) -> bool:
+        """Whether weights were fitted for the level's cut."""
+        return level.is_one_cut and level.depth == self.depth
 
     @cached_property
     def current(self) -> Level:
-        """The lists that hold its share; asked for in every layer of a prompt."""
+        """The level of its share; asked for in every layer of a prompt."""
         return self.level(self.share)
 
     def level(self, share: float) -> Level:
-        """The lists that hold this share of a prompt."""
+        """The level that holds this share of a prompt."""
         level = self.on_the_way(share)
-        if self.has_guesses(level):
+        if self.can_guess(level):
             return level
-        # Without weights for this cut a layer holds no more than it computes, not even by rounding.
+        # `check_guesses` has refused levels that hold more than they compute without weights for it. Between
+        # two levels the last bit of a share may still say so, and `counts` would take it for a guess.
         return replace(level, held=tuple(map(min, level.held, level.computed)))
 
     def on_the_way(self, share: float) -> Level:
-        """The lists that hold this share, between two levels."""
+        """The same, before rounding is mended."""
         first, last = self.levels[0], self.levels[-1]
         nothing = replace(first, held=(0.0,) * len(first.held))
         ones = (1.0,) * len(last.held)
@@ -132,12 +136,13 @@ class Profile(Policy):
         # A whole share may be rounded to a token more than there is.
         held = [min(prompt_tokens, max(least, end - start)) for start, end in pairwise([0, *ends])]
         computed = [max(least, round(share * prompt_tokens)) for share in level.computed]
-        # A layer computes at least as many as it or a deeper one holds, but for what is guessed.
-        own = [0 if a > b else count for a, b, count in zip(level.held, level.computed, held, strict=True)]
-        computed = list(accumulate(map(max, computed[::-1], own[::-1]), max))[::-1]
-        if self.has_guesses(level):  # a token that is to be guessed leaves at the cut
+        # What a layer holds it computes, but for guesses, and what a deeper one computes all before it do.
+        lists = zip(level.held, level.computed, held, strict=True)
+        of_its_own = [0 if share > of_computed else count for share, of_computed, count in lists]
+        computed = list(accumulate(map(max, computed[::-1], of_its_own[::-1]), max))[::-1]
+        if self.can_guess(level):  # all layers behind the cut compute the same tokens, whatever was rounded
             computed[level.depth :] = [computed[level.depth]] * (layers - level.depth)
-        return [prompt_tokens, *computed[1:]], held
+        return computed, held
 
     def computed(self, prompt_tokens: int, layers: int) -> list[int]:
         """All in layer 0, then the level's shares."""
@@ -156,10 +161,11 @@ class Profile(Policy):
         )
 
     def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> "Profile":
-        """Generated tokens take their share, and the prompt has the rest.
+        """Generated tokens get the budget's share, and the prompt what they leave.
 
-        Where the rest is less than half of the prompt's own share, fewer generated tokens are recent, and
-        then fewer stay. Where it is never that much, the settings with the largest rest are taken.
+        Where that is less than half of `share` of the prompt, the settings of generated tokens fall: first
+        `fewest_recent`, then `generated_share`, by eighths. If nothing leaves as much, the settings that
+        leave the prompt most are taken.
         """
         most = int(most_tokens(share, prompt_tokens, new_tokens, layers))
         enough = max(layers, share * prompt_tokens * layers / 2)  # a token of each layer, or half the share
@@ -168,10 +174,10 @@ class Profile(Policy):
         parts = [(0, share * eighths / 8) for eighths in reversed(range(8))]
         for recent, part in [(n, share) for n in fewer] + parts:
             settings = replace(self, generated_share=part, fewest=0, fewest_recent=recent)
-            generated = sum(settings.kv_lengths(prompt_tokens, new_tokens, layers))
-            left = most - (generated - sum(settings.held(prompt_tokens, layers)))
-            tried.append((left, settings))
-            if left >= enough:
+            of_both = sum(settings.kv_lengths(prompt_tokens, new_tokens, layers))
+            generated = of_both - sum(settings.held(prompt_tokens, layers))
+            tried.append((most - generated, settings))
+            if most - generated >= enough:
                 break
         left, settings = max(tried, key=itemgetter(0))
         if left < layers:
@@ -188,27 +194,32 @@ class Profile(Policy):
 
     def look_over(self, ids: list[int], compute: Compute) -> list[Tensor] | None:
         """The prompt is said again where a layer chooses by that."""
-        layers = self.repeating_layers
-        return say_again(ids, compute, layers[-1]) if layers else None
+        last = self.last_that_repeats
+        return None if last is None else say_again(ids, compute, last)
 
     @property
-    def repeating_layers(self) -> list[int]:
-        """Those that choose by the score `repeat`."""
+    def last_that_repeats(self) -> int | None:
+        """The deepest layer that chooses by the score `repeat`."""
         scores = self.current.scores
-        return [layer for layer, score in enumerate(scores) if "repeat" in score.split("+")]
+        return max((layer for layer, by in enumerate(scores) if "repeat" in by.split("+")), default=None)
 
     def computed_by_look_over(self, prompt_tokens: int, layers: int) -> int:
         """All of twice the prompt, up to the last layer that needs it."""
-        repeating = self.repeating_layers
-        return 2 * prompt_tokens * (repeating[-1] + 1) if repeating else 0
+        last = self.last_that_repeats
+        return 0 if last is None else 2 * prompt_tokens * (last + 1)
 
     def pass_on(self, seen: Seen, count: int) -> Tensor:
         """The newest and the sinks: tokens chosen by votes or keys cost perplexity (docs/settings.md)."""
-        return self.passed_on(len(seen.q), count, seen.q.device)
+        return self.sinks_and_newest(len(seen.q), count, seen.q.device)
 
-    def passed_on(self, tokens: int, count: int, device: torch.device | None = None) -> Tensor:
-        """Which of so many tokens go on to a layer that computes `count`.  [count] ascending"""
-        return top_scored(torch.arange(tokens, device=device), count, self.sinks, newest=1)
+    def sinks_and_newest(self, tokens: int, count: int, device: torch.device | None = None) -> Tensor:
+        """So many of them: the sinks, as far as there is room beside the newest token, and the newest.
+
+        Returns [count], ascending.
+        """
+        sinks = min(self.sinks, count - 1)
+        all_tokens = torch.arange(tokens, device=device)
+        return torch.cat((all_tokens[:sinks], all_tokens[tokens - count + sinks :]))
 
     def hold(self, seen: Seen, count: int) -> Tensor:
         """By the layer's score, beside the newest, the sinks, and the token whose slot the stand-in takes.
@@ -274,18 +285,19 @@ class Profile(Policy):
         is_pruned = max(1, self.fewest) < min(computed, held) and held < prompt_tokens
         return stand_ins if is_pruned and stand_ins is not None and stand_ins[layer].any() else None
 
-    def replaced(self, computed: int) -> int:
-        """Which of the tokens that a layer computes gives its slot to the stand-in: the first behind the
-        sinks.
+    def replaced(self, tokens: int) -> int:
+        """Which of so many tokens that a layer computes gives its slot to the stand-in: the first behind the
+        sinks, but not the newest.
         """
-        return min(self.sinks, computed - 2)
+        return min(self.sinks, tokens - 2)
 
     def replaced_positions(self, prompt_tokens: int, layers: int) -> list[int | None]:
-        """The same as positions of a prompt, None for a layer without a stand-in.  [layer]"""
+        """Of each layer the position of that token in the prompt, None for a layer without a stand-in."""
         positions: list[int | None] = [None] * layers
         for layer, computed in enumerate(self.computed(prompt_tokens, layers)):
             if self.stand_ins_for(layer, prompt_tokens) is not None:
-                positions[layer] = int(self.passed_on(prompt_tokens, computed)[self.replaced(computed)])
+                which = self.sinks_and_newest(prompt_tokens, computed)
+                positions[layer] = int(which[self.replaced(computed)])
         return positions
 
 

@@ -22,7 +22,7 @@ from minipyramid.policy import Seen
 from minipyramid.voting import votes
 
 VOTERS = 64  # newest tokens that vote; 32 and 128 did as well (KL within 3 %, embedded checkpoint)
-Lines = Tensor | None  # [L, K, 2 * D + 4] of the score `fitted`: a weight for each of `features`
+Lines = Tensor | None  # [L, K, 2 * D + 4] of the score `fitted`: a weight for each of its `features`
 
 
 def newest(seen: Seen, lines: Lines) -> Tensor:
