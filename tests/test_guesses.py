@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,15 @@ from safetensors.torch import load_file, save_file
 from minipyramid import LLM, CheckpointError, ConfigError, Conversation, RequestError, SamplingParams
 from minipyramid.calibrate.contexts import Contexts, Window, divergence, profile_of, recorded
 from minipyramid.calibrate.find import Found, Search
-from minipyramid.calibrate.guesses import FIRST, RIDGE, fit_guesses, pieces_of
+from minipyramid.calibrate.guesses import (
+    FAR,
+    FIRST,
+    LEAST,
+    RIDGE,
+    fit_guesses,
+    looked_at_from_afar,
+    pieces_of,
+)
 from minipyramid.calibrate.search import Point, allot_beside_guesses, cut_level, whole_level
 from minipyramid.calibrate.search import with_guesses as guessing
 from minipyramid.calibrate.settings import write_profile
@@ -36,25 +45,43 @@ PROFILE = Profile((CUT,), CUT.share, fewest=0, generated_share=1.0, guesses=gues
 # --- the fit ---
 
 
-def test_the_weights_are_those_of_least_squares(tiny: LLM) -> None:
+def test_the_weights_are_those_of_weighted_least_squares(tiny: LLM) -> None:
     """Of unrotated keys, and values: no other weights leave less of the squares, and of their ridge."""
-    pieces = prompts_of([90, 70])
+    pieces = prompts_of([90, 70, 200])
     fitted = fit_guesses(tiny, pieces, 1).double()
     assert fitted.shape == (2, 65, 32)
-    known, targets = [], []
-    for ids in pieces:
-        seen = recorded(tiny, profile_of(whole_level(3)), ids)
-        known.append(left_with(seen[0])[FIRST:])
-        by_layer = []
-        for of_layer in seen[1:]:
+    seen = [recorded(tiny, profile_of(whole_level(3)), ids) for ids in pieces]
+    x = torch.cat([left_with(of_piece[0])[FIRST:] for of_piece in seen]).double()
+    for layer in (1, 2):
+        targets, counts = [], []
+        for of_layer in (of_piece[layer] for of_piece in seen):
             keys = of_layer.keys.transpose(0, 1).clone()
             rotate_(keys, of_layer.rotation[0], -of_layer.rotation[1])
-            by_layer.append(torch.cat((keys.flatten(1), of_layer.values.transpose(0, 1).flatten(1)), 1))
-        targets.append(torch.stack(by_layer)[:, FIRST:])
-    x, y = torch.cat(known).double(), torch.cat(targets, 1).double()
-    ridge = RIDGE * x.square().sum() / x.shape[1]
-    slope = x.T @ (x @ fitted - y) + ridge * fitted  # of what least squares make small
-    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-2)
+            both = torch.cat((keys.flatten(1), of_layer.values.transpose(0, 1).flatten(1)), 1)
+            targets.append(both[FIRST:].double())
+            counts.append(looked_at_from_afar(of_layer)[FIRST:].double() + LEAST)
+        y, weights = torch.cat(targets), torch.cat(counts)[:, None]
+        ridge = RIDGE * (weights * x.square()).sum() / x.shape[1]
+        ours = fitted[layer - 1]
+        slope = x.T @ (weights * (x @ ours - y)) + ridge * ours  # of what least squares make small
+        torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=2e-2)
+
+
+def test_a_token_weighs_what_later_ones_look_at_it_from_afar(tiny: LLM) -> None:
+    """Against the whole matrix of probabilities, whose rows come in blocks of 64."""
+    (*_, seen) = recorded(tiny, profile_of(whole_level(3)), prompts_of([230])[0])
+    (T, H, D), K = seen.q.shape, len(seen.keys)
+    q = seen.q.view(T, K, H // K, D).permute(1, 2, 0, 3) / math.sqrt(D)  # [K, G, T, D]
+    scores = q @ seen.keys[:, None].mT  # [K, G, T, T]
+    probs = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+    far = torch.tensor([[j < i // FAR * FAR - FAR for j in range(T)] for i in range(T)])
+    expected = (probs * far).sum((0, 1, 2)) / far.sum(0).clamp(min=1)
+    torch.testing.assert_close(looked_at_from_afar(seen), expected / expected.mean())
+
+
+def test_short_pieces_have_no_far_tokens_and_weigh_alike(tiny: LLM) -> None:
+    (seen, *_) = recorded(tiny, profile_of(whole_level(3)), prompts_of([2 * FAR])[0])
+    assert torch.equal(looked_at_from_afar(seen), torch.ones(2 * FAR))
 
 
 @given(
