@@ -10,6 +10,7 @@ decides.
 import torch
 from torch import Tensor
 
+from minipyramid.calibrate.least_squares import solved
 from minipyramid.policies.scores import features
 from minipyramid.policy import Seen
 
@@ -42,12 +43,5 @@ class LineFit:
 
     def lines(self) -> Tensor:
         """The lines of least squares.  [L, K, 2 * D + 4]"""
-        return torch.stack([solved(*sums) for sums in zip(self.square, self.product, strict=True)])
-
-
-def solved(square: Tensor, product: Tensor) -> Tensor:
-    """One layer's lines, from [K, F, F] and [K, F, 1].  [K, F]"""
-    sizes = square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    ridge = RIDGE * sizes * torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
-    lines: Tensor = torch.linalg.solve(square + ridge, product)[..., 0]
-    return lines.float()
+        sums = zip(self.square, self.product, strict=True)
+        return torch.stack([solved(*of_layer, RIDGE)[..., 0].float() for of_layer in sums])

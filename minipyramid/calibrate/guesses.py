@@ -28,6 +28,7 @@ from torch import Tensor
 
 from minipyramid import LLM
 from minipyramid.calibrate.contexts import profile_of, recorded
+from minipyramid.calibrate.least_squares import solved
 from minipyramid.calibrate.search import whole_level
 from minipyramid.policies.guesses import left_with
 from minipyramid.policy import Seen
@@ -66,7 +67,7 @@ def fit_guesses(llm: LLM, pieces: list[list[int]], depth: int) -> Tensor:
             both = torch.cat((keys, values), 1)[FIRST:].flatten(1).double()  # [T, 2 * K * D]
             squares[i] = squares[i] + weighted.T @ known  # [features, features]
             products[i] = products[i] + weighted.T @ both  # [features, 2 * K * D]
-    return torch.stack([solved(*sums) for sums in zip(squares, products, strict=True)])
+    return torch.stack([solved(*sums, RIDGE).float() for sums in zip(squares, products, strict=True)])
 
 
 def looked_at_from_afar(seen: Seen) -> Tensor:
@@ -81,9 +82,3 @@ def looked_at_from_afar(seen: Seen) -> Tensor:
         lookers[:far] += end - start
     mean = total / lookers.clamp(min=1)
     return mean / mean.mean().clamp(min=1e-30) if T > 2 * FAR else torch.ones_like(mean)
-
-
-def solved(square: Tensor, product: Tensor) -> Tensor:
-    """One layer's weights.  [features, features], [features, 2 * K * D] -> the latter in float32"""
-    square.diagonal().add_(RIDGE * square.diagonal().mean())
-    return torch.cholesky_solve(product, torch.linalg.cholesky(square)).float()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minipyramid.calibrate.contexts import Contexts, profile_of, recorded
+from minipyramid.calibrate.least_squares import solved
 from minipyramid.calibrate.search import whole_level
 from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile
@@ -122,12 +123,9 @@ def joined(targets: list[Targets]) -> Targets:
 def fit_heads(targets: Targets) -> Tensor:
     """The stand-in of every head of a layer.  [K, 2, D]"""
     q, held_mean = targets.q, targets.held_mean
-    square = q.mT @ q  # [K, D, D]
-    ridge = RIDGE * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     products = torch.stack((targets.dropped_logsumexp, torch.ones_like(targets.dropped_logsumexp)), -1)
-    solved = torch.linalg.solve(square + ridge * torch.eye(q.shape[2], device=q.device), q.mT @ products)
     # The second, added to a key, adds about 1 to its product with every query.
-    key, raises_by_one = solved.unbind(-1)  # two of [K, D]
+    key, raises_by_one = solved(q.mT @ q, q.mT @ products, RIDGE).unbind(-1)  # two of [K, D]
     weight = (targets.dropped_logsumexp - targets.held_logsumexp).sigmoid()[..., None]  # [K, Q, 1]
     exact = weight * targets.dropped_mean + (1 - weight) * held_mean
     tried, errors = [], []
