@@ -56,6 +56,7 @@ class Planner:
     bytes_per_token: int  # of one token in one layer
 
     def __post_init__(self) -> None:
+        self.policy.check_model(self.config)
         if self.kv_budget is not None:
             check_share(self.kv_budget)
             if self.policy == FULL:

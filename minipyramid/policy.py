@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError, check_number
 
 
@@ -82,6 +83,11 @@ class Generation:
         """Number of generated tokens at which a compaction (0-based) happens; `new_tokens` + 1 if never."""
         return bisect_left(range(new_tokens + 1), (compaction + 1) * self.group, key=self.older)
 
+    def dropped(self, new_tokens: int) -> list[int]:
+        """Generated tokens that each layer has dropped by then.  [layer]"""
+        done = self.compactions(new_tokens)
+        return [done * (self.group - stay) for stay in self.stay]
+
     def weight(self, voter: int, generated: int) -> float:
         """Weight of token `voter` in the compaction after so many were generated; 0 if it has no vote."""
         oldest = self.older(generated)
@@ -95,6 +101,9 @@ class Generation:
 @dataclass(frozen=True)
 class Policy:
     """What each layer computes and holds. This one computes and holds everything: `full`."""
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Raise `ConfigError` for a model that the settings are not for."""
 
     def computed(self, prompt_tokens: int, layers: int) -> list[int]:
         """Tokens of the prompt that each layer receives: all in layer 0, then never more than before."""
@@ -164,8 +173,7 @@ class Policy:
         generation = self.generation(prompt_tokens, layers)
         if generation is None:
             return held
-        done = generation.compactions(new_tokens)
-        return [n - done * (generation.group - stay) for n, stay in zip(held, generation.stay, strict=True)]
+        return [n - dropped for n, dropped in zip(held, generation.dropped(new_tokens), strict=True)]
 
 
 FULL = Policy()

@@ -273,7 +273,11 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
     first = [file.read_bytes() for file in files]
     assert main(command) == 0
     assert [file.read_bytes() for file in files] == first  # the same seed finds the same
-    assert "written to" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "written to" in table
+    for row in told["levels"]:  # `better` is by these
+        assert f"{row['kl']:.4f}" in table
+        assert f"{row['even_kl']:.4f}" in table
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -297,6 +301,8 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
         (["--out", "found.txt"], ".json"),
         (["--out", "nowhere/found.json"], "--out"),
         (["--out", "model.json"], "over the weights"),
+        (["--out", "found.json/"], "--out is found.json/"),
+        (["--out", "x" * 245 + ".json"], "--out"),
         (["--plot", "found.txt"], ".png"),
     ],
 )
@@ -337,6 +343,22 @@ def test_a_budget_given_twice_is_one(text: Path) -> None:
         ["--text", str(text), "--budget", "0.5,0.25,0.5", "--computed", "0.7,0.6,0.7"]
     )
     assert check(args) == [(0.5, 0.7), (0.25, 0.6)]
+
+
+def test_a_profile_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """The link was replaced; and what it led to would have named a file that is not beside the link."""
+    (tmp_path / "found.json").symlink_to(tmp_path / "elsewhere.json")
+    args = argparse.Namespace(model=str(tmp_path), out=str(tmp_path / "found.json"))
+    with pytest.raises(RequestError, match="is a link"):
+        out_file(args, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_a_place_at_home_may_be_written_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory called ~ was looked for."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = argparse.Namespace(model=str(tmp_path), out="~/found.json")
+    assert out_file(args, tmp_path) == tmp_path / "found.json"
 
 
 def test_a_model_at_home_is_a_directory_of_its_user(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -429,14 +429,16 @@ def test_nonsense_is_one_line(args: list[str], told: str, capsys: pytest.Capture
 def test_of_the_default_policies_those_that_cannot_hold_a_budget_are_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """PyramidInfer cannot come down to 8 % here, and nothing was compared because of it."""
-    sizes = ["--context", "200", "--continuation", "2", "--samples", "2", "--budgets", "0.08", "--json"]
+    """PyramidInfer cannot come down to 8 % here. Nothing was compared because of it, and then it had no row
+    at the other budgets.
+    """
+    sizes = ["--context", "200", "--continuation", "2", "--samples", "2", "--budgets", "0.5,0.08", "--json"]
     status, out, err = run(capsys, *sizes)
-    rows = [row["policy"] for row in json.loads(out)["rows"]]
+    rows = [(row["policy"], row["budget"]) for row in json.loads(out)["rows"]]
     assert status == 0
-    assert "pyramid is left out: a budget of 0.08 cannot be held" in err
-    assert {"full", "keydiff", "streaming-split"} < set(rows)
-    assert "pyramid" not in rows
+    assert "pyramid is left out at 0.08: a budget of 0.08 cannot be held" in err
+    assert {("full", 1.0), ("keydiff", 0.08), ("pyramid", 0.5), ("streaming-split", 0.08)} < set(rows)
+    assert ("pyramid", 0.08) not in rows
 
 
 @dataclass(frozen=True)

@@ -269,9 +269,9 @@ def test_what_could_not_be_read_is_not_written(name: str, tmp_path: Path) -> Non
         (None, ConfigError, "layer 1 holds 0.75 and computes 0.25, and guesses of the rest were not fitted"),
         (guesses_of(2), ConfigError, "not fitted behind layer 0"),
         (torch.zeros(3, 65, 32), ConfigError, "expected three axes, and 1 to 2 layers"),
-        (torch.zeros(2, 65, 32, 1), CheckpointError, "expected finite numbers on 3 axes"),
-        (torch.zeros(2, 65, 16), ConfigError, "the guesses are [65, 16], and were fitted for another model"),
-        (torch.zeros(2, 33, 32), ConfigError, "the guesses are [33, 32], and were fitted for another model"),
+        (torch.zeros(2, 65, 32, 1), CheckpointError, "numbers on 3 axes"),
+        (torch.zeros(2, 65, 16), ConfigError, "guesses are [2, 65, 16], and of this model [2, 65, 32]"),
+        (torch.zeros(2, 33, 32), ConfigError, "guesses are [2, 33, 32], and of this model [2, 65, 32]"),
     ],
 )
 def test_guesses_that_cannot_be_are_told(
@@ -282,7 +282,7 @@ def test_guesses_that_cannot_be_are_told(
         {"lines": lines_of(3)} if guesses is None else {"guesses": guesses}, tmp_path / "found.safetensors"
     )
     with pytest.raises(kind) as error:
-        tiny.under(tmp_path / "found.json", kv_budget=0.55).prefill(prompts_of([100]))
+        tiny.under(tmp_path / "found.json", kv_budget=0.55)
     assert told in str(error.value)
 
 
@@ -294,3 +294,10 @@ def test_guesses_of_a_program_are_checked_as_those_of_a_file(wrong: object) -> N
         Profile((CUT,), guesses=torch.zeros(2))
     with pytest.raises(ConfigError, match="not fitted behind layer 0"):
         Profile((CUT,), guesses=guesses_of(2))
+
+
+def test_levels_that_guess_without_guesses_are_told_by_their_layer() -> None:
+    """The level before it was compared with a cut that nobody had made, behind "None layers"."""
+    other = replace(CUT, computed=(1.0, 1.0, 0.25), held=(0.1, 0.1, 0.1))
+    with pytest.raises(ConfigError, match=r"layer 1 holds 0\.75 and computes 0\.25"):
+        Profile((other, CUT))

@@ -36,6 +36,7 @@ from minipyramid.cli.terminal import (
     listed,
     set_quiet,
     set_threads,
+    unfinished,
 )
 from minipyramid.cli.texts import read_text, read_tokens
 from minipyramid.config import ModelConfig
@@ -101,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Find, check, write, and tell."""
+    args.context = list(dict.fromkeys(args.context))
     budgets = check(args)
     set_threads(args.threads)
     set_quiet(args.quiet)
@@ -207,14 +209,19 @@ def out_file(args: argparse.Namespace, directory: Path) -> Path:
     """Where the profile of the model in this directory goes, if it can be written there."""
     if args.out is None and directory != Path(args.model).expanduser():
         raise RequestError(f"--model {args.model} is no directory of yours to write to; give --out FILE.json")
-    out = directory / SETTINGS if args.out is None else Path(args.out)
-    if out.suffix != ".json":
-        raise RequestError(f"--out is {out}, expected a name that ends with .json")
-    if out.with_suffix(".safetensors").name == "model.safetensors":
+    out = directory / SETTINGS if args.out is None else Path(args.out).expanduser()
+    if not (args.out or out.name).endswith(".json"):
+        raise RequestError(f"--out is {args.out}, expected a file's name that ends with .json")
+    beside = out.with_suffix(".safetensors")
+    if beside.name == "model.safetensors":
         raise RequestError(f"--out {out} would write its lines over the weights; give another name")
-    check_replaced(out)
-    for path in (out, out.with_suffix(".safetensors")):
+    for path in (out, beside):
         check_writable("--out", path)
+        check_writable("--out", unfinished(path))
+        # The settings name the file beside them, and would not find it by a link from elsewhere.
+        if path.is_symlink():
+            raise RequestError(f"--out {path} is a link; give the place that it leads to, or another name")
+    check_replaced(out)
     return out
 
 
@@ -265,11 +272,14 @@ class CalibrationLine(ProgressLine):
 
 def table(rows: list[dict[str, Any]], out: Path) -> str:
     """For people: what every level costs on windows that it was not fitted to."""
-    lines = [f"{'held':>6} {'computed':>9} {'KL':>8} {'said again':>11} {'of full':>8} {'even split':>11}"]
+    lines = [f"{'':16}{'level':>29}   {'even split':>29}"]
+    lines.append(f"{'held':>6} {'computed':>9}" + 2 * f" {'KL':>9} {'said again':>10} {'of full':>8}  ")
     for row in rows:
-        line = f"{row['held']:6.1%} {row['computed']:9.1%} {row['kl']:8.4f} {row['kl_again']:11.4f}"
-        line += f" {row['perplexity_ratio']:8.4f} {row['even_perplexity_ratio']:11.4f}"
-        lines.append(line + ("" if row["better"] else "  (left out: no better)"))
+        line = f"{row['held']:6.1%} {row['computed']:9.1%}"
+        for which in ("", "even_"):
+            kl, again, ratio = (row[which + name] for name in ("kl", "kl_again", "perplexity_ratio"))
+            line += f" {kl:9.4f} {again:10.4f} {ratio:8.4f}  "
+        lines.append(line.rstrip() + ("" if row["better"] else "  (left out: no better)"))
     return "\n".join([*lines, f"written to {out}"])
 
 

@@ -32,6 +32,8 @@ def check_levels(search: Search, levels: list[Level]) -> list[dict[str, Any]]:
                 "computed": round(level.computed_share, 4),
                 "kl": measured.following,
                 "kl_again": measured.again,
+                "even_kl": beside.following,
+                "even_kl_again": beside.again,
                 "perplexity_ratio": perplexity_ratio(expected, logprobs, windows),
                 "even_perplexity_ratio": perplexity_ratio(expected, of_even, windows),
                 "better": measured.total < beside.total,

@@ -38,7 +38,7 @@ from minipyramid.formats.huggingface import read_config
 from minipyramid.hub import locate
 from minipyramid.policies import POLICIES, pick_policy
 from minipyramid.policies.profile import Profile
-from minipyramid.policy import Policy, check_share
+from minipyramid.policy import check_share
 
 NAMES = (*POLICIES, "streaming-split", "snapkv-split", "random-split")
 
@@ -170,20 +170,20 @@ def what_to_compare(args: argparse.Namespace) -> Comparison:
         comparison.check(lengths, layers)
         return comparison
     has_profile = isinstance(pick_policy("auto", directory, layers), Profile)
-    chosen: dict[str, Policy] = {}
-    refused = None
-    for name in NAMES if has_profile else [name for name in NAMES if name != "profile"]:
-        policies = pick_policies([name], directory, layers)
-        try:
-            Comparison(policies, budgets).check(lengths, layers)
-            chosen |= policies
-        except RequestError as error:
-            refused = error
-            tell(f"{name} is left out: {error.__cause__}")
-    args.policies = list(chosen)
-    if refused is not None and args.policies == ["full"]:
-        raise refused
-    return Comparison(chosen, budgets)
+    names = NAMES if has_profile else [name for name in NAMES if name != "profile"]
+    chosen = pick_policies(names, directory, layers)
+    refused: dict[tuple[str, float], RequestError] = {}
+    for name in names:
+        for budget in budgets:
+            try:
+                Comparison({name: chosen[name]}, [budget]).check(lengths, layers)
+            except RequestError as error:
+                refused[name, budget] = error
+                tell(f"{name} is left out at {budget}: {error.__cause__}")
+    args.policies = [name for name in names if any((name, budget) not in refused for budget in budgets)]
+    if args.policies == ["full"]:
+        raise next(iter(refused.values()))
+    return Comparison({name: chosen[name] for name in args.policies}, budgets, frozenset(refused))
 
 
 class EvalLine(ProgressLine):

@@ -33,6 +33,7 @@ class Comparison:
 
     policies: dict[str, Policy]
     budgets: list[float]
+    left_out: frozenset[tuple[str, float]] = frozenset()  # a row's name and a budget that it cannot hold
 
     def check(self, lengths: list[int], layers: int) -> None:
         """Raise `RequestError` where a policy cannot hold a budget of a context of one of these lengths."""
@@ -51,6 +52,8 @@ class Comparison:
             first = self.first_pyramid(budget, tokens, layers)
             total = sum(first.held(tokens, layers)) if first else int(budget * tokens * layers)
             for name, policy in self.policies.items():
+                if (name, budget) in self.left_out:
+                    continue
                 if isinstance(policy, PyramidConfig):
                     yield name, budget, within(name, policy, budget, tokens, layers)
                 elif first and isinstance(policy, Split) and isinstance(policy.like, PyramidConfig):
@@ -64,7 +67,7 @@ class Comparison:
         rows = list(self.policies.items())
         splits = [(name, policy.like) for name, policy in rows if isinstance(policy, Split)]
         for name, policy in rows + splits:
-            if isinstance(policy, PyramidConfig):
+            if isinstance(policy, PyramidConfig) and (name, budget) not in self.left_out:
                 return within(name, policy, budget, tokens, layers)
         return None
 

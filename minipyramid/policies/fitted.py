@@ -6,7 +6,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minipyramid.errors import CheckpointError
+from minipyramid.config import ModelConfig
+from minipyramid.errors import CheckpointError, ConfigError
 
 AXES = {"lines": 3, "stand_ins": 5, "guesses": 3}
 
@@ -26,13 +27,32 @@ def read_fitted(path: Path) -> dict[str, Tensor]:
         given = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:  # a name may be no file's name
         raise CheckpointError(f"{path} holds nothing fitted ({error}); calibrate again") from error
-    fitted = {name: given[name].float() for name in AXES if name in given}
-    if not fitted:
+    known = [name for name in AXES if name in given]
+    if not known:
         raise CheckpointError(f"{path} has {list(given)!r:.60}, expected {', '.join(AXES)}; calibrate again")
-    for name, tensor in fitted.items():
+    for name in known:
+        tensor = given[name]
         # Finite in float16, too, for a cache or its scales may be in that.
-        finite = given[name].is_floating_point() and tensor.half().isfinite().all()
-        if tensor.dim() != AXES[name] or not finite:
-            shape = list(tensor.shape)
-            raise CheckpointError(f"{path}: {name} are {shape}, expected finite numbers on {AXES[name]} axes")
-    return fitted
+        is_finite = tensor.is_floating_point() and bool(tensor.half().isfinite().all())
+        if tensor.dim() != AXES[name] or not is_finite:
+            told = f"{path}: {name} are {list(tensor.shape)} of {tensor.dtype}"
+            raise CheckpointError(f"{told}, expected finite floating-point numbers on {AXES[name]} axes")
+    return {name: given[name].float() for name in known}
+
+
+def check_shapes(fitted: list[tuple[str, Tensor | None]], config: ModelConfig, depth: int | None) -> None:
+    """Raise `ConfigError` for what was fitted for another model than that of `config`.
+
+    `fitted` has each by its name, stand-ins those of one level; guesses are of the layers behind `depth`.
+    """
+    L, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    features = config.hidden_size + config.num_attention_heads * D + 1
+    shapes = {
+        "lines": (L, K, 2 * D + 4),
+        "stand-ins": (L, K, 2, D),
+        "guesses": (L - (depth or 0), features, 2 * K * D),
+    }
+    for name, tensor in fitted:
+        if tensor is not None and tensor.shape != shapes[name]:
+            told = f"the fitted {name} are {list(tensor.shape)}, and of this model {list(shapes[name])}"
+            raise ConfigError(f"{told}; they were fitted for another model, so calibrate this one")

@@ -37,13 +37,14 @@ def check_guesses(levels: tuple[Level, ...], guesses: Tensor | None) -> None:
         told = f"guesses are {list(guesses.shape)}, expected three axes, and 1 to {layers - 1} layers"
         raise ConfigError(f"{told}; they were fitted for another model")
     depth = None if guesses is None else layers - len(guesses)
-    for level in levels:
-        is_alike = level.is_one_cut and level.depth == depth
+    unlike = [level for level in levels if not (level.is_one_cut and level.depth == depth)]
+    for level in unlike:
         for layer, (held, computed) in enumerate(zip(level.held, level.computed, strict=True)):
-            if held > computed and not is_alike:
+            if held > computed:
                 told = f"layer {layer} holds {held} and computes {computed}, and guesses of the rest"
                 raise ConfigError(f"{told} were not fitted behind layer {level.depth - 1}; hold no more")
-        if any(level.is_guessing for level in levels) and not is_alike and level.depth < layers:
+    for level in unlike:
+        if level.depth < layers and any(other.is_guessing for other in levels):
             told = (
                 f"the level of share {level.share:.4g} does not compute all in {depth} layers and then less"
             )
@@ -64,13 +65,8 @@ def guessed(seen: Seen, known: Tensor, weights: Tensor, which: Tensor) -> tuple[
 
     known [g, features] is what they left with, weights [features, 2 * K * D] are those of the deeper layer,
     which [g] of the T they are  ->  two of [K, g, D]
-
-    Raises:
-        ConfigError: the guesses were fitted for another model.
     """
     K, _, D = seen.keys.shape
-    if weights.shape != (known.shape[1], 2 * K * D):
-        raise ConfigError(f"the guesses are {list(weights.shape)}, and were fitted for another model")
     both = (known @ weights.to(known)).to(seen.keys.dtype).view(len(which), 2 * K, D)
     keys, values = both.chunk(2, dim=1)  # two of [g, K, D]
     cos, sin = seen.rotation

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipyramid.budget import most_tokens
+from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError
 from minipyramid.policy import Compute, Generation, Policy, Seen
 
@@ -37,6 +38,10 @@ class Own(Policy):
     """Answers as `policy` does; raises `ConfigError` where that is no answer."""
 
     policy: Policy
+
+    def check_model(self, config: ModelConfig) -> None:
+        """See `Policy`."""
+        self.policy.check_model(config)
 
     def computed(self, prompt_tokens: int, layers: int) -> list[int]:
         """See `Policy`."""

@@ -16,7 +16,6 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from operator import itemgetter
 from types import NoneType
 from typing import Any
 
@@ -24,7 +23,10 @@ import torch
 from torch import Tensor
 
 from minipyramid.budget import most_tokens, refusal
+from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError, check_fields, expect_type, number
+from minipyramid.policies.fitted import check_shapes
+from minipyramid.policies.generated import split_between
 from minipyramid.policies.guesses import check_guesses, guessed, left_with
 from minipyramid.policies.levels import Level, between
 from minipyramid.policies.repeat import say_again
@@ -33,8 +35,6 @@ from minipyramid.policies.stand_ins import with_stand_in
 from minipyramid.policy import Compute, Generation, Guess, Policy, Seen, top_scored
 
 GROUP = 16  # generated tokens of one compaction, as PyramidInfer publishes it
-# `fewest_recent` under a budget: the profile's own, then these, until enough is left for the prompt.
-FEWEST_RECENT = (64, 32, 16, 8, 0)
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,13 @@ class Profile(Policy):
             raise ConfigError(
                 f"levels hold the shares {shares!r:.80}, expected one or more, ascending, of equal layers"
             )
-        fitted = [("lines", self.lines)] + [("stand-ins", level.stand_ins) for level in self.levels]
-        for name, tensor in fitted:
-            if tensor is not None and layers != {len(tensor)}:
-                told = f"the fitted {name} are of {len(tensor)} layers, the levels of {layers.pop()}"
-                raise ConfigError(f"{told}; the {name} were fitted for another model")
         check_guesses(self.levels, self.guesses)
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Its layers, and the shapes of what was fitted."""
+        self.check_layers(config.num_hidden_layers)
+        stand_ins = [("stand-ins", level.stand_ins) for level in self.levels]
+        check_shapes([("lines", self.lines), *stand_ins, ("guesses", self.guesses)], config, self.depth)
 
     # --- how many ---
 
@@ -126,9 +127,8 @@ class Profile(Policy):
 
     def counts(self, prompt_tokens: int, layers: int) -> tuple[list[int], list[int]]:
         """Tokens of a prompt that each layer computes, and holds."""
+        self.check_layers(layers)
         level = self.current
-        if len(level.held) != layers:
-            raise ConfigError(f"the profile is of {len(level.held)} layers, and the model has {layers}")
         least = min(prompt_tokens, max(1, self.fewest))
         # Sums up to each layer are rounded, and not each layer's share, so that they come to the whole share
         # (where none is lifted to `fewest`).
@@ -144,6 +144,12 @@ class Profile(Policy):
             computed[level.depth :] = [computed[level.depth]] * (layers - level.depth)
         return computed, held
 
+    def check_layers(self, layers: int) -> None:
+        """Raise `ConfigError` for a model of another number of layers."""
+        if len(self.levels[0].held) != layers:
+            told = f"the profile is of {len(self.levels[0].held)} layers"
+            raise ConfigError(f"{told}, and the model has {layers}")
+
     def computed(self, prompt_tokens: int, layers: int) -> list[int]:
         """All in layer 0, then the level's shares."""
         return self.counts(prompt_tokens, layers)[0]
@@ -153,38 +159,33 @@ class Profile(Policy):
         return self.counts(prompt_tokens, layers)[1]
 
     def generation(self, prompt_tokens: int, layers: int) -> Generation:
-        """Of each group a layer keeps what that share's level holds; half as large a share is recent."""
+        """By its own settings."""
         share = self.share if self.generated_share is None else self.generated_share
+        return self.generation_by(share, self.fewest_recent, prompt_tokens)
+
+    def generation_by(self, share: float, fewest_recent: int, prompt_tokens: int) -> Generation:
+        """Of each group a layer keeps what that share's level holds; half as large a share is recent."""
         stay = tuple(round(GROUP * held) for held in self.level(share).held)
         return Generation(
-            prompt_tokens, share / 2, GROUP, stay, distance_weight=1.0, fewest_recent=self.fewest_recent
+            prompt_tokens, share / 2, GROUP, stay, distance_weight=1.0, fewest_recent=fewest_recent
         )
 
     def within(self, share: float, prompt_tokens: int, new_tokens: int, layers: int) -> "Profile":
-        """Generated tokens get the budget's share, and the prompt what they leave.
+        """Generated tokens get about the budget's share (`generated.py`), and the prompt what they leave."""
+        self.check_layers(layers)
+        most, whole = int(most_tokens(share, prompt_tokens, new_tokens, layers)), prompt_tokens * layers
 
-        Where that is less than half of `share` of the prompt, the settings of generated tokens fall: first
-        `fewest_recent`, then `generated_share`, by eighths. If nothing leaves as much, the settings that
-        leave the prompt most are taken.
-        """
-        most = int(most_tokens(share, prompt_tokens, new_tokens, layers))
-        enough = max(layers, share * prompt_tokens * layers / 2)  # a token of each layer, or half the share
-        tried: list[tuple[int, Profile]] = []  # tokens that are left for the prompt, and by which settings
-        fewer = [self.fewest_recent, *(n for n in FEWEST_RECENT if n < self.fewest_recent)]
-        parts = [(0, share * eighths / 8) for eighths in reversed(range(8))]
-        for recent, part in [(n, share) for n in fewer] + parts:
-            settings = replace(self, generated_share=part, fewest=0, fewest_recent=recent)
-            of_both = sum(settings.kv_lengths(prompt_tokens, new_tokens, layers))
-            generated = of_both - sum(settings.held(prompt_tokens, layers))
-            tried.append((most - generated, settings))
-            if most - generated >= enough:
-                break
-        left, settings = max(tried, key=itemgetter(0))
+        def leaves(recent: int, part: float) -> int:
+            dropped = self.generation_by(part, recent, prompt_tokens).dropped(new_tokens)
+            return most - new_tokens * layers + sum(dropped)
+
+        left, recent, part = split_between(leaves, self.fewest_recent, share, whole, layers)
         if left < layers:
             raise refusal(share, most - left + layers, prompt_tokens, new_tokens, layers)
+        settings = replace(self, generated_share=part, fewest=0, fewest_recent=recent)
         room = left
         while True:  # a layer holds one token or more, which may exceed what its share is rounded to
-            settings = replace(settings, share=min(1.0, room / (layers * prompt_tokens)))
+            settings = replace(settings, share=min(1.0, room / whole))
             excess = sum(settings.held(prompt_tokens, layers)) - left
             if excess <= 0:
                 return settings

@@ -62,10 +62,7 @@ def fitted(seen: Seen, lines: Lines) -> Tensor:
         raise ConfigError("the score fitted has no lines; python -m minipyramid.calibrate fits them")
     T = len(seen.q)
     known = features(seen.keys[:, -T:], seen.values[:, -T:])  # [K, T, 2 * D + 4]
-    of_layer = lines[seen.layer].to(known)
-    if of_layer.shape != (len(known), known.shape[2]):
-        raise ConfigError(f"the fitted lines are {list(lines.shape)}, and were fitted for another model")
-    return (known @ of_layer[..., None])[..., 0]
+    return (known @ lines[seen.layer].to(known)[..., None])[..., 0]
 
 
 def features(keys: Tensor, values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from minipyramid.config import ModelConfig
 from minipyramid.errors import ConfigError, expect_type
 from minipyramid.policy import Generation, Policy, Seen
 
@@ -26,6 +27,11 @@ class Split(Policy):
                 f"{type(self.choice).__name__} does not choose what is held, so it cannot be told how many; "
                 "take a policy that has `hold`, as snapkv"
             )
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Both are to be for it."""
+        for policy in (self.like, self.choice):
+            policy.check_model(config)
 
     def held(self, prompt_tokens: int, layers: int) -> list[int]:
         """As many as `like` holds."""

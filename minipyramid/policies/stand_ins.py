@@ -16,7 +16,6 @@ token.
 import torch
 from torch import Tensor
 
-from minipyramid.errors import ConfigError
 from minipyramid.policy import Seen
 from minipyramid.rope import rotate_
 
@@ -27,14 +26,8 @@ def with_stand_in(
     """The keys and values that a layer holds, with its stand-in in one slot of each head.
 
     k and v [K, held, D], is_slot [K, held] bool, stand_ins [L, K, 2, D]  ->  two of [K, held, D]
-
-    Raises:
-        ConfigError: the stand-ins were fitted for another model.
     """
-    of_layer = stand_ins[seen.layer].to(k)  # [K, 2, D]
-    if of_layer.shape != (len(k), 2, k.shape[2]):
-        raise ConfigError(f"the stand-ins are {list(stand_ins.shape)}, and were fitted for another model")
-    key, value = of_layer.clone().unbind(1)  # two of [K, D]
+    key, value = stand_ins[seen.layer].to(k).clone().unbind(1)  # two of [K, D]
     cos, sin = seen.rotation  # two of [T, 1, D / 2]
     rotate_(key[None], cos[-1:], sin[-1:])
     here = is_slot[..., None]  # [K, held, 1]
