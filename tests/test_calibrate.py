@@ -323,16 +323,21 @@ def test_nonsense_is_one_line(
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--out", "nowhere/found.json"], "nowhere/found.json"),
         (["--context", "250"], "context of 256"),
+        (["--text", "short.txt"], "short.txt has 20 tokens, expected 688 or more"),
         ([], "no weights"),
     ],
 )
 def test_what_cannot_be_is_told_before_weights_are_read(
     changes: list[str], told: str, tiny_dir: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Gigabytes were fetched first, and then --text was not there."""
+    """Gigabytes were fetched first, and then --text was not there, or too short."""
+    short = text.with_name("short.txt")
+    short.write_text("the fox said who is there and went home again")
+    changes = [str(short) if value == short.name else value for value in changes]
     without = text.parent / "without_weights"
     without.mkdir()
-    (without / "config.json").write_bytes((tiny_dir / "config.json").read_bytes())
+    for name in ("config.json", "tokenizer.model"):
+        (without / name).write_bytes((tiny_dir / name).read_bytes())
     assert main(["--model", str(without), "--text", str(text), *QUICK, *changes]) == 2
     assert told in capsys.readouterr().err
 

@@ -108,18 +108,20 @@ def run(args: argparse.Namespace) -> None:
     set_quiet(args.quiet)
     text, directory = read_text(args.text), locate(args.model, args.revision)
     out = out_file(args, directory)
-    check_contexts(args, read_config(directory, args.quantize))
-    llm = load_full(args)
-    layers = llm.config.num_hidden_layers
+    config = read_config(directory, args.quantize)
+    check_contexts(args, config)
     # The last quarter has to have a window, too.
-    tokens = read_tokens(llm, text, args.text, 4 * (max(args.context) + args.following))
+    least = 4 * (max(args.context) + args.following)
+    tokens = read_tokens(directory, config.vocab_size, text, args.text, least)
+    llm = load_full(args)
     end = int(FITTED_TO * len(tokens))
     to_fit, to_check = (
         windows(llm, part, args, which) for which, part in enumerate((tokens[:end], tokens[end:]))
     )
     begin = llm.engine.need_tokenizer().encode("")
     pieces = pieces_of(tokens[:end], begin, max(args.context))
-    with CalibrationLine(measurements(layers, len(budgets), args.repeat), quiet=args.quiet) as line:
+    expected = measurements(config.num_hidden_layers, len(budgets), args.repeat)
+    with CalibrationLine(expected, quiet=args.quiet) as line:
         lines = fitted_lines(llm, to_fit, line)
         search = Search(llm, to_fit, lines, args.repeat, line.update, pieces=pieces)
         found, guess_weights = search.find(budgets), search.guess_weights

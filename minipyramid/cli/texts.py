@@ -4,7 +4,8 @@ import lzma
 from pathlib import Path
 from typing import IO
 
-from minipyramid import LLM, RequestError
+from minipyramid import RequestError
+from minipyramid.tokenizer import load_tokenizer
 
 MOST_BYTES = 256 << 20  # of a text; what is larger, or never ends, would fill the memory
 
@@ -26,13 +27,17 @@ def read_at_most(file: IO[bytes], most: int, name: str, way_out: str) -> bytes:
     return data
 
 
-def read_tokens(llm: LLM, text: str, file: str, least: int) -> list[int]:
-    """The text's tokens; `RequestError` where they are fewer than `least`, or cannot be told."""
-    if llm.tokenizer is None:
+def read_tokens(directory: Path, vocab_size: int, text: str, file: str, least: int) -> list[int]:
+    """The text's tokens, by the tokenizer of a checkpoint's directory, before its weights are read.
+
+    Raises `RequestError` where they are fewer than `least`, or cannot be told.
+    """
+    tokenizer = load_tokenizer(directory, vocab_size)
+    if tokenizer is None:
         raise RequestError(
-            f"{llm.directory} has no tokenizer.model or tokenizer.json, which --text needs; add it"
+            f"{directory} has no tokenizer.model or tokenizer.json, which --text needs; add it"
         )
-    tokens = llm.tokenizer.encode(text, continues=True)
+    tokens = tokenizer.encode(text, continues=True)
     if len(tokens) < least:
         raise RequestError(f"--text {file} has {len(tokens)} tokens, expected {least} or more")
     return tokens

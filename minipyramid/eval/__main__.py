@@ -29,6 +29,7 @@ from minipyramid.cli.terminal import (
     tell,
 )
 from minipyramid.cli.texts import read_text, read_tokens
+from minipyramid.config import ModelConfig
 from minipyramid.eight_bits import with_kv_dtype
 from minipyramid.eval.books import sentences
 from minipyramid.eval.compare import Comparison, compare, no_samples, pick_policies
@@ -94,10 +95,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check(args)
     set_threads(args.threads)
     set_quiet(args.quiet)
-    comparison = what_to_compare(args)
+    text, directory = read_text(args.text), locate(args.model, args.revision)
+    config = read_config(directory, args.quantize)
+    comparison = what_to_compare(args, directory, config)
+    least = max(args.context) + args.continuation
+    tokens = read_tokens(directory, config.vocab_size, text, args.text, least)
     llm = load_full(args, kv_dtype=args.kv_dtype)
-    text = read_text(args.text)
-    tokens = read_tokens(llm, text, args.text, max(args.context) + args.continuation)
     book = sentences(text)
     if "prose" in args.recall:  # a text that is too short for the longest context is refused now
         next(planted(llm, max(args.context), random.Random(0), book))
@@ -148,10 +151,9 @@ def check(args: argparse.Namespace) -> None:
     check_plot(args.plot)
 
 
-def what_to_compare(args: argparse.Namespace) -> Comparison:
+def what_to_compare(args: argparse.Namespace, directory: Path, config: ModelConfig) -> Comparison:
     """Policies and budgets; refuses what the model cannot hold, before its weights are loaded."""
-    directory = locate(args.model, args.revision)
-    config = with_kv_dtype(read_config(directory, args.quantize), args.kv_dtype)
+    with_kv_dtype(config, args.kv_dtype)  # refuses a format that the model does not run
     layers = config.num_hidden_layers
     config.check_length(max(args.context), max(args.continuation, args.generate), "the longest context")
     lengths = [context - 1 for context in args.context]
