@@ -96,8 +96,9 @@ def attend_and_hold(
 ) -> tuple[Tensor, Tensor]:
     """One layer's attention for the new tokens of one sequence; then the policy chooses.
 
-    The tokens look at all that the layer holds and computes, so what it puts out is exact. Then it holds
-    `held` of the T tokens in its cache and passes `passed_on` of them on to the next layer.
+    The tokens look at all that the layer holds and computes, so what it puts out is exact. Then its cache
+    holds `held` of the prompt, guesses that it has already among them: of the T tokens that many, or all if
+    they are fewer. It passes `passed_on` of them on to the next layer.
 
     parts, of the T tokens: hidden states [T, hidden_size], positions [T], their cosines and sines, q, k and v
     ->  what attention found for those passed on [passed_on, H * D], and which they are [passed_on]
@@ -120,7 +121,7 @@ def attend_and_hold(
     seed = span.seed * len(row.lengths) + layer
     seen = Seen(q, keys, values, of_all, (cos, sin), x, out, layer, span.count, seed, looked_over)
     everything = torch.arange(T, device=q.device)
-    chosen = span.policy.hold(seen, held) if held < T else everything  # [held] or [K, held]
+    chosen = span.policy.hold(seen, held) if held < T else everything  # [min(held, T)] or [K, held]
     row.write(layer, *span.policy.entries(seen, chosen), positions[chosen])
     if newest_only or passed_on == T:
         return out, everything[-passed_on:]

@@ -117,6 +117,15 @@ def test_short_prompts_with_many_new_tokens_use_their_budget() -> None:
         assert sum(lengths) > 0.95 * share * 3 * (prompt + new)
 
 
+def test_generated_tokens_give_way_no_further_than_to_half_of_the_share_of_their_prompt() -> None:
+    """They gave way until the prompt had its whole share: of 512 + 256 tokens no old generated one stayed."""
+    for prompt, new, share in ((512, 256, 0.25), (512, 128, 0.25), (1024, 256, 0.15), (512, 512, 0.5)):
+        within = PROFILE.within(share, prompt, new, 3)
+        assert within.generated_share is not None
+        assert within.generated_share > 0.6 * share
+        assert sum(within.held(prompt, 3)) >= int(share * prompt * 3) // 2
+
+
 def test_a_budget_of_a_model_with_other_layers_is_no_matter_of_bytes() -> None:
     with pytest.raises(ConfigError, match="of 3 layers, and the model has 4"):
         PROFILE.within(0.01, 5, 81, 4)

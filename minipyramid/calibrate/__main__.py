@@ -216,7 +216,7 @@ def out_file(args: argparse.Namespace, directory: Path) -> Path:
         raise RequestError(f"--out is {args.out}, expected a file's name that ends with .json")
     beside = out.with_suffix(".safetensors")
     if beside.name == "model.safetensors":
-        raise RequestError(f"--out {out} would write its lines over the weights; give another name")
+        raise RequestError(f"--out {out} would write what is fitted over the weights; give another name")
     for path in (out, beside):
         check_writable("--out", path)
         check_writable("--out", unfinished(path))
@@ -275,7 +275,8 @@ class CalibrationLine(ProgressLine):
 def table(rows: list[dict[str, Any]], out: Path) -> str:
     """For people: what every level costs on windows that it was not fitted to."""
     lines = [f"{'':16}{'level':>29}   {'even split':>29}"]
-    lines.append(f"{'held':>6} {'computed':>9}" + 2 * f" {'KL':>9} {'said again':>10} {'of full':>8}  ")
+    # KL of the text and of what is said again, and perplexity over the full cache's.
+    lines.append(f"{'held':>6} {'computed':>9}" + 2 * f" {'KL, text':>9} {'KL, again':>10} {'perpl.':>8}  ")
     for row in rows:
         line = f"{row['held']:6.1%} {row['computed']:9.1%}"
         for which in ("", "even_"):

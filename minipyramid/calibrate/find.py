@@ -28,10 +28,10 @@ from minipyramid.calibrate.search import (
 from minipyramid.calibrate.stand_ins import fit_stand_ins
 from minipyramid.policies.levels import Level
 
-# The share of token-layers that are computed rises by `STEP` while the best level costs at least twice what
-# it costs to hold as little with everything computed (as the curves have it), and at least `CHEAP` nats more:
-# layers behind the cut then still look back. (With twice as much allowed, and no guesses, a model of 18
-# layers that looks back in layer 6 was cut behind layer 0, and kept 0.14 of the answers at 8 %.)
+# If the best level's loss is at least twice that of a level which holds as little and computes everything (as
+# the curves tell it), and at least `CHEAP` nats more, layers behind the cut still look back, and all is tried
+# again with `STEP` more of the token-layers computed. (With twice as much allowed, and no guesses, a model of
+# 18 layers that looks back in layer 6 was cut behind layer 0, and recall was 0.14 at 8 %.)
 STEP, CHEAP = 0.05, 0.02
 # At most `DEPTHS` cuts are tried, none that costs more than `NEARLY` times the cheapest: the cheapest cut
 # without guesses is not always so with them. In that model, where 40 % is computed, a cut behind layer 0
@@ -181,9 +181,9 @@ class Search:
                 # Each once: where much is computed, the largest shares all guess everything.
                 for guessing in dict.fromkeys(with_guesses(cut, more) for more in GUESSED):
                     tried.append((guessing, allot_beside_guesses(guessing, found.curves, share)))
-            for computed, level in tried:
+            for computed_as, level in tried:
                 if level is not None and level.share > share - ROUNDING:
-                    contexts = self.contexts_of(computed)
+                    contexts = self.contexts_of(computed_as)
                     loss = self.loss(contexts, level)
                     if best is None or loss < best[0]:
                         best = loss, level, contexts

@@ -99,7 +99,10 @@ def check_replaced(out: Path) -> None:
 
 
 def written(level: Level) -> dict[str, Any]:
-    """Shares to `DIGITS`."""
+    """A level's lists, shares rounded to `DIGITS`, but never so that a layer holds more than it computes.
+
+    That would be a guess.
+    """
     return {
         "computed": [round(share, DIGITS) for share in level.computed],
         "held": [

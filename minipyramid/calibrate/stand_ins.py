@@ -1,9 +1,9 @@
 """The stand-ins of a level: one key and value for what a layer does not hold, fitted in closed form.
 
-Windows of plain text are computed and held whole, and the text behind each context looks back. Of each of
-its queries it is known what attention puts out over those tokens alone that the level would drop, and the
-logarithm of the sum that they have under the softmax. A stand-in (`minipyramid/policies/stand_ins.py`) has to
-reproduce both:
+Windows of plain text are computed and held whole, and the text that follows each context looks at it. For
+each of its queries two things are known of the tokens that the level would drop: what attention over them
+alone puts out, and the logarithm of the sum that they have under the softmax. A stand-in
+(`minipyramid/policies/stand_ins.py`) has to reproduce both:
 
 - its key is the linear function of the queries, without a constant, that is nearest to these logarithms in
   the mean square,

@@ -30,7 +30,7 @@ def read_at_most(file: IO[bytes], most: int, name: str, way_out: str) -> bytes:
 def read_tokens(directory: Path, vocab_size: int, text: str, file: str, least: int) -> list[int]:
     """The text's tokens, by the tokenizer of a checkpoint's directory, before its weights are read.
 
-    Raises `RequestError` where they are fewer than `least`, or cannot be told.
+    Raises `RequestError` where they are fewer than `least`, or there is no tokenizer.
     """
     tokenizer = load_tokenizer(directory, vocab_size)
     if tokenizer is None:

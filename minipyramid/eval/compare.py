@@ -63,7 +63,7 @@ class Comparison:
                     yield name, budget, within(name, policy, share, tokens, layers)
 
     def first_pyramid(self, budget: float, tokens: int, layers: int) -> Policy | None:
-        """The first row's settings of PyramidInfer, or else those that a split follows, if there are any."""
+        """PyramidInfer's settings in the first row that has some, else those of the first split with some."""
         rows = list(self.policies.items())
         splits = [(name, policy.like) for name, policy in rows if isinstance(policy, Split)]
         for name, policy in rows + splits:

@@ -40,19 +40,20 @@ def read_fitted(path: Path) -> dict[str, Tensor]:
     return {name: given[name].float() for name in known}
 
 
-def check_shapes(fitted: list[tuple[str, Tensor | None]], config: ModelConfig, depth: int | None) -> None:
+def check_shapes(tensors: list[tuple[str, Tensor | None]], config: ModelConfig, depth: int | None) -> None:
     """Raise `ConfigError` for what was fitted for another model than that of `config`.
 
-    `fitted` has each by its name, stand-ins those of one level; guesses are of the layers behind `depth`.
+    `tensors` are pairs of a name and what was fitted, or None; stand-ins are those of one level. `depth` is
+    the number of layers in front of the cut, or None without guesses.
     """
     L, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     features = config.hidden_size + config.num_attention_heads * D + 1
     shapes = {
         "lines": (L, K, 2 * D + 4),
-        "stand-ins": (L, K, 2, D),
+        "stand_ins": (L, K, 2, D),  # of one level
         "guesses": (L - (depth or 0), features, 2 * K * D),
     }
-    for name, tensor in fitted:
+    for name, tensor in tensors:
         if tensor is not None and tensor.shape != shapes[name]:
             told = f"the fitted {name} are {list(tensor.shape)}, and of this model {list(shapes[name])}"
             raise ConfigError(f"{told}; they were fitted for another model, so calibrate this one")

@@ -1,9 +1,9 @@
 """Guesses: a layer holds keys and values of tokens that it has never computed.
 
 What a layer does not pass on, no deeper layer computes, so behind a cut deep layers would know the newest
-tokens alone. But much of a key and a value can be foretold where a token leaves: they are a linear function
-of its hidden state x, as the last layer received it that computed the token, and of what attention found for
-it there,
+tokens alone. But much of a key and a value can be foretold where a token leaves. They are nearly linear in
+two things: the hidden state x that the last layer in front of the cut received for the token, and what this
+layer's attention found for it,
 
     (key, value)  ~  (x / rms(x), attended, 1) W,    rms(x) the root of the mean square of x.
 
@@ -52,8 +52,8 @@ def check_guesses(levels: tuple[Level, ...], guesses: Tensor | None) -> None:
 
 
 def left_with(seen: Seen) -> Tensor:
-    """What guesses are made from: of the tokens of the layer behind which hidden states are cut x / rms(x),
-    what attention found, and 1.  [T, hidden_size + H * D + 1] float32
+    """What guesses are made from. For each token of the last layer in front of the cut: x / rms(x), what
+    attention found, and 1.  [T, hidden_size + H * D + 1] float32
     """
     x, attended = seen.x.float(), seen.attended.float()
     scale = (x.square().mean(-1, keepdim=True) + EPSILON).rsqrt()

@@ -45,8 +45,8 @@ class Profile(Policy):
         levels: what the layers compute and hold, by ascending share.
         share: of a prompt that is held, over all layers.
         generated_share: share of generated tokens that is held; None for `share`. A budget sets it to its own
-            share, or to less. Votes choose, as in PyramidInfer; of each group a layer keeps what the level
-            of this share holds.
+            share, or to another (`generated.py`). Votes choose, as in PyramidInfer; of each group a layer
+            keeps what the level of this share holds.
         sinks: first tokens of a prompt that are passed on, and held as far as the newest leave room.
         fewest: no layer computes or holds fewer tokens of a prompt; 0 under a budget, which counts as 1.
         fewest_recent: so many of the newest tokens are protected at least, beside the newest one; a budget
@@ -85,7 +85,7 @@ class Profile(Policy):
     def check_model(self, config: ModelConfig) -> None:
         """Its layers, and the shapes of what was fitted."""
         self.check_layers(config.num_hidden_layers)
-        stand_ins = [("stand-ins", level.stand_ins) for level in self.levels]
+        stand_ins = [("stand_ins", level.stand_ins) for level in self.levels]
         check_shapes([("lines", self.lines), *stand_ins, ("guesses", self.guesses)], config, self.depth)
 
     # --- how many ---
@@ -136,9 +136,9 @@ class Profile(Policy):
         # A whole share may be rounded to a token more than there is.
         held = [min(prompt_tokens, max(least, end - start)) for start, end in pairwise([0, *ends])]
         computed = [max(least, round(share * prompt_tokens)) for share in level.computed]
-        # What a layer holds it computes, but for guesses, and what a deeper one computes all before it do.
+        # A layer computes the tokens that it holds, but for guesses, and no fewer than any deeper layer.
         lists = zip(level.held, level.computed, held, strict=True)
-        of_its_own = [0 if share > of_computed else count for share, of_computed, count in lists]
+        of_its_own = [0 if held_share > its_own else count for held_share, its_own, count in lists]
         computed = list(accumulate(map(max, computed[::-1], of_its_own[::-1]), max))[::-1]
         if self.can_guess(level):  # all layers behind the cut compute the same tokens, whatever was rounded
             computed[level.depth :] = [computed[level.depth]] * (layers - level.depth)
@@ -175,11 +175,11 @@ class Profile(Policy):
         self.check_layers(layers)
         most, whole = int(most_tokens(share, prompt_tokens, new_tokens, layers)), prompt_tokens * layers
 
-        def leaves(recent: int, part: float) -> int:
+        def room_left(recent: int, part: float) -> int:
             dropped = self.generation_by(part, recent, prompt_tokens).dropped(new_tokens)
             return most - new_tokens * layers + sum(dropped)
 
-        left, recent, part = split_between(leaves, self.fewest_recent, share, whole, layers)
+        left, recent, part = split_between(room_left, self.fewest_recent, share, whole, layers)
         if left < layers:
             raise refusal(share, most - left + layers, prompt_tokens, new_tokens, layers)
         settings = replace(self, generated_share=part, fewest=0, fewest_recent=recent)
@@ -277,9 +277,12 @@ class Profile(Policy):
     def stand_ins_for(self, layer: int, prompt_tokens: int) -> Tensor | None:
         """The level's stand-ins, where one slot of a layer stands for all tokens that it does not hold.
 
-        None does if the layer holds the whole prompt, for there is nothing to stand for, if it computes or
-        holds a single token, which is the newest, or no more than `fewest`, which may be far more than what
-        the stand-in was fitted to, and where none was fitted.
+        None does
+        - if the layer holds the whole prompt, for there is nothing to stand for,
+        - if it computes or holds a single token, which is the newest,
+        - if it computes or holds no more than `fewest`, which may be a far larger share than the stand-in was
+          fitted for,
+        - if none was fitted.
         """
         stand_ins = self.current.stand_ins
         computed, held = (counts[layer] for counts in self.counts(prompt_tokens, len(self.levels[0].held)))
