@@ -88,6 +88,7 @@ class LLM:
         directory = locate(model, revision, progress=progress is not None)
         config = with_kv_dtype(read_config(directory, quantize), kv_dtype)
         chosen = pick_policy(policy, directory, config.num_hidden_layers)
+        chosen.check_model(config)  # before weights are read
         on = pick_device(device)
         tokenizer = load_tokenizer(directory, config.vocab_size)
         number_format = pick_dtype(dtype, config.dtype, on)

@@ -251,8 +251,11 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
 ) -> None:
     out = tmp_path / "found.json"
     command = ["--model", str(tiny_dir), "--text", str(text), "--out", str(out), *QUICK]
-    assert main([*command, "--plot", str(tmp_path / "found.png"), "--json"]) == 0
+    length = command[command.index("--context") + 1]
+    once_more = ["--context", f"{length},{length}", "--plot", str(tmp_path / "found.png"), "--json"]
+    assert main([*command, *once_more]) == 0
     told = json.loads(capsys.readouterr().out)
+    assert told["context"] == [int(length)]  # the same length twice is one
     assert [len(points) for points in told["curves"]] == [8, 8, 8]
     assert {row["layers"] for row in told["depths"]} <= {1, 2}
     profile = load_policy(out)
@@ -302,7 +305,8 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
         (["--out", "nowhere/found.json"], "--out"),
         (["--out", "model.json"], "over the weights"),
         (["--out", "found.json/"], "--out is found.json/"),
-        (["--out", "x" * 245 + ".json"], "--out"),
+        (["--out", "x" * 240 + ".json"], "--out"),  # what is not whole yet has a longer name
+        (["--out", "~no_such_user/found.json"], "--out ~no_such_user/found.json cannot be written"),
         (["--plot", "found.txt"], ".png"),
     ],
 )

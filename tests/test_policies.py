@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minipyramid import LLM, ConfigError, Conversation, Policy, PyramidConfig, Request, SamplingParams
+from minipyramid.config import ModelConfig
 from minipyramid.policies import POLICIES
 from minipyramid.policies.h2o import H2O
 from minipyramid.policies.held_share import HeldShare
@@ -475,6 +476,28 @@ def test_a_module_that_ends_the_program_is_named(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"'exits:Mine' cannot be imported .*(SystemExit|ZeroDivision)"):
         tiny.under("exits:Mine")
+
+
+def test_a_policy_of_ones_own_may_refuse_a_model(tiny: LLM) -> None:
+    class Shallow(Policy):
+        def check_model(self, config: ModelConfig) -> None:
+            if config.num_hidden_layers > 2:
+                raise ConfigError(f"two layers at most, not {config.num_hidden_layers}")
+
+    with pytest.raises(ConfigError, match="not 3"):
+        tiny.under(Shallow())
+    for policy in (Split(Shallow(), KeyDiff()), Split(FULL, Deep())):
+        with pytest.raises(ConfigError, match="not 3"):
+            tiny.under(policy)
+
+
+@dataclass(frozen=True)
+class Deep(KeyDiff):
+    """Chooses as KeyDiff, in deeper models only."""
+
+    def check_model(self, config: ModelConfig) -> None:
+        if config.num_hidden_layers < 9:
+            raise ConfigError(f"nine layers at least, not {config.num_hidden_layers}")
 
 
 @dataclass(frozen=True)

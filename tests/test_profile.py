@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import PROFILE, PROFILES, heads_of, lines_of, prompts_of, say, write_checkpoint
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from slow_profile import SlowProfile
@@ -25,7 +26,10 @@ from minipyramid import (
     RequestError,
     SamplingParams,
 )
+from minipyramid.eval.__main__ import what_to_compare
+from minipyramid.formats.huggingface import read_config
 from minipyramid.policies import load_policy
+from minipyramid.policies.generated import FEWEST_RECENT, PARTS, split_between
 from minipyramid.policies.levels import Level
 from minipyramid.policies.profile import Profile
 
@@ -98,6 +102,8 @@ def test_a_larger_budget_holds_no_less(profile: Profile, prompt: int, new: int, 
     """The first settings that left a prompt enough were taken, whatever it could use of that, and 5 + 81
     tokens held 0.250 at a budget of 0.250, and 0.070 at 0.255.
     """
+    stay = [sum(profile.generation_by(share / 1280, 0, prompt).stay) for share in range(1281)]
+    assume(stay == sorted(stay))  # else a layer that lies on the line between two levels may keep fewer
 
     def held(budget: float) -> int:
         return sum(profile.within(budget, prompt, new, 3).kv_lengths(prompt, new, 3))
@@ -107,6 +113,38 @@ def test_a_larger_budget_holds_no_less(profile: Profile, prompt: int, new: int, 
     except BudgetError:
         return
     assert all(smaller <= held(percent / 100) for percent in range(part + 1, min(part + 6, 101)))
+
+
+@given(profile=PROFILES, prompt=st.integers(1, 12), new=st.integers(100, 3000), share=st.floats(0.01, 1))
+def test_no_other_split_of_a_budget_wastes_less(
+    profile: Profile, prompt: int, new: int, share: float
+) -> None:
+    """Of all that protect as many of the newest and keep any share of generated tokens in 256ths."""
+    stay = [sum(profile.generation_by(part / PARTS, 0, prompt).stay) for part in range(PARTS + 1)]
+    assume(stay == sorted(stay))
+    most, whole = int(share * 3 * (prompt + new) * (1 + 1e-9)), 3 * prompt
+    enough = max(3, int(share * whole) // 2)
+
+    def room_left(recent: int, part: float) -> int:
+        return most - 3 * new + sum(profile.generation_by(part, recent, prompt).dropped(new))
+
+    def worth(left: int) -> tuple[int, int]:
+        return min(left, enough), -max(0, left - whole)
+
+    recents = {profile.fewest_recent, *(n for n in FEWEST_RECENT if n < profile.fewest_recent)}
+    parts = [share, *(part / PARTS for part in range(PARTS))]
+    best = max(worth(room_left(recent, part)) for recent in recents for part in parts)
+    left, recent, part = split_between(room_left, profile.fewest_recent, share, whole, 3)
+    assert worth(left) == best
+    assert left == room_left(recent, part)
+    assert recent in recents
+
+
+def test_a_short_prompt_is_held_whole_before_generated_tokens_get_more_than_their_share() -> None:
+    """Of 90 tokens 10 + 100 share in one layer: at 0.5 the prompt is left 40, which it does not have."""
+    left, recent, part = split_between(lambda recent, part: 90 - max(recent, int(100 * part)), 0, 0.5, 10, 1)
+    assert (left, recent) == (10, 0)
+    assert part == pytest.approx(0.8, abs=1 / PARTS)
 
 
 def test_short_prompts_with_many_new_tokens_use_their_budget() -> None:
@@ -305,10 +343,11 @@ def test_lines_that_are_missing_or_of_another_model_are_told(tmp_path: Path, tin
     with pytest.raises(CheckpointError, match="calibrate again"):
         load_policy(path)
     save_file({"lines": torch.zeros(3, 7)}, tmp_path / "lines.safetensors")
-    with pytest.raises(CheckpointError, match="expected finite floating-point numbers"):
+    with pytest.raises(CheckpointError, match=r"lines are \[3, 7\] of torch.float32, expected 3 axes"):
         load_policy(path)
     save_file({"lines": torch.zeros(3, 2, 99)}, tmp_path / "lines.safetensors")
-    with pytest.raises(ConfigError, match=r"lines are \[3, 2, 99\], and of this model \[3, 2, 20\]"):
+    told = r"\.json: lines are \[3, 2, 99\], and of this model \[3, 2, 20\]"
+    with pytest.raises(ConfigError, match=told):
         tiny.under(path)
     with pytest.raises(ConfigError, match="has no lines"):
         tiny.under(write_settings(tmp_path, levels=[LEVEL | {"scores": "fitted"}])).prefill(prompts_of([200]))
@@ -357,20 +396,27 @@ def test_only_floating_point_numbers_were_fitted(
 ) -> None:
     """The error spoke of finite numbers on three axes, which these have; a complex tensor warned first."""
     save_file({"lines": lines_of(3).to(dtype)}, tmp_path / "lines.safetensors")
-    with pytest.raises(CheckpointError, match=f"of {dtype}, expected finite floating-point numbers"):
+    with pytest.raises(CheckpointError, match=f"of {dtype}, expected 3 axes of floating-point numbers"):
         load_policy(write_settings(tmp_path, fitted="lines.safetensors"))
     assert not recwarn.list
 
 
-def test_a_plan_knows_what_was_fitted_for_another_model(tmp_path: Path, tiny_dir: Path) -> None:
+def test_what_was_fitted_for_another_model_is_told_before_weights_are_read(
+    tmp_path: Path, tiny_dir: Path
+) -> None:
     """It was told at the first long prompt; a split has the profile of `auto`, and knew nothing."""
     model = tmp_path / "model"
     shutil.copytree(tiny_dir, model)
+    (model / "model.safetensors").unlink()
     save_file({"lines": torch.zeros(3, 2, 99)}, model / "lines.safetensors")
     write_settings(model, fitted="lines.safetensors").rename(model / "pyramid.json")
     for policy in ("auto", "keydiff-split"):
         with pytest.raises(ConfigError, match="calibrate this one"):
             LLM(model, policy=policy)
+    compared = argparse.Namespace(context=[64], budgets=[0.5], policies=["full", "profile"], recall=[])
+    compared.kv_dtype, compared.continuation, compared.generate = "auto", 8, 0
+    with pytest.raises(ConfigError, match="calibrate this one"):
+        what_to_compare(compared, model, read_config(model))
 
 
 def test_lines_of_any_float_are_read_as_float32(tmp_path: Path) -> None:
@@ -383,7 +429,7 @@ def test_lines_of_any_float_are_read_as_float32(tmp_path: Path) -> None:
         assert policy.lines is not None
         assert torch.equal(policy.lines, lines_of(3).to(dtype).float())
     save_file({"lines": lines_of(3).double() * 1e300}, tmp_path / "lines.safetensors")
-    with pytest.raises(CheckpointError, match="expected finite floating-point numbers"):
+    with pytest.raises(CheckpointError, match="numbers that are finite in float16; calibrate again"):
         load_policy(path)
 
 

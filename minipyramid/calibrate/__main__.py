@@ -211,7 +211,10 @@ def out_file(args: argparse.Namespace, directory: Path) -> Path:
     """Where the profile of the model in this directory goes, if it can be written there."""
     if args.out is None and directory != Path(args.model).expanduser():
         raise RequestError(f"--model {args.model} is no directory of yours to write to; give --out FILE.json")
-    out = directory / SETTINGS if args.out is None else Path(args.out).expanduser()
+    try:
+        out = directory / SETTINGS if args.out is None else Path(args.out).expanduser()
+    except RuntimeError as error:  # there may be no such home
+        raise RequestError(f"--out {args.out} cannot be written: {error}") from error
     if not (args.out or out.name).endswith(".json"):
         raise RequestError(f"--out is {args.out}, expected a file's name that ends with .json")
     beside = out.with_suffix(".safetensors")
@@ -222,7 +225,7 @@ def out_file(args: argparse.Namespace, directory: Path) -> Path:
         check_writable("--out", unfinished(path))
         # The settings name the file beside them, and would not find it by a link from elsewhere.
         if path.is_symlink():
-            raise RequestError(f"--out {path} is a link; give the place that it leads to, or another name")
+            raise RequestError(f"{path} is a link, over which no profile is written; give --out another name")
     check_replaced(out)
     return out
 

@@ -167,13 +167,16 @@ def what_to_compare(args: argparse.Namespace, directory: Path, config: ModelConf
                 f"--budgets has {budget}, which is less than a token in each of {layers} layers; give more"
             )
     budgets = list(dict.fromkeys(args.budgets))
+    has_profile = isinstance(pick_policy("auto", directory, layers), Profile)
+    by_default = NAMES if has_profile else [name for name in NAMES if name != "profile"]
+    names = by_default if args.policies is None else args.policies
+    chosen = pick_policies(names, directory, layers)
+    for policy in chosen.values():
+        policy.check_model(config)
     if args.policies is not None:
-        comparison = Comparison(pick_policies(args.policies, directory, layers), budgets)
+        comparison = Comparison(chosen, budgets)
         comparison.check(lengths, layers)
         return comparison
-    has_profile = isinstance(pick_policy("auto", directory, layers), Profile)
-    names = NAMES if has_profile else [name for name in NAMES if name != "profile"]
-    chosen = pick_policies(names, directory, layers)
     refused: dict[tuple[str, float], RequestError] = {}
     for name in names:
         for budget in budgets:

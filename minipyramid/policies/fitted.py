@@ -35,13 +35,17 @@ def read_fitted(path: Path) -> dict[str, Tensor]:
         # Finite in float16, too, for a cache or its scales may be in that.
         is_finite = tensor.is_floating_point() and bool(tensor.half().isfinite().all())
         if tensor.dim() != AXES[name] or not is_finite:
-            told = f"{path}: {name} are {list(tensor.shape)} of {tensor.dtype}"
-            raise CheckpointError(f"{told}, expected finite floating-point numbers on {AXES[name]} axes")
+            told = f"{path}: {name} are {list(tensor.shape)} of {tensor.dtype}, expected {AXES[name]} axes"
+            raise CheckpointError(
+                f"{told} of floating-point numbers that are finite in float16; calibrate again"
+            )
     return {name: given[name].float() for name in known}
 
 
-def check_shapes(tensors: list[tuple[str, Tensor | None]], config: ModelConfig, depth: int | None) -> None:
-    """Raise `ConfigError` for what was fitted for another model than that of `config`.
+def check_shapes(
+    source: str, tensors: list[tuple[str, Tensor | None]], config: ModelConfig, depth: int | None
+) -> None:
+    """Raise `ConfigError`, which begins with `source`, for what was fitted for another model than `config`'s.
 
     `tensors` are pairs of a name and what was fitted, or None; stand-ins are those of one level. `depth` is
     the number of layers in front of the cut, or None without guesses.
@@ -55,5 +59,5 @@ def check_shapes(tensors: list[tuple[str, Tensor | None]], config: ModelConfig, 
     }
     for name, tensor in tensors:
         if tensor is not None and tensor.shape != shapes[name]:
-            told = f"the fitted {name} are {list(tensor.shape)}, and of this model {list(shapes[name])}"
+            told = f"{source}: {name} are {list(tensor.shape)}, and of this model {list(shapes[name])}"
             raise ConfigError(f"{told}; they were fitted for another model, so calibrate this one")

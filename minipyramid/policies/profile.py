@@ -55,6 +55,7 @@ class Profile(Policy):
         guesses: weights of keys and values, of the layers behind the cut, for what `left_with` returns.
             [L - depth, hidden_size + H * D + 1, 2 * K * D]
         measured: what the calibration has noted, for whoever reads the file.
+        source: where it comes from, as errors name it.
     """
 
     levels: tuple[Level, ...]
@@ -66,6 +67,7 @@ class Profile(Policy):
     lines: Tensor | None = field(default=None, compare=False, repr=False)
     guesses: Tensor | None = field(default=None, compare=False, repr=False)
     measured: Any = field(default=None, compare=False, repr=False)
+    source: str = field(default="the profile", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
@@ -86,7 +88,8 @@ class Profile(Policy):
         """Its layers, and the shapes of what was fitted."""
         self.check_layers(config.num_hidden_layers)
         stand_ins = [("stand_ins", level.stand_ins) for level in self.levels]
-        check_shapes([("lines", self.lines), *stand_ins, ("guesses", self.guesses)], config, self.depth)
+        fitted = [("lines", self.lines), *stand_ins, ("guesses", self.guesses)]
+        check_shapes(self.source, fitted, config, self.depth)
 
     # --- how many ---
 
@@ -147,7 +150,7 @@ class Profile(Policy):
     def check_layers(self, layers: int) -> None:
         """Raise `ConfigError` for a model of another number of layers."""
         if len(self.levels[0].held) != layers:
-            told = f"the profile is of {len(self.levels[0].held)} layers"
+            told = f"{self.source} is of {len(self.levels[0].held)} layers"
             raise ConfigError(f"{told}, and the model has {layers}")
 
     def computed(self, prompt_tokens: int, layers: int) -> list[int]:

@@ -24,7 +24,7 @@ def read_profile(given: dict[str, Any], path: Path) -> Profile:
         raise ConfigError(
             f"{path}: expected levels, a list, and fitted, the name of a .safetensors file beside it or none"
         )
-    for name in ("lines", "guesses", *STAGES):
+    for name in ("lines", "guesses", "source", *STAGES):
         if name in given:
             raise ConfigError(f"{path}: {name!r} is no setting of a profile; expected flat fields and fitted")
     try:
@@ -38,4 +38,4 @@ def read_profile(given: dict[str, Any], path: Path) -> Profile:
             told = f"{path}: the stand-ins are of {len(stand_ins)} levels, expected {len(read)}"
             raise ConfigError(f"{told}; calibrate again")
         read = tuple(replace(level, stand_ins=own) for level, own in zip(read, stand_ins, strict=True))
-    return settings_of(Profile, given | {"levels": read} | fitted, str(path))
+    return settings_of(Profile, given | {"levels": read, "source": str(path)} | fitted, str(path))
