@@ -157,7 +157,7 @@ class SlowProfile(Oracle):
         level = self.profile.level(self.profile.share)
         T = len(scores["newest"])
         chosen = [] if place is None else [place]
-        newest = min(count - len(chosen), max(1, int(level.newest[i] * count)))
+        newest = min(count - len(chosen), max(4, int(level.newest[i] * count)))
         always = len(chosen) + newest + self.profile.sinks
         chosen += [j for j in range(T - newest, T)[::-1] if j not in chosen]
         chosen += [j for j in range(min(self.profile.sinks, T)) if j not in chosen]

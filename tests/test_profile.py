@@ -448,6 +448,15 @@ def test_a_message_does_not_list_a_thousand_levels(tmp_path: Path) -> None:
     assert len(str(error.value)) < 200 + len(str(tmp_path))
 
 
+def test_a_layer_with_room_for_few_holds_the_newest_four(tiny: LLM) -> None:
+    """It held two of ten, and what a question ends with was not there for the first token of its answer."""
+    level = Level((1.0, 1.0, 0.5), (1.0, 0.1, 0.03), ("keydiff",) * 3, (0.25,) * 3)
+    (prefill,) = tiny.under(Profile((level,), level.share, fewest=0)).prefill(prompts_of([100]))
+    for of_layer in prefill.kept_positions[1:]:
+        for positions in heads_of(of_layer):
+            assert positions[-min(4, len(positions)) :] == list(range(100 - min(4, len(positions)), 100))
+
+
 def test_no_layer_computes_a_token_more_than_the_prompt_has() -> None:
     """Rounding gave a layer that holds all 6 of 5 tokens, and the engine refused the prompt for it."""
     for prompt in range(1, 200):

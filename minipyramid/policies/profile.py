@@ -35,6 +35,11 @@ from minipyramid.policies.stand_ins import with_stand_in
 from minipyramid.policy import Compute, Generation, Guess, Policy, Seen, top_scored
 
 GROUP = 16  # generated tokens of one compaction, as PyramidInfer publishes it
+# A layer protects so many of the newest tokens at least, if it has room for them. Layer 0 of the embedded
+# checkpoint, which tells what stood just before, had room for 10 of 512 at a share of 0.085, kept 2 of the
+# newest, and recall was 0.77 where the question ends the prompt. With 4 it is 1.00; with 8 or 16 perplexity
+# at 5 % is 1.0242 or 1.0253 of the full cache's in place of 1.0237.
+LEAST_NEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -231,7 +236,7 @@ class Profile(Policy):
         Returns [K, count], or [count] for all heads.
         """
         level, first = self.current, self.sinks
-        newest = max(1, int(level.newest[seen.layer] * count))
+        newest = max(min(LEAST_NEWEST, count), int(level.newest[seen.layer] * count))
         by, *other = level.scores[seen.layer].split("+")
         score = SCORES[by](seen, self.lines).float().clone()  # [K, T], or [T] for all heads alike
         has_stand_in = self.stand_ins_for(seen.layer, seen.prompt_tokens) is not None
