@@ -121,12 +121,12 @@ def run(args: argparse.Namespace) -> None:
     begin = llm.engine.need_tokenizer().encode("")
     pieces = pieces_of(tokens[:end], begin, max(args.context))
     expected = measurements(config.num_hidden_layers, len(budgets), args.repeat)
-    with CalibrationLine(expected, quiet=args.quiet) as line:
-        lines = fitted_lines(llm, to_fit, line)
-        search = Search(llm, to_fit, lines, args.repeat, line.update, pieces=pieces)
+    with CalibrationLine(expected, quiet=args.quiet) as progress:
+        lines = fitted_lines(llm, to_fit, progress)
+        search = Search(llm, to_fit, lines, args.repeat, progress.update, pieces=pieces)
         found, guess_weights = search.find(budgets), search.guess_weights
         del search  # its record of the windows is as large as that of the others will be
-        held_out = Search(llm, to_check, lines, args.repeat, line.update, guess_weights=guess_weights)
+        held_out = Search(llm, to_check, lines, args.repeat, progress.update, guess_weights=guess_weights)
         rows = check_levels(held_out, found.levels)
     asked = {"budget": [share for share, _ in budgets], "computed": [computed for _, computed in budgets]}
     measured = {"model": Path(args.model).name or args.model, "dtype": str(llm.dtype).removeprefix("torch.")}
@@ -240,7 +240,7 @@ def windows(llm: LLM, tokens: list[int], args: argparse.Namespace, which: int) -
     return found
 
 
-def fitted_lines(llm: LLM, to_fit: list[Window], line: "CalibrationLine") -> Any:
+def fitted_lines(llm: LLM, to_fit: list[Window], progress: "CalibrationLine") -> Any:
     """The lines of the score `fitted`, from all windows, said again as far as the model's positions reach."""
     layers, fit = llm.config.num_hidden_layers, LineFit()
     whole = profile_of(whole_level(layers))
@@ -249,7 +249,7 @@ def fitted_lines(llm: LLM, to_fit: list[Window], line: "CalibrationLine") -> Any
         part = Window(window.context[:longest], window.following, window.again)
         (seen,) = Contexts(llm, [part], whole, repeats=True).seen
         fit.add(seen)
-        line.update("fits lines to the prompt said again")
+        progress.update("fits lines to the prompt said again")
     return fit.lines()
 
 

@@ -174,8 +174,8 @@ class Contexts:
             Held(min(count - guessed, len(of_layer.q)), guessed, score, newest)
             for of_layer, count, guessed, score, newest in zip(seen, *lists, strict=True)
         ]
-        context = rows[0].index
-        changed = [layer for layer, held in enumerate(now) if self.in_rows.get((context, layer)) != held]
+        row_index = rows[0].index
+        changed = [layer for layer, held in enumerate(now) if self.in_rows.get((row_index, layer)) != held]
         guesses: dict[int, tuple[Tensor, Tensor]] = {}
         if profile.depth is not None and any(now[layer].guessed for layer in changed):
             cut = seen[profile.depth - 1]
@@ -186,7 +186,7 @@ class Contexts:
                 row.lengths[layer] = 0 if layer in changed else held.own + held.guessed
                 row.kept[layer] = row.kept[layer][:, : row.lengths[layer]]
             if layer in changed:
-                self.in_rows[context, layer] = held
+                self.in_rows[row_index, layer] = held
                 keys, values = chosen_of(seen[layer], profile, held.own)
                 if held.guessed:
                     pairs = zip(guesses[layer], (keys, values), strict=True)

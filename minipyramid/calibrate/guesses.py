@@ -82,8 +82,8 @@ def looked_at_from_afar(seen: Seen) -> Tensor:
     for start in range(2 * FAR, T, FAR):
         end, far = min(T, start + FAR), start - FAR
         logsumexp = None if seen.logsumexp is None else seen.logsumexp[:, start:end]
-        looks = votes(seen.q[start:end], seen.keys[:, :end], logsumexp, context=far)  # [K, G, far]
-        total[:far] += looks.sum((0, 1))
+        of_these = votes(seen.q[start:end], seen.keys[:, :end], logsumexp, context=far)  # [K, G, far]
+        total[:far] += of_these.sum((0, 1))
         lookers[:far] += end - start
     mean = total / lookers.clamp(min=1)
     return mean / mean.mean().clamp(min=1e-30) if T > 2 * FAR else torch.ones_like(mean)

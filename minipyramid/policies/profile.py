@@ -114,15 +114,15 @@ class Profile(Policy):
 
     def level(self, share: float) -> Level:
         """The level that holds this share of a prompt."""
-        level = self.on_the_way(share)
+        level = self.interpolated(share)
         if self.can_guess(level):
             return level
         # `check_guesses` has refused levels that hold more than they compute without weights for it. Between
         # two levels the last bit of a share may still say so, and `counts` would take it for a guess.
         return replace(level, held=tuple(map(min, level.held, level.computed)))
 
-    def on_the_way(self, share: float) -> Level:
-        """The same, before rounding is mended."""
+    def interpolated(self, share: float) -> Level:
+        """On the line between two levels, to the last bit."""
         first, last = self.levels[0], self.levels[-1]
         nothing = replace(first, held=(0.0,) * len(first.held))
         ones = (1.0,) * len(last.held)
