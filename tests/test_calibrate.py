@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import resource
 import stat
@@ -288,7 +289,8 @@ def test_the_command_writes_a_profile_that_the_engine_runs(
     ("changes", "told"),
     [
         (["--budget", "0"], "--budget is 0.0"),
-        (["--budget", "1"], "shares below 1"),
+        (["--budget", "1"], "--budget has 1.0, where no layer holds less"),
+        (["--budget", "0.99995"], "give shares of 0.9998 or less"),
         (["--budget", "0.5,0.50001"], "0.0002 apart"),
         (["--context", "160,200", "--repeat"], "--context is 160, expected 128 or less"),
         (["--computed", "nan"], "--computed is nan"),
@@ -358,9 +360,23 @@ def test_a_profile_is_not_written_through_a_link(tmp_path: Path) -> None:
     """The link was replaced; and what it led to would have named a file that is not beside the link."""
     (tmp_path / "found.json").symlink_to(tmp_path / "elsewhere.json")
     args = argparse.Namespace(model=str(tmp_path), out=str(tmp_path / "found.json"))
-    with pytest.raises(RequestError, match="is a link"):
+    with pytest.raises(RequestError, match="is no plain file"):
         out_file(args, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_it_could_not_be_read_again(tmp_path: Path) -> None:
+    args = argparse.Namespace(model=str(tmp_path), out=str(tmp_path / "\udcff.json"))
+    with pytest.raises(RequestError, match="cannot be written"):
+        out_file(args, tmp_path)
+
+
+def test_a_profile_is_not_written_over_a_pipe(tmp_path: Path) -> None:
+    """It became a plain file."""
+    os.mkfifo(tmp_path / "found.safetensors")
+    args = argparse.Namespace(model=str(tmp_path), out=str(tmp_path / "found.json"))
+    with pytest.raises(RequestError, match=r"found\.safetensors is no plain file"):
+        out_file(args, tmp_path)
 
 
 def test_a_place_at_home_may_be_written_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

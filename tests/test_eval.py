@@ -389,8 +389,8 @@ def test_the_published_defect_loses_what_was_said() -> None:
     ("args", "told"),
     [
         (["--policies", "full,best"], "'best'"),
-        (["--budgets", "0"], "kv_budget"),
-        (["--budgets", "1.5"], "kv_budget"),
+        (["--budgets", "0"], "--budgets is 0.0"),
+        (["--budgets", "1.5"], "--budgets is 1.5"),
         (["--context", "3"], "--context"),
         (["--context", "100", "--recall"], "--context"),
         (["--recall", "stories,poems"], "--recall has 'poems'"),

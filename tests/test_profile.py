@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import PROFILE, PROFILES, heads_of, lines_of, prompts_of, say, write_checkpoint
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from slow_profile import SlowProfile
@@ -102,8 +102,6 @@ def test_a_larger_budget_holds_no_less(profile: Profile, prompt: int, new: int, 
     """The first settings that left a prompt enough were taken, whatever it could use of that, and 5 + 81
     tokens held 0.250 at a budget of 0.250, and 0.070 at 0.255.
     """
-    stay = [sum(profile.generation_by(share / 1280, 0, prompt).stay) for share in range(1281)]
-    assume(stay == sorted(stay))  # else a layer that lies on the line between two levels may keep fewer
 
     def held(budget: float) -> int:
         return sum(profile.within(budget, prompt, new, 3).kv_lengths(prompt, new, 3))
@@ -120,8 +118,6 @@ def test_no_other_split_of_a_budget_wastes_less(
     profile: Profile, prompt: int, new: int, share: float
 ) -> None:
     """Of all that protect as many of the newest and keep any share of generated tokens in 256ths."""
-    stay = [sum(profile.generation_by(part / PARTS, 0, prompt).stay) for part in range(PARTS + 1)]
-    assume(stay == sorted(stay))
     most, whole = int(share * 3 * (prompt + new) * (1 + 1e-9)), 3 * prompt
     enough = max(3, int(share * whole) // 2)
 
@@ -162,6 +158,17 @@ def test_generated_tokens_give_way_no_further_than_to_half_of_the_share_of_their
         assert within.generated_share is not None
         assert within.generated_share > 0.6 * share
         assert sum(within.held(prompt, 3)) >= int(share * prompt * 3) // 2
+
+
+def test_of_generated_tokens_all_layers_together_keep_their_share() -> None:
+    """Each layer's part of a group was rounded: alike layers kept a sixteenth where they had to keep 0.04,
+    and of a budget with a short prompt two thirds could not be used.
+    """
+    level = Level((1.0,) * 12, (0.04,) * 12, ("keydiff",) * 12, (0.5,) * 12)
+    assert sum(Profile((level,), 0.04).generation(100, 12).stay) == round(0.04 * 12 * 16)
+    for share in (0.03, 0.076, 0.3, 0.9):
+        lengths = Profile((level,), 0.04).within(share, 30, 5000, 12).kv_lengths(30, 5000, 12)
+        assert sum(lengths) > 0.95 * share * 12 * 5030
 
 
 def test_a_budget_of_a_model_with_other_layers_is_no_matter_of_bytes() -> None:
@@ -349,8 +356,8 @@ def test_lines_that_are_missing_or_of_another_model_are_told(tmp_path: Path, tin
     told = r"\.json: lines are \[3, 2, 99\], and of this model \[3, 2, 20\]"
     with pytest.raises(ConfigError, match=told):
         tiny.under(path)
-    with pytest.raises(ConfigError, match="has no lines"):
-        tiny.under(write_settings(tmp_path, levels=[LEVEL | {"scores": "fitted"}])).prefill(prompts_of([200]))
+    with pytest.raises(ConfigError, match=r"\.json: a layer chooses by the score fitted, and no lines were"):
+        tiny.under(write_settings(tmp_path, levels=[LEVEL | {"scores": "votes+fitted"}]))
 
 
 def test_a_profile_of_other_layers_is_refused(tmp_path: Path, tiny: LLM) -> None:

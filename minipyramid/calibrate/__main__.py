@@ -179,8 +179,9 @@ def check_shares(args: argparse.Namespace) -> None:
     for flag, shares in (("--budget", args.budget), ("--computed", args.computed or [])):
         for share in shares:
             check_number(flag, share, (float, 1e-9, 1.0), RequestError)
-    if max(args.budget) == 1:
-        raise RequestError("--budget has 1.0, where no layer holds less than another; give shares below 1")
+    if max(args.budget) > 1 - LEAST_APART:
+        told = f"--budget has {max(args.budget)}, where no layer holds less than another"
+        raise RequestError(f"{told}; give shares of {1 - LEAST_APART} or less")
     for low, high in pairwise(sorted(set(args.budget))):
         if high - low < LEAST_APART:
             raise RequestError(
@@ -213,7 +214,8 @@ def out_file(args: argparse.Namespace, directory: Path) -> Path:
         raise RequestError(f"--model {args.model} is no directory of yours to write to; give --out FILE.json")
     try:
         out = directory / SETTINGS if args.out is None else Path(args.out).expanduser()
-    except RuntimeError as error:  # there may be no such home
+        str(out).encode()  # what reads it asks for a name in UTF-8
+    except (RuntimeError, UnicodeError) as error:  # there may be no such home
         raise RequestError(f"--out {args.out} cannot be written: {error}") from error
     if not (args.out or out.name).endswith(".json"):
         raise RequestError(f"--out is {args.out}, expected a file's name that ends with .json")
@@ -224,8 +226,10 @@ def out_file(args: argparse.Namespace, directory: Path) -> Path:
         check_writable("--out", path)
         check_writable("--out", unfinished(path))
         # The settings name the file beside them, and would not find it by a link from elsewhere.
-        if path.is_symlink():
-            raise RequestError(f"{path} is a link, over which no profile is written; give --out another name")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise RequestError(
+                f"{path} is no plain file, so no profile is written over it; give another --out"
+            )
     check_replaced(out)
     return out
 

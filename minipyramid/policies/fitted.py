@@ -23,6 +23,10 @@ def read_fitted(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or broken, or holds something else.
     """
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing, or no file; put it beside the settings that name it, or calibrate again"
+        )
     try:
         given = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:  # a name may be no file's name

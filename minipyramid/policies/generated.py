@@ -22,8 +22,7 @@ def split_between(
 
     `room` says what such settings leave of a budget of `share`; `whole` is the prompt in all layers. If no
     settings leave half of the prompt's share, and a token of each layer, those that leave most are taken. A
-    larger budget holds no less if a larger part leaves no more, as with levels of which the larger keep no
-    fewer of each group.
+    larger budget holds no less.
     """
     enough = max(layers, int(share * whole) // 2)
     fewer = [fewest_recent, *(n for n in FEWEST_RECENT if n < fewest_recent)]

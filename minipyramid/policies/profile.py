@@ -92,6 +92,9 @@ class Profile(Policy):
     def check_model(self, config: ModelConfig) -> None:
         """Its layers, and the shapes of what was fitted."""
         self.check_layers(config.num_hidden_layers)
+        if self.lines is None and any("fitted" in by for level in self.levels for by in level.scores):
+            told = f"{self.source}: a layer chooses by the score fitted, and no lines were fitted for it"
+            raise ConfigError(f"{told}; python -m minipyramid.calibrate fits them")
         stand_ins = [("stand_ins", level.stand_ins) for level in self.levels]
         fitted = [("lines", self.lines), *stand_ins, ("guesses", self.guesses)]
         check_shapes(self.source, fitted, config, self.depth)
@@ -173,7 +176,9 @@ class Profile(Policy):
 
     def generation_by(self, share: float, fewest_recent: int, prompt_tokens: int) -> Generation:
         """Of each group a layer keeps what that share's level holds; half as large a share is recent."""
-        stay = tuple(round(GROUP * held) for held in self.level(share).held)
+        # Sums are rounded, as in `counts`: a larger share keeps no fewer, and alike layers no more than it.
+        ends = [round(GROUP * end) for end in accumulate(self.level(share).held)]
+        stay = tuple(min(GROUP, end - start) for start, end in pairwise([0, *ends]))
         return Generation(
             prompt_tokens, share / 2, GROUP, stay, distance_weight=1.0, fewest_recent=fewest_recent
         )
