@@ -78,7 +78,7 @@ def build_parser() -> Parser:
         type=listed(int),
         default=[512, 1024],
         metavar="N,N",
-        help=f"tokens, {SHORTEST} or more (512,1024)",
+        help=f"tokens, {SHORTEST} or more, and more than twice --following (512,1024)",
     )
     add("--following", type=int, default=96, metavar="N", help="tokens read after each context (96)")
     add("--samples", type=int, default=8, metavar="N", help="windows of each context (8)")
