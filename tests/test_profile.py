@@ -97,6 +97,7 @@ def test_a_prompt_has_what_its_generated_tokens_leave() -> None:
         assert 0 <= share * 3 * (prompt + new) - sum(lengths) < 4
 
 
+@settings(deadline=None)
 @given(profile=PROFILES, prompt=st.integers(1, 200), new=st.integers(0, 600), part=st.integers(1, 95))
 def test_a_larger_budget_holds_no_less(profile: Profile, prompt: int, new: int, part: int) -> None:
     """The first settings that left a prompt enough were taken, whatever it could use of that, and 5 + 81
@@ -113,6 +114,7 @@ def test_a_larger_budget_holds_no_less(profile: Profile, prompt: int, new: int, 
     assert all(smaller <= held(percent / 100) for percent in range(part + 1, min(part + 6, 101)))
 
 
+@settings(deadline=None)
 @given(profile=PROFILES, prompt=st.integers(1, 12), new=st.integers(100, 3000), share=st.floats(0.01, 1))
 def test_no_other_split_of_a_budget_wastes_less(
     profile: Profile, prompt: int, new: int, share: float
