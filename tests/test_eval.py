@@ -8,6 +8,7 @@ import lzma
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -439,6 +440,19 @@ def test_of_the_default_policies_those_that_cannot_hold_a_budget_are_left_out(
     assert "pyramid is left out at 0.08: a budget of 0.08 cannot be held" in err
     assert {("full", 1.0), ("keydiff", 0.08), ("pyramid", 0.5), ("streaming-split", 0.08)} < set(rows)
     assert ("pyramid", 0.08) not in rows
+
+
+@needs_weights
+def test_named_policies_need_no_settings_of_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it has a profile was asked for the default rows only, and then for all."""
+    model = tmp_path / "model"
+    shutil.copytree(WEIGHTS, model)
+    (model / "pyramid.json").write_text("{broken")
+    few = ["--context", "64", "--continuation", "2", "--samples", "2"]
+    assert run(capsys, "--model", str(model), *few, "--policies", "full,streaming")[0] == 0
+    assert run(capsys, "--model", str(model), *few)[0] == 2
 
 
 @dataclass(frozen=True)

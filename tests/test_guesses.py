@@ -269,7 +269,7 @@ def test_what_could_not_be_read_is_not_written(name: str, tmp_path: Path) -> Non
         (None, ConfigError, "layer 1 holds 0.75 and computes 0.25, and guesses of the rest were not fitted"),
         (guesses_of(2), ConfigError, "not fitted behind layer 0"),
         (torch.zeros(3, 65, 32), ConfigError, "expected three axes, and 1 to 2 layers"),
-        (torch.zeros(2, 65, 32, 1), CheckpointError, "expected 3 axes"),
+        (torch.zeros(2, 65, 32, 1), CheckpointError, "[2, 65, 32, 1] of torch.float32, expected 3 axes"),
         (torch.zeros(2, 65, 16), ConfigError, "guesses are [2, 65, 16], and of this model [2, 65, 32]"),
         (torch.zeros(2, 33, 32), ConfigError, "guesses are [2, 33, 32], and of this model [2, 65, 32]"),
     ],

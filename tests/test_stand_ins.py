@@ -336,8 +336,16 @@ def test_stand_ins_are_read_as_they_were_written(tmp_path: Path) -> None:
     [
         ({"others": torch.zeros(3)}, CheckpointError, "expected lines, stand_ins, guesses"),
         ({"stand_ins": torch.zeros(3, 2, 2, 8)}, CheckpointError, "stand_ins are [3, 2, 2, 8]"),
-        ({"stand_ins": torch.full((1, 3, 2, 2, 8), math.nan)}, CheckpointError, "finite in float16"),
-        ({"stand_ins": torch.full((1, 3, 2, 2, 8), 1e6)}, CheckpointError, "finite in float16"),
+        (
+            {"stand_ins": torch.full((1, 3, 2, 2, 8), math.nan)},
+            CheckpointError,
+            "5 axes of floating-point numbers that are finite",
+        ),
+        (
+            {"stand_ins": torch.full((1, 3, 2, 2, 8), 1e6)},
+            CheckpointError,
+            "5 axes of floating-point numbers that are finite",
+        ),
         ({"stand_ins": torch.zeros(1, 3, 2, 2, 0)}, ConfigError, "another model"),
         ({"stand_ins": torch.zeros(2, 3, 2, 2, 8)}, ConfigError, "of 2 levels, expected 1"),
         ({"stand_ins": torch.zeros(1, 4, 2, 2, 8)}, ConfigError, "of this model [3, 2, 2, 8]"),

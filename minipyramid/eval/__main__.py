@@ -167,9 +167,10 @@ def what_to_compare(args: argparse.Namespace, directory: Path, config: ModelConf
                 f"--budgets has {budget}, which is less than a token in each of {layers} layers; give more"
             )
     budgets = list(dict.fromkeys(args.budgets))
-    has_profile = isinstance(pick_policy("auto", directory, layers), Profile)
-    by_default = NAMES if has_profile else [name for name in NAMES if name != "profile"]
-    names = by_default if args.policies is None else args.policies
+    names = args.policies
+    if names is None:
+        has_profile = isinstance(pick_policy("auto", directory, layers), Profile)
+        names = [name for name in NAMES if has_profile or name != "profile"]
     chosen = pick_policies(names, directory, layers)
     for policy in chosen.values():
         policy.check_model(config)

@@ -25,11 +25,12 @@ def split_between(
     larger budget holds no less.
     """
     enough = max(layers, int(share * whole) // 2)
-    fewer = [fewest_recent, *(n for n in FEWEST_RECENT if n < fewest_recent)]
-    tried = [(room(recent, share), recent, share) for recent in fewer]
-    for found in tried:
-        if enough <= found[0] <= whole:
-            return found
+    tried = []
+    for recent in [fewest_recent, *(n for n in FEWEST_RECENT if n < fewest_recent)]:
+        left = room(recent, share)
+        if enough <= left <= whole:
+            return left, recent, share
+        tried.append((left, recent, share))
     for left, recent, _ in tried[:]:
         # The larger the part, the less is left. These two are on both sides of what is aimed at.
         aim = whole if left > whole else enough

@@ -141,11 +141,7 @@ class Profile(Policy):
         self.check_layers(layers)
         level = self.current
         least = min(prompt_tokens, max(1, self.fewest))
-        # Sums up to each layer are rounded, and not each layer's share, so that they come to the whole share
-        # (where none is lifted to `fewest`).
-        ends = [round(end) for end in accumulate(share * prompt_tokens for share in level.held)]
-        # A whole share may be rounded to a token more than there is.
-        held = [min(prompt_tokens, max(least, end - start)) for start, end in pairwise([0, *ends])]
+        held = [max(least, count) for count in rounded(level.held, prompt_tokens)]
         computed = [max(least, round(share * prompt_tokens)) for share in level.computed]
         # A layer computes the tokens that it holds, but for guesses, and no fewer than any deeper layer.
         lists = zip(level.held, level.computed, held, strict=True)
@@ -176,9 +172,7 @@ class Profile(Policy):
 
     def generation_by(self, share: float, fewest_recent: int, prompt_tokens: int) -> Generation:
         """Of each group a layer keeps what that share's level holds; half as large a share is recent."""
-        # Sums are rounded, as in `counts`: a larger share keeps no fewer, and alike layers no more than it.
-        ends = [round(GROUP * end) for end in accumulate(self.level(share).held)]
-        stay = tuple(min(GROUP, end - start) for start, end in pairwise([0, *ends]))
+        stay = tuple(rounded(self.level(share).held, GROUP))
         return Generation(
             prompt_tokens, share / 2, GROUP, stay, distance_weight=1.0, fewest_recent=fewest_recent
         )
@@ -316,6 +310,17 @@ class Profile(Policy):
                 which = self.sinks_and_newest(prompt_tokens, computed)
                 positions[layer] = int(which[self.replaced(computed)])
         return positions
+
+
+def rounded(shares: tuple[float, ...], tokens: int) -> list[int]:
+    """How many of some tokens each layer holds that is to hold such a share of them.  [layer]
+
+    Sums up to each layer are rounded, and not each layer's share. So all layers together come to the whole
+    share, alike layers do not round alike, and a larger share holds no fewer.
+    """
+    ends = [round(end) for end in accumulate(share * tokens for share in shares)]
+    # A whole share may be rounded to a token more than there is.
+    return [min(tokens, end - start) for start, end in pairwise([0, *ends])]
 
 
 def replaced_positions(policy: Policy, prompt_tokens: int, layers: int) -> list[int | None]:
