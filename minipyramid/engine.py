@@ -25,8 +25,10 @@ from minipyramid.sampling import SamplingParams, choose
 from minipyramid.scheduler import Scheduler
 from minipyramid.tokenizer import TextStream, Tokenizer
 
-# Prompt tokens that are computed together, by device: more of them only make the activations larger.
-PROMPT_TOKENS_AT_ONCE = {"cpu": 512, "cuda": 4096, "mps": 4096}
+# Prompt tokens that are computed together, by device. Each such batch reads every weight once: 16 prompts of
+# 700 tokens took 2.7 s in batches of 2,048 on two AVX512 cores and 2.9 s one by one (half of each held, 12
+# layers, hidden size 768, float32), and short prompts of a small model took 0.5 s for 0.7 s.
+PROMPT_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 4096, "mps": 4096}
 
 News = tuple[Sequence, str | None]  # a piece of a sequence's text, or None: it has ended
 OnStep = Callable[[Scheduler], None] | None  # called after every step that generated tokens
