@@ -184,9 +184,9 @@ Compute = Callable[[list[int], Policy], None]  # run tokens through the layers; 
 VotesToCast = tuple[Tensor, Tensor] | None
 
 
-def check_share(share: float) -> None:
-    """A share of the full cache: above 0 and at most 1."""
-    check_number("kv_budget", share, (float, 1e-9, 1.0), ConfigError, TypeError)
+def check_share(share: float, name: str = "kv_budget") -> None:
+    """Of the full cache, or of what it computes: above 0 and at most 1. Errors tell it by its name."""
+    check_number(name, share, (float, 1e-9, 1.0), ConfigError, TypeError)
 
 
 def top_scored(score: Tensor, count: int, first: int = 0, newest: int = 0) -> Tensor:

@@ -40,10 +40,10 @@ from minipyramid.cli.terminal import (
 )
 from minipyramid.cli.texts import read_text, read_tokens
 from minipyramid.config import ModelConfig
-from minipyramid.errors import check_number
 from minipyramid.formats.huggingface import read_config
 from minipyramid.hub import locate
 from minipyramid.policies import SETTINGS
+from minipyramid.policy import check_share
 
 # By share of the cache, the share of a prompt's token-layers that is computed, if that does for the model.
 COMPUTED = ((0.0, 0.4), (0.08, 0.4), (0.15, 0.45), (0.25, 0.5), (0.5, 0.75), (1.0, 1.0))
@@ -178,7 +178,7 @@ def check_shares(args: argparse.Namespace) -> None:
     """Refuse shares of which no file could be written that is read again."""
     for flag, shares in (("--budget", args.budget), ("--computed", args.computed or [])):
         for share in shares:
-            check_number(flag, share, (float, 1e-9, 1.0), RequestError)
+            check_share(share, flag)
     if max(args.budget) > 1 - LEAST_APART:
         told = f"--budget has {max(args.budget)}, where no layer holds less than another"
         raise RequestError(f"{told}; give shares of {1 - LEAST_APART} or less")

@@ -31,7 +31,6 @@ from minipyramid.cli.terminal import (
 from minipyramid.cli.texts import read_text, read_tokens
 from minipyramid.config import ModelConfig
 from minipyramid.eight_bits import with_kv_dtype
-from minipyramid.errors import check_number
 from minipyramid.eval.books import sentences
 from minipyramid.eval.compare import Comparison, compare, no_samples, pick_policies
 from minipyramid.eval.report import BY_PART, COLUMNS, plot, rows_of, table
@@ -40,6 +39,7 @@ from minipyramid.formats.huggingface import read_config
 from minipyramid.hub import locate
 from minipyramid.policies import POLICIES, pick_policy
 from minipyramid.policies.profile import Profile
+from minipyramid.policy import check_share
 
 NAMES = (*POLICIES, "streaming-split", "snapkv-split", "random-split")
 
@@ -147,7 +147,7 @@ def check(args: argparse.Namespace) -> None:
         if among not in ("stories", "prose"):
             raise RequestError(f"--recall has {among!r}, expected stories, prose or both")
     for budget in args.budgets:
-        check_number("--budgets", budget, (float, 1e-9, 1.0), RequestError)
+        check_share(budget, "--budgets")
     check_plot(args.plot)
 
 
